@@ -1,0 +1,316 @@
+"""Every flag, declared once: argparse in, one frozen and validated `Config` out."""
+
+import argparse
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from errors import UsageError
+
+LINEAR_SCALING_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a dataset's flags default to. `lr` is the peak rate for a batch of 256 under OneCycle."""
+
+    image_size: int
+    batch_size: int
+    epochs: int
+    weight_decay: float
+    lr: float
+    streams: int = 8
+
+
+IMAGENET = Preset(image_size=224, batch_size=256, epochs=90, weight_decay=5e-5, lr=0.4)
+CIFAR = Preset(image_size=32, batch_size=128, epochs=30, weight_decay=5e-4, lr=0.2)
+PRESETS = {
+    "imagenet1k": IMAGENET,
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "digits": Preset(image_size=8, batch_size=64, epochs=6, weight_decay=5e-4, lr=0.4),
+    "imagefolder": IMAGENET,
+    "hf": IMAGENET,
+}
+FROM_PRESET: Any = object()
+
+
+def flag(
+    group: str, help: str, default: Any, *, on_resume: str = "fixed", short: Any = None, **argparse_options: Any
+) -> Any:
+    """One flag, with `short` in place of its default in the help.
+
+    `on_resume` is "fixed" for what would change the result, "kept" for what may be given anew, and "forgotten" for
+    what concerns one launch only.
+    """
+    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "argparse": argparse_options}
+    return field(default=default, metadata=metadata)
+
+
+def _learning_rate(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one run. Construct it with `parse` or `resolve`, which fill in the dataset's defaults."""
+
+    # fmt: off
+    dataset: str = flag("data", "what to train on", "digits", choices=tuple(PRESETS))
+    dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
+    dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
+    data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/; cifar: where its files are or go", None, short="data", on_resume="kept")
+    image_column: str | None = flag("data", "name of the image column", None, short="the Image feature")
+    label_column: str | None = flag("data", "name of the label column", None, short="the ClassLabel feature")
+    train_split: str = flag("data", "split to train on", "train")
+    val_split: str | None = flag("data", "split to evaluate on", None, short="validation, val, valid or test")
+    max_samples: int | None = flag("data", "use at most this many images of each split, spread evenly over it", None, short="all")
+    image_size: int = flag("data", "height and width of a training image, pixels", FROM_PRESET)
+    eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size")
+    crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
+    no_streaming: bool = flag("data", "download the whole dataset first, then read it from disk", False, on_resume="kept")
+    streams: int = flag("data", "parallel streams an epoch is cut into; ranks share them out", FROM_PRESET)
+    shuffle_window: int = flag("data", "images in the rolling shuffle windows, all streams together", 8192)
+    block_mb: int = flag("data", "megabytes of a parquet file fetched with one request", 32)
+    max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept")
+    num_workers: int = flag("data", "decoding threads of each process; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes")
+
+    model: str = flag("model", "resnet18, resnet34, resnet50, resnet101 or resnet152", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
+    use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")
+
+    epochs: int = flag("training", "passes over the training set", FROM_PRESET)
+    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET)
+    accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1)
+    lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=_learning_rate, metavar="X|auto", short="by linear scaling of the batch")
+    lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None)
+    momentum: float = flag("training", "SGD momentum, where OneCycle does not cycle it", 0.9)
+    weight_decay: float = flag("training", "L2 penalty on weights; biases and norms have none", FROM_PRESET)
+    label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0)
+    max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping")
+    amp: bool = flag("training", "mixed precision", False)
+    amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has it")
+    device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is")
+    seed: int = flag("training", "decides weights, order and augmentation", 0)
+    deterministic: bool = flag("training", "only deterministic GPU kernels (slower)", False)
+
+    scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", choices=("onecycle", "cosine", "step"))
+    warmup_epochs: float = flag("schedule", "epochs of linear warm-up; under onecycle, of its rising part instead of --onecycle_pct_start", 0.0)
+    step_size: int = flag("schedule", "step: epochs between decays", 30)
+    gamma: float = flag("schedule", "step: factor of each decay", 0.1)
+    onecycle_pct_start: float = flag("schedule", "share of the steps spent rising", 0.3)
+    onecycle_div_factor: float = flag("schedule", "peak over initial learning rate", 25.0)
+    onecycle_final_div_factor: float = flag("schedule", "initial over final learning rate", 1e4)
+    onecycle_anneal_strategy: str = flag("schedule", "shape of each part", "cos", choices=("cos", "linear"))
+    onecycle_three_phase: bool = flag("schedule", "fall as steeply as it rose, then anneal", False)
+    onecycle_base_momentum: float = flag("schedule", "momentum at the peak of the learning rate", 0.85)
+    onecycle_max_momentum: float = flag("schedule", "momentum at both ends", 0.95)
+    onecycle_fixed_momentum: bool = flag("schedule", "do not cycle the momentum: keep --momentum", False)
+
+    find_lr: bool = flag("finder", "run the learning rate finder, then stop", False, on_resume="forgotten")
+    lr_start: float = flag("finder", "first learning rate of the sweep", 1e-5, on_resume="kept")
+    lr_end: float = flag("finder", "last learning rate of the sweep", 10.0, on_resume="kept")
+    lr_iter: int = flag("finder", "steps of the sweep", 100, on_resume="kept")
+    lr_step_mode: str = flag("finder", "how the rate grows", "exp", choices=("exp", "linear"), on_resume="kept")
+    lr_smooth_f: float = flag("finder", "weight of the newest loss in the smoothed one, in (0, 1]", 0.05, on_resume="kept")
+    lr_diverge_th: float = flag("finder", "stop when the smoothed loss exceeds this many times its best", 5.0, on_resume="kept")
+
+    run_dir: str | None = flag("run", "folder of the run", None, on_resume="forgotten", short="runs/DATASET-TIME")
+    resume_from: str | None = flag("run", "go on from a run folder or a snapshot file; flags not given keep their saved values", None, on_resume="forgotten")
+    override: Sequence[str] = flag("run", "on a resume, insist on changing this setting (repeatable)", (), action="append", metavar="NAME=VALUE", on_resume="forgotten")
+    evaluate: bool = flag("run", "evaluate the snapshot of --resume_from (or --use_pretrained), then stop", False, on_resume="forgotten")
+    save_best: bool = flag("run", "also keep the snapshot with the best val_top1 as best.safetensors", False, on_resume="kept")
+    snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept")
+    keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept")
+    log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept")
+    ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
+    debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
+                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
+                    "snapshot_steps": 0, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0}  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name} {value} is too small; it must be at least {least}")
+        between = {"momentum": (0, 1), "label_smoothing": (0, 1), "max_bad_fraction": (0, 1), "onecycle_pct_start": (0, 1),
+                   "onecycle_base_momentum": (0, 1), "onecycle_max_momentum": (0, 1)}  # fmt: skip
+        for name, (low, high) in between.items():
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"--{name} {getattr(self, name)} is out of range; it must be from {low} to {high}")
+        positive = (
+            "lr",
+            "lr_start",
+            "lr_smooth_f",
+            "gamma",
+            "onecycle_div_factor",
+            "onecycle_final_div_factor",
+            "max_grad_norm",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if isinstance(value, float) and not 0 < value < float("inf"):
+                raise UsageError(f"--{name} {value} is out of range; it must be greater than 0")
+        if self.weight_decay < 0 or self.warmup_epochs < 0:
+            raise UsageError("--weight_decay and --warmup_epochs cannot be negative")
+        if self.warmup_epochs >= self.epochs:
+            raise UsageError(
+                f"--warmup_epochs {self.warmup_epochs:g} leaves nothing of --epochs {self.epochs}; use less"
+            )
+        if self.lr_end <= self.lr_start:
+            raise UsageError(f"--lr_end {self.lr_end:g} must be greater than --lr_start {self.lr_start:g}")
+        if self.lr_smooth_f > 1 or self.lr_diverge_th <= 1:
+            raise UsageError("--lr_smooth_f must be at most 1, and --lr_diverge_th greater than 1")
+        if self.lr is not None and self.lr_from is not None:
+            raise UsageError("--lr and --lr_from both name a learning rate; give one of them")
+        if self.dataset == "hf" and not self.dataset_name:
+            raise UsageError(
+                "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"
+            )
+        if self.dataset != "hf" and self.dataset_name:
+            raise UsageError(f"--dataset_name goes with --dataset hf, not with --dataset {self.dataset}")
+        if self.dataset == "imagefolder" and not self.data_dir:
+            raise UsageError(
+                "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"
+            )
+        self._check_batch()
+
+    def _check_batch(self) -> None:
+        if self.batch_size % self.streams:
+            lower = self.batch_size // self.streams * self.streams
+            nearest = " or ".join(str(n) for n in (lower, lower + self.streams) if n)
+            raise UsageError(
+                f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"
+            )
+
+    @property
+    def dataset_id(self) -> str:
+        """The Hub id, folder or name that the data comes from."""
+        return {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}.get(
+            self.dataset
+        ) or self.dataset
+
+    def check_world(self, world: int) -> None:
+        """Refuse a number of ranks that cannot share this batch evenly."""
+        if self.streams % world:
+            raise UsageError(
+                f"--streams {self.streams} is not divisible by {world} ranks; give --streams a multiple of {world}"
+            )
+        share = self.batch_size // world
+        if share % self.accumulate_steps:
+            raise UsageError(
+                f"a rank's share of {share} images is not divisible by --accumulate_steps {self.accumulate_steps}"
+            )
+        if share // self.accumulate_steps < 2:
+            raise UsageError(
+                "BatchNorm needs two images in a pass; use a larger --batch_size or fewer --accumulate_steps"
+            )
+
+
+def _names(*on_resume: str) -> set[str]:
+    return {item.name for item in dataclasses.fields(Config) if item.metadata["on_resume"] in on_resume}
+
+
+def _default_text(item: dataclasses.Field[Any]) -> str:
+    if item.metadata["short"]:
+        return str(item.metadata["short"])
+    if item.default is FROM_PRESET:
+        values = {name: getattr(preset, item.name) for name, preset in PRESETS.items()}
+        if len(set(values.values())) == 1:
+            return str(values["digits"])
+        return f"{values['hf']}; cifar {values['cifar10']}, digits {values['digits']}"
+    if item.default in (None, ()):
+        return "none"
+    return "off" if item.default is False else str(item.default)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    result = _Parser(
+        prog,
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(Config)
+    groups: dict[str, Any] = {}
+    for item in dataclasses.fields(Config):
+        title = item.metadata["group"]
+        if title not in groups:
+            groups[title] = result.add_argument_group(title)
+        options = dict(item.metadata["argparse"])
+        if hints[item.name] is bool:
+            options["action"] = "store_true"
+        elif "action" not in options:
+            kind = next(kind for kind in typing.get_args(hints[item.name]) or (hints[item.name],))
+            options.setdefault("type", kind)
+            if "choices" not in options:
+                options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+        text = f"{item.metadata['help']} (default: {_default_text(item)})"
+        groups[title].add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
+    return result
+
+
+def parse(prog: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that were given, by name, and no others, so that a resume can tell them apart. Raises UsageError."""
+    return vars(_parser(prog, description).parse_args(argv))
+
+
+def resolve(given: Mapping[str, Any]) -> Config:
+    """A whole `Config`: the flags given, the dataset's defaults for the rest. Raises UsageError."""
+    values = dict(given)
+    preset = PRESETS[values.get("dataset", "digits")]
+    for name in ("image_size", "batch_size", "epochs", "weight_decay", "streams"):
+        values.setdefault(name, getattr(preset, name))
+    values.setdefault("eval_size", values["image_size"])
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    values.setdefault("num_workers", max(1, cores // local_ranks))
+    return Config(**values)
+
+
+def resume(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The saved settings with those given that cannot change the result, and those named by `--override`.
+
+    Raises UsageError with a table of old and new when a given flag would change the result unasked.
+    """
+    overrides = dict(_parse_override(text) for text in given.get("override", ()))
+    changed = {name: given[name] for name in _names("fixed") & given.keys() if given[name] != saved.get(name)}
+    changed = {name: value for name, value in changed.items() if overrides.get(name) != value}
+    if changed:
+        insist = " ".join(f"--override {name}={value}" for name, value in changed.items())
+        rows = [f"  --{name:<28} saved {saved.get(name)!s:<20} now {value}" for name, value in changed.items()]
+        first = f"these settings differ from the snapshot's; leave them out, or insist with {insist}"
+        raise UsageError("\n".join([first, *rows]))
+    kept = {name: value for name, value in saved.items() if name in _names("fixed", "kept")}
+    new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
+    return resolve(kept | new | overrides)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or name not in _names("fixed"):
+        raise UsageError(f"--override {text} is not NAME=VALUE with the name of a setting that a snapshot fixes")
+    if typing.get_type_hints(Config)[name] is bool:
+        return name, value.lower() in ("1", "true", "on", "yes")
+    return name, parse("", "", [f"--{name}={value}"])[name]
+
+
+def default_lr(config: Config) -> tuple[float, str]:
+    """The linear-scaled learning rate (Goyal et al. 2017) and its derivation in words.
+
+    The constant schedules start at the rate that OneCycle only peaks at, so they get a quarter of it: for ImageNet
+    0.1 per 256 images (Goyal et al.) against 0.4 (ffcv-imagenet trains at 1.7 for 1,024).
+    """
+    base = PRESETS[config.dataset].lr * (1.0 if config.scheduler == "onecycle" else 0.25)
+    lr = base * config.batch_size / LINEAR_SCALING_BATCH
+    return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} (linear scaling of the batch)"

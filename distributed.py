@@ -1,0 +1,110 @@
+"""torchrun: one process a device, and the few collective operations the program needs.
+
+Numbers of the training step are reduced on the device; everything else (signals, ids, evaluation counts) goes through
+a gloo group on the host, which never makes the device wait.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+_host_group: Any = None
+
+
+def init(device_flag: str) -> torch.device:
+    """Join torchrun's processes, if there are any, and return this process's device."""
+    global _host_group
+    device = _pick_device(device_flag)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _host_group = dist.new_group(backend="gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _pick_device(flag: str) -> torch.device:
+    if flag == "auto":
+        flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(flag)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def cleanup() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*values: Any) -> None:
+    """Print on rank 0 only, at once."""
+    if rank() == 0:
+        print(*values, flush=True)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a float tensor over ranks; the tensor itself on one rank."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    """The sum of a host array over ranks, exact for integers."""
+    if world_size() > 1:
+        tensor = torch.from_numpy(values.copy())
+        dist.all_reduce(tensor, group=_host_group)
+        return tensor.numpy()
+    return values
+
+
+def gather_columns(values: np.ndarray) -> np.ndarray:
+    """Arrays of shape (k, n) on each rank -> (k, ranks x n) in the order of the ranks, on every rank."""
+    if world_size() > 1:
+        parts = [torch.empty_like(torch.from_numpy(values)) for _ in range(world_size())]
+        dist.all_gather(parts, torch.from_numpy(values), group=_host_group)
+        return torch.cat(parts, dim=1).numpy()
+    return values
+
+
+def largest_over_ranks(value: int) -> int:
+    """The largest of one integer over ranks: how ranks agree that one of them was told to stop."""
+    if world_size() > 1:
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group)
+        return int(tensor)
+    return value
+
+
+def copy_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite these tensors with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def from_rank0(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if world_size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=_host_group)
+        return box[0]
+    return value

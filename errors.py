@@ -1,0 +1,66 @@
+"""Errors a user can cause: each is one line and an exit status, and no traceback."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Base of the errors that are shown as one line, `error: what is wrong; what to do`."""
+
+    status = 1
+
+
+class UsageError(UserError):
+    """Bad arguments, or a resume whose settings changed."""
+
+    status = 2
+
+
+class DataError(UserError):
+    """Data missing, unreachable, not authorised or too corrupt."""
+
+    status = 3
+
+
+class DivergedError(UserError):
+    """The loss stopped being a finite number, or the learning rate finder found nothing."""
+
+    status = 4
+
+
+class SnapshotError(UserError):
+    """No usable snapshot, or no room to write one."""
+
+    status = 5
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a snapshot has been written by the time the front door sees this."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.status = 128 + signum
+
+
+def run_front_door(run: Callable[[], None], debug: bool) -> int:
+    """Call `run` and return the exit status of the process; with `debug`, tracebacks come through."""
+    try:
+        run()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except Interrupted as stop:
+        return stop.status
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was written", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" writing {error.filename}" if error.filename else ""
+        print(f"error: no room left on the disk{where}; free some and resume", file=sys.stderr)
+        return SnapshotError.status
+    return 0

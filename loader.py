@@ -1,0 +1,242 @@
+"""StreamingDataLoader: images fetched and decoded in parallel, straight into whole uint8 batches."""
+
+import io
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from errors import DataError
+
+cv2.setNumThreads(0)
+log = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 4
+SAMPLES_PER_TASK = 8
+UNREADABLE = -1
+
+EncodedImage = bytes | np.ndarray
+Transform = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+class Reader(Protocol):
+    """Gives the samples of one epoch, and may fetch ahead in the order it was opened with."""
+
+    def read(self, sample_id: int) -> tuple[EncodedImage, int]:
+        """One image, encoded or as uint8 (H, W, 3), and its label; waits until it is there. Called by many threads."""
+
+    def release(self, ids: np.ndarray) -> None:
+        """These have been used."""
+
+    def close(self) -> None:
+        """Stop fetching."""
+
+
+class ImageDataset(Protocol):
+    """Samples numbered 0 to len - 1, stored in blocks of consecutive ones that are read together."""
+
+    classes: list[str]
+    block_rows: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def reader(self, ids: np.ndarray) -> Reader:
+        """A reader for just these samples, int64, in the order in which they will be used."""
+
+
+class Batch(NamedTuple):
+    """images uint8 (N, H, W, 3), labels int64 (N,), dataset-wide sample ids int64 (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+
+
+class StreamingDataLoader:
+    """Batches of `(images, labels, ids)` in an order that is a function of the epoch alone.
+
+    `order(epoch)` gives this process's streams as int64 arrays of sample ids. In training a batch takes an equal share
+    of each stream and the incomplete last batch is dropped; a sample that cannot be read is replaced by the next
+    readable one of its stream. Without `train` nothing is dropped or replaced, and an unreadable image has label -1.
+
+    Iterating yields the epoch given to `set_epoch`, from its step `start` on; no other state exists.
+    Raises DataError when more than `max_bad_fraction` of the dataset cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Transform,
+        order: Callable[[int], list[np.ndarray]],
+        *,
+        batch_size: int,
+        image_size: int,
+        train: bool,
+        seed: int,
+        num_workers: int,
+        max_bad_fraction: float,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.order = order
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.train = train
+        self.seed = seed
+        self.num_workers = num_workers
+        self.max_bad = int(max_bad_fraction * len(dataset))
+        self.pin_memory = pin_memory
+        self.epoch = 0
+        self.start = 0
+        streams = order(0)
+        self._share = batch_size // max(1, len(streams))
+        lengths = [len(stream) for stream in streams]
+        self._steps = min(lengths) // self._share if train else -(-sum(lengths) // batch_size)
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self._steps
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch (from 0) that the next iteration yields, and its first batch."""
+        self.epoch = epoch
+        self.start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        streams = self.order(self.epoch)
+        if not streams:
+            return
+        positions = [self._positions(step, streams) for step in range(self.start, self._steps)]
+        batches = [np.concatenate([s[a:b] for s, (a, b) in zip(streams, spans, strict=True)]) for spans in positions]
+        if not batches:
+            return
+        reader = self.dataset.reader(np.concatenate(batches))
+        epoch = _Epoch(self, reader, streams, self.epoch)
+        pool: ThreadPoolExecutor | _CallingThread
+        pool = ThreadPoolExecutor(self.num_workers, "decode") if self.num_workers else _CallingThread()
+        ahead: deque[_Pending] = deque()
+        try:
+            for spans, ids in zip(positions, batches, strict=True):
+                ahead.append(_Pending(epoch, pool, spans, ids))
+                if len(ahead) > (BATCHES_AHEAD if self.num_workers else 0):
+                    yield ahead.popleft().wait()
+            while ahead:
+                yield ahead.popleft().wait()
+        finally:
+            epoch.cancelled = True
+            reader.close()
+            pool.shutdown(cancel_futures=True)
+
+    def _positions(self, step: int, streams: list[np.ndarray]) -> list[tuple[int, int]]:
+        return [(step * self._share, min((step + 1) * self._share, len(stream))) for stream in streams]
+
+
+class _Epoch:
+    """What the decoding threads of one iteration share."""
+
+    def __init__(self, loader: StreamingDataLoader, reader: Reader, streams: list[np.ndarray], number: int) -> None:
+        self.loader = loader
+        self.reader = reader
+        self.streams = streams
+        self.number = number
+        self.cancelled = False
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    def sample(self, stream: int, position: int) -> tuple[np.ndarray | None, int, int]:
+        """The image, label and id at a position of a stream, or of the next readable one in training."""
+        order = self.streams[stream]
+        for offset in range(len(order)):
+            sample_id = int(order[(position + offset) % len(order)])
+            encoded, label = self.reader.read(sample_id)
+            try:
+                image = decode(encoded)
+            except (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
+                self._count_bad(sample_id, error)
+                if self.loader.train:
+                    continue
+                return None, UNREADABLE, sample_id
+            return self.loader.transform(image, (self.loader.seed, self.number, sample_id)), label, sample_id
+        raise DataError("not one image of a stream can be read; check the dataset")
+
+    def _count_bad(self, sample_id: int, error: Exception) -> None:
+        with self._lock:
+            if sample_id in self._bad:
+                return
+            self._bad.add(sample_id)
+            total = len(self.loader.dataset)
+            log.warning("image %d cannot be read (%s); %d so far of %d", sample_id, error, len(self._bad), total)
+            if len(self._bad) > self.loader.max_bad:
+                raise DataError(
+                    f"{len(self._bad)} of {total} images cannot be read, the last one number {sample_id}; "
+                    "mend the dataset or raise --max_bad_fraction"
+                )
+
+
+class _Pending:
+    """A batch that is being decoded into place."""
+
+    def __init__(self, epoch: _Epoch, pool: Any, spans: list[tuple[int, int]], ids: np.ndarray) -> None:
+        size = epoch.loader.image_size
+        self.epoch = epoch
+        self.scheduled = ids
+        pin = epoch.loader.pin_memory
+        self.images = torch.empty((len(ids), size, size, 3), dtype=torch.uint8, pin_memory=pin)
+        self.labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=pin)
+        self.ids = torch.empty(len(ids), dtype=torch.int64)
+        places = [(stream, position) for stream, (a, b) in enumerate(spans) for position in range(a, b)]
+        self.tasks: list[Future[None]] = [
+            pool.submit(self._fill, first, places[first : first + SAMPLES_PER_TASK])
+            for first in range(0, len(places), SAMPLES_PER_TASK)
+        ]
+
+    def _fill(self, first: int, places: list[tuple[int, int]]) -> None:
+        images, labels, ids = self.images.numpy(), self.labels.numpy(), self.ids.numpy()
+        for row, (stream, position) in enumerate(places, first):
+            if self.epoch.cancelled:
+                return
+            image, labels[row], ids[row] = self.epoch.sample(stream, position)
+            images[row] = 0 if image is None else image
+
+    def wait(self) -> Batch:
+        for task in self.tasks:
+            task.result()
+        self.epoch.reader.release(self.scheduled)
+        return Batch(self.images, self.labels, self.ids)
+
+
+class _CallingThread:
+    """An executor that does the work at once, where it was asked for: no threads, plain tracebacks."""
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
+        future: Future[None] = Future()
+        function(*arguments)
+        future.set_result(None)
+        return future
+
+    def shutdown(self, cancel_futures: bool) -> None:
+        pass
+
+
+def decode(encoded: EncodedImage) -> np.ndarray:
+    """An encoded image -> uint8 RGB (H, W, 3). Raises ValueError, OSError or cv2.error when it cannot be read.
+
+    cv2 decodes what it reads well, 8-bit RGB and greyscale; Pillow the rest (CMYK, palettes, alpha, 16 bits).
+    """
+    if isinstance(encoded, np.ndarray):
+        return encoded
+    with Image.open(io.BytesIO(encoded)) as header:
+        if header.mode not in ("RGB", "L"):
+            return np.asarray(header.convert("RGB"))
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise ValueError("not a whole image")
+    return image

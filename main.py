@@ -1,0 +1,146 @@
+"""Train an image classifier: ResNet-50 on ImageNet-1K streamed from the Hugging Face Hub, or any other image set.
+
+    python main.py                                                     # digits: the first minute, nothing downloaded
+    python run_lr_finder.py --dataset imagenet1k --batch_size 256      # which learning rate?
+    python main.py --dataset imagenet1k --scheduler onecycle --amp     # train (needs HF_TOKEN and the licence)
+    python main.py --dataset hf --dataset_name timm/mini-imagenet      # any image set on the Hub, or a parquet folder
+    python main.py --dataset imagefolder --data_dir photos             # photos/train/CLASS/*.jpg and photos/val/
+    python main.py --resume_from runs/NAME                             # go on after a kill, as if nothing happened
+    python main.py --resume_from runs/NAME --evaluate                  # only evaluate
+    torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process a GPU
+
+A run writes config.json, results.csv, metrics.jsonl, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
+arguments, or a resume whose settings changed; 3 data missing, unreachable, not authorised or too corrupt; 4 training
+diverged; 5 no usable snapshot, or no room to write one; 128 + signal after a signal, with a snapshot written.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import config as configuration
+import run_lr_finder
+from config import Config
+from errors import UsageError, run_front_door
+
+if TYPE_CHECKING:
+    from preprocess import Data
+    from snapshot import Snapshot
+    from train import Training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The front door. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_front_door(lambda: _run(arguments), debug="--debug" in arguments)
+
+
+def _run(argv: list[str]) -> None:
+    given = configuration.parse("main.py", __doc__ or "", argv)
+    if given.get("find_lr"):
+        raise SystemExit(run_lr_finder.main(argv))
+
+    import distributed
+    from preprocess import get_data_loaders
+    from train import build_training
+
+    config, snapshot = _settings(given)
+    device = distributed.init(config.device)
+    try:
+        data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
+        distributed.print0(f"data      {data.describe(config)}")
+        training = build_training(config, len(data.classes), device)
+        if config.evaluate:
+            _evaluate(data, training, snapshot, config)
+        else:
+            _train(config, data, training, snapshot, argv)
+    finally:
+        distributed.cleanup()
+
+
+def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
+    """The settings of this run, and the snapshot it goes on from."""
+    if "resume_from" not in given:
+        return configuration.resolve(given), None
+    from snapshot import find
+
+    snapshot, passed_over = find(Path(str(given["resume_from"])))
+    for line in passed_over:
+        print(f"passed over: {line}", file=sys.stderr)
+    return configuration.resume(snapshot.state["config"], given), snapshot
+
+
+def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
+    from distributed import print0
+    from train import evaluate, load_snapshot
+
+    if snapshot is not None:
+        load_snapshot(snapshot, training)
+    elif not config.use_pretrained:
+        raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
+    result = evaluate(training, data.val)
+    print0(
+        f"val loss {result['val_loss']:.4f}  top1 {result['val_top1']:.2%} ({result['correct1']} of {result['images']})"
+        f"  top5 {result['val_top5']:.2%} ({result['correct5']})"
+    )
+
+
+def _train(
+    config: Config, data: "Data", training: "Training", snapshot: "Snapshot | None", argv: Sequence[str]
+) -> None:
+    import distributed
+    from optim import build_schedule, describe_schedule
+    from snapshot import SnapshotStore
+    from tracking import Tracker, open_run_folder
+    from train import Progress, Run, fit, load_snapshot
+
+    progress = load_snapshot(snapshot, training) if snapshot else Progress()
+    if progress.epoch >= config.epochs:
+        distributed.print0(f"nothing left to do: all {config.epochs} epochs are done")
+        return
+    resumed = snapshot.path.parent.parent if snapshot else None
+    folder = open_run_folder(config, resumed, argv)
+    if snapshot is None:
+        progress.lr, why = _learning_rate(config, data, training, folder)
+        distributed.print0(f"lr        {why}")
+    schedule = build_schedule(training.optimizer, config, progress.lr, len(data.train), progress.step)
+    distributed.print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
+    on_rank0 = distributed.rank() == 0
+    tracker = Tracker(folder if on_rank0 else None, config.ledger)
+    if snapshot is not None:
+        distributed.print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
+    tracker.rewind(progress.step, progress.epoch)
+    run = Run(
+        config=config,
+        data=data,
+        training=training,
+        progress=progress,
+        tracker=tracker,
+        store=SnapshotStore(folder / "snapshots", config.keep_snapshots) if on_rank0 else None,
+        folder=folder if on_rank0 else None,
+        schedule=schedule,
+        record={"config": asdict(config), "revision": data.revision, "classes": data.classes},
+    )
+    fit(run)
+    distributed.print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
+
+
+def _learning_rate(config: Config, data: "Data", training: "Training", folder: Path) -> tuple[float, str]:
+    """The (peak) learning rate, and where it comes from."""
+    if config.lr_from is not None:
+        from lr_finder import load_suggestion
+
+        lr = load_suggestion(Path(config.lr_from))
+        return lr, f"{lr:.4g} from {config.lr_from}"
+    if config.lr == "auto":
+        lr = run_lr_finder.search(config, data, training, folder).suggested_lr
+        return lr, f"{lr:.4g} from the finder"
+    if config.lr is not None:
+        return float(config.lr), f"{config.lr:g} as given"
+    return configuration.default_lr(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

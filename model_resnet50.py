@@ -1,0 +1,213 @@
+"""ResNet-18 to -152 with torchvision's parameter names, and ResNet-50 weights from the Hub.
+
+Source: He et al. 2016, Deep Residual Learning; v1.5 puts a bottleneck's stride on its 3x3 convolution.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from errors import DataError, UsageError
+
+CIFAR_STEM_UP_TO = 32
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution that keeps the size (at stride 1)."""
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution."""
+    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (N, inputs, H, W) -> (N, width, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(inputs, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 with the stride (v1.5), 1x1, and a shortcut.
+
+    (N, inputs, H, W) -> (N, 4 width, H / stride, W / stride).
+    """
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = conv1x1(inputs, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv1x1(width, width * self.expansion)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return self.relu(x + shortcut)
+
+
+class ResNet(nn.Module):
+    """float (N, 3, H, W) -> logits (N, num_classes).
+
+    The ImageNet stem (7x7 stride 2, max pool) reduces the size fourfold before the blocks; the CIFAR stem (3x3,
+    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). With `zero_init_residual` each block
+    starts as the identity (Goyal et al. 2017, section 5.1).
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, int, int, int],
+        num_classes: int,
+        cifar_stem: bool = False,
+        zero_init_residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self._inputs = 64
+        self.conv1 = conv3x3(3, 64) if cifar_stem else nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if cifar_stem else nn.MaxPool2d(3, 2, padding=1)
+        self.layer1 = self._layer(block, 64, layers[0], stride=1)
+        self.layer2 = self._layer(block, 128, layers[1], stride=2)
+        self.layer3 = self._layer(block, 256, layers[2], stride=2)
+        self.layer4 = self._layer(block, 512, layers[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+            elif zero_init_residual and isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def _layer(self, block: type[BasicBlock] | type[Bottleneck], width: int, blocks: int, stride: int) -> nn.Sequential:
+        outputs = width * block.expansion
+        downsample = None
+        if stride != 1 or self._inputs != outputs:
+            downsample = nn.Sequential(conv1x1(self._inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        first = block(self._inputs, width, stride, downsample)
+        self._inputs = outputs
+        return nn.Sequential(first, *(block(outputs, width, 1, None) for _ in range(blocks - 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class ResNet34(ResNet):
+    """ResNet-34, or -18, of basic blocks."""
+
+    def __init__(self, num_classes: int = 1000, depth: int = 34, cifar_stem: bool = False) -> None:
+        super().__init__(BasicBlock, {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth], num_classes, cifar_stem)
+        self.name = f"ResNet-{depth}"
+
+
+class ResNet50(ResNet):
+    """ResNet-50 v1.5, or -101 or -152, of bottlenecks."""
+
+    def __init__(self, num_classes: int = 1000, depth: int = 50, cifar_stem: bool = False) -> None:
+        layers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
+        super().__init__(Bottleneck, layers, num_classes, cifar_stem)
+        self.name = f"ResNet-{depth}"
+
+
+DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+
+
+def build_model(num_classes: int, image_size: int, name: str = "auto") -> ResNet34 | ResNet50:
+    """The ResNet called `name`, or the one that suits the images: ResNet-50, ResNet-34 up to 32 pixels, -18 up to 8.
+
+    Images of up to 32 pixels get the CIFAR stem. Raises UsageError for an unknown name.
+    """
+    cifar_stem = image_size <= CIFAR_STEM_UP_TO
+    if name == "auto":
+        name = "resnet50" if not cifar_stem else "resnet34" if image_size > 8 else "resnet18"
+    if name not in DEPTHS:
+        raise UsageError(f"there is no model {name}; choose --model from auto, {', '.join(DEPTHS)}")
+    kind = ResNet34 if DEPTHS[name] < 50 else ResNet50
+    return kind(num_classes, DEPTHS[name], cifar_stem)
+
+
+def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000) -> ResNet50:
+    """ResNet-50 v1.5 with the weights of a transformers checkpoint: a Hub id or a local folder.
+
+    The head is new when the number of classes differs. Raises DataError when the weights cannot be had, UsageError
+    when they are not those of a ResNet-50 v1.5.
+    """
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    try:
+        config = ResNetConfig.from_pretrained(source)
+        found = (config.model_type, config.layer_type, tuple(config.depths or ()), config.downsample_in_bottleneck)
+        if found != ("resnet", "bottleneck", (3, 4, 6, 3), False):
+            raise UsageError(f"--use_pretrained {source} is no ResNet-50 v1.5; microsoft/resnet-50 is one")
+        theirs = ResNetForImageClassification.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        kind = "the folder" if Path(source).is_dir() else "the Hub, or a folder here,"
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"no pretrained weights from {source} ({reason}); check {kind} or leave it out") from error
+    weights = {_torchvision_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    model = ResNet50(num_classes)
+    if weights["fc.weight"].shape[0] != num_classes:
+        weights["fc.weight"], weights["fc.bias"] = model.fc.weight, model.fc.bias
+    model.load_state_dict(weights)
+    return model
+
+
+def _torchvision_name(name: str) -> str:
+    """A parameter's name in transformers' ResNet -> in torchvision's, and here."""
+    if name.startswith("classifier.1."):
+        return name.replace("classifier.1.", "fc.")
+    *path, part, leaf = name.split(".")
+    is_norm = part == "normalization"
+    if path[:2] == ["resnet", "embedder"]:
+        return f"{'bn1' if is_norm else 'conv1'}.{leaf}"
+    _, _, _, stage, _, block, *inner = path
+    prefix = f"layer{int(stage) + 1}.{block}"
+    if inner[0] == "shortcut":
+        return f"{prefix}.downsample.{int(is_norm)}.{leaf}"
+    return f"{prefix}.{'bn' if is_norm else 'conv'}{int(inner[1]) + 1}.{leaf}"
+
+
+def describe(model: ResNet34 | ResNet50, image_size: int) -> str:
+    """One line: depth, stem, parameters, size in float32, and GMACs (billions of multiply-adds) of a forward pass."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"):
+        twin = type(model)(model.fc.out_features, int(model.name.partition("-")[2]), model.conv1.stride == (1, 1))
+        image = torch.empty(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter:
+        twin.eval()(image)
+    stem = "CIFAR stem, " if model.conv1.stride == (1, 1) else ""
+    return (
+        f"{model.name}, {stem}{parameters:,} parameters, {parameters * 4 / 1e6:.1f} MB, "
+        f"{counter.get_total_flops() / 2e9:.2f} GMACs at {image_size}x{image_size}"
+    )

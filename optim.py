@@ -1,0 +1,90 @@
+"""Parameter groups, SGD and the learning rate schedules. All of it counts in optimiser steps."""
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from config import Config
+from errors import UsageError
+
+
+def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:
+    """SGD with Nesterov momentum; tensors of rank 1 (biases, BatchNorm) are not decayed.
+
+    Source: He et al. 2018, Bag of Tricks, section 3.1.
+    """
+    decayed = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    others = [(name, p) for name, p in model.named_parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_epoch: int, step: int = 0) -> LRScheduler:
+    """The schedule of the whole run, standing at `step`, the number of optimiser steps already taken.
+
+    `lr` is OneCycle's peak and the other schedules' starting rate. Each schedule is a function of the step alone, so
+    nothing of it is saved: one built at step k goes on with the bits of one that was stepped k times. PyTorch wants a
+    schedule that starts late to find the groups prepared by one that started at 0, so such a one is built twice.
+    """
+    total = config.epochs * steps_per_epoch
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    def build(last_epoch: int) -> LRScheduler:
+        if config.scheduler == "onecycle":
+            return _one_cycle(optimizer, config, lr, total, last_epoch)
+        return LambdaLR(optimizer, partial(_factor, config=config, steps_per_epoch=steps_per_epoch), last_epoch)
+
+    schedule = build(-1)
+    return build(min(step, total - 1) - 1) if step else schedule
+
+
+def _factor(done: int, config: Config, steps_per_epoch: int) -> float:
+    """What the cosine and step schedules multiply the learning rate by after `done` steps."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if done < warmup:
+        return (done + 1) / warmup
+    if config.scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (config.epochs * steps_per_epoch - warmup)))
+    return config.gamma ** (done // (config.step_size * steps_per_epoch))
+
+
+def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last_epoch: int) -> OneCycleLR:
+    pct_start = config.warmup_epochs / config.epochs if config.warmup_epochs else config.onecycle_pct_start
+    try:
+        return OneCycleLR(
+            optimizer,
+            max_lr=[lr] * len(optimizer.param_groups),
+            total_steps=total,
+            pct_start=pct_start,
+            anneal_strategy=config.onecycle_anneal_strategy,  # type: ignore[arg-type]
+            cycle_momentum=not config.onecycle_fixed_momentum,
+            base_momentum=config.onecycle_base_momentum,
+            max_momentum=config.onecycle_max_momentum,
+            div_factor=config.onecycle_div_factor,
+            final_div_factor=config.onecycle_final_div_factor,
+            three_phase=config.onecycle_three_phase,
+            last_epoch=last_epoch,
+        )
+    except ZeroDivisionError:
+        raise UsageError(
+            f"OneCycle cannot rise over {pct_start:g} of {total} steps; train longer or change --onecycle_pct_start"
+        ) from None
+
+
+def describe_schedule(config: Config, total: int) -> str:
+    """One line: the shape, its length, and where the momentum goes."""
+    text = f"{config.scheduler}, {total:,} steps"
+    if config.scheduler == "onecycle" and not config.onecycle_fixed_momentum:
+        low, high = config.onecycle_base_momentum, config.onecycle_max_momentum
+        return f"{text}; momentum cycles {high:g} -> {low:g} -> {high:g}, so --momentum is not used"
+    return f"{text}; momentum {config.momentum:g}"
+
+
+def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """A gradient scaler, switched off unless the dtype is float16."""
+    return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

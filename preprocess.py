@@ -1,0 +1,258 @@
+"""Transforms, the local datasets, and `get_data_loaders`, which turns a `Config` into batches.
+
+`HuggingFaceImageNetDataset` and `StreamingDataLoader` are exposed here too.
+"""
+
+import copy
+import os
+import random
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+import distributed
+from config import Config
+from errors import DataError, UsageError
+from loader import EncodedImage, ImageDataset, StreamingDataLoader
+from streaming import HuggingFaceImageNetDataset, epoch_order, pick_blocks
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+import albumentations as A
+
+__all__ = ["AlbumentationsAdapter", "HuggingFaceImageNetDataset", "StreamingDataLoader", "get_data_loaders"]
+
+EVAL_BATCH = 256
+RESIZE_RATIO = 256 / 224
+
+
+class AlbumentationsAdapter:
+    """An albumentations pipeline as `transform(image, seed) -> image`, both uint8 (H, W, 3).
+
+    The result depends on the image and the seed alone, in whatever thread or order it is called: each thread has a
+    copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
+    step the same numbers, so that a flip would depend on the crop before it).
+    """
+
+    def __init__(self, *steps: A.BasicTransform) -> None:
+        self._pipeline = A.Compose(steps)
+        self._threads = threading.local()
+
+    def __call__(self, image: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+        if not hasattr(self._threads, "pipeline"):
+            self._threads.pipeline = copy.deepcopy(self._pipeline)
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+        python_generator = random.Random(int(generator.integers(2**63)))
+        self._threads.pipeline.set_random_state(generator, python_generator)
+        result: np.ndarray = self._threads.pipeline(image=image)["image"]
+        return result
+
+
+def train_transform(config: Config) -> AlbumentationsAdapter:
+    """Random crop and flip to (image_size, image_size): padded crops for CIFAR and digits (which are not flipped)."""
+    size = config.image_size
+    if config.dataset in ("digits", "cifar10", "cifar100"):
+        padded = size + max(2, size // 8)
+        flip = [] if config.dataset == "digits" else [A.HorizontalFlip(p=0.5)]
+        return AlbumentationsAdapter(
+            A.Resize(size, size), A.PadIfNeeded(padded, padded, border_mode=0), A.RandomCrop(size, size), *flip
+        )
+    if config.crop == "fixed":
+        crop = [_resize_short_side(size), A.RandomCrop(size, size)]
+    else:
+        crop = [A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))]
+    return AlbumentationsAdapter(*crop, A.HorizontalFlip(p=0.5))
+
+
+def eval_transform(config: Config) -> AlbumentationsAdapter:
+    """The middle of the image: short side to 256/224 of eval_size, with antialiasing, then a centre crop."""
+    size = config.eval_size
+    if config.dataset in ("digits", "cifar10", "cifar100"):
+        return AlbumentationsAdapter(A.Resize(size, size))
+    return AlbumentationsAdapter(_resize_short_side(size), A.CenterCrop(size, size))
+
+
+def _resize_short_side(size: int) -> A.SmallestMaxSize:
+    return A.SmallestMaxSize(round(size * RESIZE_RATIO), interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
+
+
+class LocalDataset:
+    """Images in memory or in files: every sample is a block of its own, and reading needs no preparation.
+
+    `images` are uint8 arrays (H, W, 3) or the paths of image files.
+    """
+
+    def __init__(self, images: "np.ndarray | list[Path]", labels: list[int], classes: list[str]) -> None:
+        self.images = images
+        self.labels = labels
+        self.classes = classes
+        self.block_rows = np.ones(len(labels), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, limit: int | None) -> "LocalDataset":
+        """At most `limit` samples, spread evenly."""
+        picks, _ = pick_blocks(self.block_rows, limit)
+        return LocalDataset([self.images[i] for i in picks], [self.labels[i] for i in picks], self.classes)  # type: ignore[arg-type]
+
+    def reader(self, ids: np.ndarray) -> "LocalDataset":
+        return self
+
+    def read(self, sample_id: int) -> tuple[EncodedImage, int]:
+        image = self.images[sample_id]
+        return image.read_bytes() if isinstance(image, Path) else image, self.labels[sample_id]
+
+    def release(self, ids: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def load_digits() -> tuple[LocalDataset, LocalDataset]:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth of them held out, evenly by class."""
+    import sklearn.datasets
+    from sklearn.model_selection import train_test_split
+
+    digits = sklearn.datasets.load_digits()
+    images = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+    labels = digits.target
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    classes = [str(name) for name in digits.target_names]
+    return tuple(LocalDataset(images[part], labels[part].tolist(), classes) for part in (train, val))  # type: ignore[return-value]
+
+
+def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
+    """CIFAR-10 or -100 in torchvision's files, downloaded into `folder` if they are not there. Raises DataError."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    parts = []
+    for train in (True, False):
+        try:
+            part = kind(str(folder), train=train, download=distributed.rank() == 0)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"{name} is not in {folder} and cannot be downloaded ({error}); put torchvision's files there"
+            ) from error
+        parts.append(LocalDataset(part.data, part.targets, part.classes))
+    return parts[0], parts[1]
+
+
+def load_image_folder(folder: Path) -> tuple[LocalDataset, LocalDataset]:
+    """train/ and val/ with a folder of images for each class. Raises DataError."""
+    from torchvision.datasets import ImageFolder
+
+    parts = []
+    for split in ("train", "val"):
+        if not (folder / split).is_dir():
+            raise DataError(f"{folder / split} is not a folder; --data_dir needs train/ and val/ with a folder a class")
+        try:
+            part = ImageFolder(str(folder / split))
+        except (FileNotFoundError, OSError) as error:
+            raise DataError(f"{folder / split} has no images in class folders ({error})") from error
+        parts.append(LocalDataset([Path(path) for path, _ in part.samples], part.targets, part.classes))
+    if parts[0].classes != parts[1].classes:
+        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise DataError(f"train/ and val/ of {folder} have different classes, {odd[0]} for one; make them the same")
+    return parts[0], parts[1]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The loaders of one process, the class names, and the commit of the Hub dataset they are read from."""
+
+    train: StreamingDataLoader
+    val: StreamingDataLoader
+    classes: list[str]
+    revision: str | None
+
+    def describe(self, config: Config) -> str:
+        at = f" at {self.revision[:12]}" if self.revision else ""
+        return (
+            f"{config.dataset_id}{at}: {len(self.train.dataset):,} training and {len(self.val.dataset):,} validation "
+            f"images, {len(self.classes):,} classes; {len(self.train):,} steps an epoch"
+        )
+
+
+def get_data_loaders(config: Config, device: torch.device, revision: str | None = None) -> Data:
+    """This process's training and evaluation loaders. `revision` pins the commit of a run that is resumed.
+
+    Raises DataError when the data is missing, unreachable or of no use, UsageError when the batch does not fit it.
+    """
+    world = distributed.world_size()
+    config.check_world(world)
+    train, val, window = _load(config, revision)
+    if len(train.classes) < 2:
+        raise DataError(f"{config.dataset_id} has one class; a classifier needs two")
+    order = partial(_rank_order, train.block_rows, config.seed, config.streams, window)
+    make = partial(
+        StreamingDataLoader,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+        pin_memory=device.type == "cuda",
+    )
+    batch_size, size = config.batch_size // world, config.image_size
+    train_loader = make(train, train_transform(config), order, batch_size=batch_size, image_size=size, train=True)
+    if not len(train_loader):
+        raise UsageError(
+            f"--batch_size {config.batch_size} is larger than the training set of {len(train)} images; use less"
+        )
+    eval_batch = min(config.batch_size, EVAL_BATCH)
+    val_ids = _rank_share(len(val), eval_batch)
+    val_loader = make(
+        val, eval_transform(config), lambda epoch: [val_ids], batch_size=eval_batch, image_size=config.eval_size,
+        train=False,
+    )  # fmt: skip
+    return Data(train_loader, val_loader, train.classes, getattr(train, "revision", None))
+
+
+def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
+    """The two datasets, and the shuffle window to use over the first."""
+    if config.dataset in ("imagenet1k", "hf"):
+        train, val = (
+            HuggingFaceImageNetDataset(
+                config.dataset_id,
+                split=split,
+                revision=revision or config.dataset_revision,
+                image_column=config.image_column,
+                label_column=config.label_column,
+                block_bytes=config.block_mb * 2**20,
+                max_samples=config.max_samples,
+                streaming=not config.no_streaming,
+            )
+            for split in ([config.train_split], [config.val_split] if config.val_split else VAL_SPLITS)
+        )
+        return train, val, config.shuffle_window
+    folder = Path(config.data_dir or "data")
+    if config.dataset == "digits":
+        parts = load_digits()
+    elif config.dataset == "imagefolder":
+        parts = load_image_folder(folder)
+    else:
+        parts = load_cifar(config.dataset, folder)
+    local_train, local_val = (part.take(config.max_samples) for part in parts)
+    return local_train, local_val, len(local_train)
+
+
+VAL_SPLITS = ["validation", "val", "valid", "test"]
+
+
+def _rank_order(block_rows: np.ndarray, seed: int, streams: int, window: int, epoch: int) -> list[np.ndarray]:
+    share = streams // distributed.world_size()
+    first = distributed.rank() * share
+    return epoch_order(block_rows, epoch, seed, streams, window)[first : first + share]
+
+
+def _rank_share(images: int, batch: int) -> np.ndarray:
+    """The images that this rank evaluates: whole batches, so that no batch depends on the number of ranks."""
+    batches = -(-images // batch)
+    rank, world = distributed.rank(), distributed.world_size()
+    first, last = batches * rank // world, batches * (rank + 1) // world
+    return np.arange(first * batch, min(last * batch, images))

@@ -1,0 +1,94 @@
+"""Find a learning rate before training: parse -> build -> range test -> curve, JSON, suggestion.
+
+    python run_lr_finder.py                                            # digits, a few seconds
+    python run_lr_finder.py --dataset imagenet1k --batch_size 256      # streamed from the Hub, 100 steps
+
+The flags are those of main.py: give the same ones as for training. Weights, optimiser and random number generators are
+left as they were. Written to lr_finder/ in the run folder: lr_finder.png to look at, lr_finder.json for
+`main.py --lr_from`, lr_finder.csv.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import config as configuration
+from config import Config
+from errors import UsageError, run_front_door
+
+if TYPE_CHECKING:
+    from lr_finder import RangeTest
+    from preprocess import Data
+    from train import Training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The front door. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_front_door(lambda: _run(arguments), debug="--debug" in arguments)
+
+
+def _run(argv: list[str]) -> None:
+    config = configuration.resolve(configuration.parse("run_lr_finder.py", __doc__ or "", argv))
+    if config.resume_from:
+        raise UsageError("the finder starts from fresh weights; leave out --resume_from")
+
+    import distributed
+    from preprocess import get_data_loaders
+    from tracking import open_run_folder
+    from train import build_training
+
+    device = distributed.init(config.device)
+    try:
+        data = get_data_loaders(config, device)
+        training = build_training(config, len(data.classes), device)
+        folder = open_run_folder(config, None, argv)
+        lr = search(config, data, training, folder).suggested_lr
+        kept = shlex.join(argument for argument in argv if argument != "--find_lr")
+        distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
+        distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
+    finally:
+        distributed.cleanup()
+
+
+def search(config: Config, data: "Data", training: "Training", folder: Path) -> "RangeTest":
+    """Run the range test as training will step, and write and draw what it found. Nothing else is changed."""
+    import lr_finder
+    from distributed import mean_over_ranks, print0, rank
+    from train import train_step
+    from visualization import plot_lr_finder
+
+    result = lr_finder.find_lr_advanced(
+        training.model,
+        training.optimizer,
+        training.criterion,
+        data.train,
+        train_step=lambda images, labels: mean_over_ranks(train_step(training, images, labels)[0]),
+        grad_scaler=training.scaler,
+        start_lr=config.lr_start,
+        end_lr=config.lr_end,
+        num_iter=config.lr_iter,
+        step_mode=config.lr_step_mode,
+        smooth_f=config.lr_smooth_f,
+        diverge_th=config.lr_diverge_th,
+    )
+    if rank() == 0:
+        lr_finder.save(result, folder / "lr_finder", asdict(config))
+        plot_lr_finder(
+            result.lr,
+            result.loss,
+            result.smoothed_loss,
+            result.suggestions,
+            result.stopped,
+            folder / "lr_finder" / "lr_finder.png",
+        )
+    values = "  ".join(f"{name} {'none' if lr is None else f'{lr:.3g}'}" for name, lr in result.suggestions.items())
+    print0(f"finder    {len(result.lr)} steps, {result.stopped}; suggestions: {values} (using {result.method})")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Where a run's numbers go: the console, results.csv, metrics.jsonl, and the ledger."""
+
+import csv
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import distributed
+from config import Config
+from errors import UsageError
+
+RESULT_COLUMNS = (
+    *("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"),
+    *("lr", "images_per_s", "seconds"),
+)
+
+
+PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "numpy")
+
+
+def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -> Path:
+    """Make the folder of a new run, or go on in the one that is `resumed`, and note this launch in its config.json.
+
+    Raises UsageError when the folder cannot be written, or holds another run's snapshots.
+    """
+    name = f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(distributed.from_rank0(config.run_dir or str(resumed or Path("runs") / name)))
+    if distributed.rank():
+        return folder
+    if folder != resumed and any(folder.glob("snapshots/*.safetensors")):
+        raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
+    path = folder / "config.json"
+    try:
+        (folder / "snapshots").mkdir(parents=True, exist_ok=True)
+        launches = json.loads(path.read_text())["launches"] if path.exists() else []
+        path.write_text(json.dumps({"config": asdict(config), "launches": [*launches, _launch(argv)]}, indent=2))
+    except OSError as error:
+        raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
+    print(f"run       {folder}", flush=True)
+    return folder
+
+
+def _launch(argv: Sequence[str]) -> dict[str, Any]:
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "command": f"{Path(sys.argv[0]).name} {shlex.join(argv)}",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": git.stdout.strip() or None,
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "ranks": distributed.world_size(),
+    }
+
+
+class Tracker:
+    """Takes one dict a step and one a finished epoch; `folder` is None on every rank but 0, which writes nothing.
+
+    On a terminal the progress of an epoch is a live bar, in a log file a plain line every time numbers arrive.
+    """
+
+    def __init__(self, folder: Path | None, ledger: bool) -> None:
+        self.folder = folder
+        self.ledger = ledger
+        self._bar: tqdm[Any] | None = None
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """Forget whatever was logged after this step (and the epochs after this one): a resume will log it again."""
+        if self.folder is None:
+            return
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            _keep_lines(self.folder / name, lambda line: json.loads(line)["step"] <= step)
+        _keep_lines(self.folder / "results.csv", lambda line: line.startswith("epoch") or _csv_epoch(line) <= epoch)
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """Begin the display of epoch number `epoch` (from 1), `done` of its `steps` being behind us."""
+        self._title = f"epoch {epoch}/{epochs}"
+        self._steps = steps
+        if self.folder is not None:
+            self._bar = tqdm(total=steps, initial=done, desc=self._title, unit="step", leave=False, disable=None)
+
+    def log_steps(self, rows: list[dict[str, Any]], step_in_epoch: int, images_per_s: float) -> None:
+        """Record consecutive steps: `step, epoch, loss, top1, lr, momentum, skipped`, and with a ledger `ids`."""
+        if self.folder is None or not rows:
+            return
+        last = rows[-1]
+        line = (
+            f"step {step_in_epoch}/{self._steps}  loss {last['loss']:.4f}  top1 {last['top1']:6.2%}  "
+            f"lr {last['lr']:.3g}  momentum {last['momentum']:.3f}  {images_per_s:,.0f} images/s"
+        )
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+            self._bar.update(step_in_epoch - self._bar.n)
+        else:
+            print(f"{self._title}  {line}", flush=True)
+        plain = [{key: value for key, value in row.items() if key != "ids"} for row in rows]
+        _append(self.folder / "metrics.jsonl", (json.dumps(row) for row in plain))
+        if self.ledger:
+            _append(self.folder / "ledger.jsonl", (json.dumps(ledger_row(row)) for row in rows))
+
+    def end_epoch(self, result: dict[str, Any]) -> None:
+        """Write the epoch's row and line."""
+        self.close()
+        if self.folder is None:
+            return
+        path = self.folder / "results.csv"
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, RESULT_COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({name: result[name] for name in RESULT_COLUMNS})
+        print(
+            f"{self._title}  train loss {result['train_loss']:.4f} top1 {result['train_top1']:.2%}  "
+            f"val loss {result['val_loss']:.4f} top1 {result['val_top1']:.2%} top5 {result['val_top5']:.2%}  "
+            f"{result['images_per_s']:,.0f} images/s  {result['seconds']:.1f} s",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One step for the audit trail: ids (int64, in order) as their SHA-256, floats as hexadecimal."""
+    ids = np.asarray(row["ids"], dtype="<i8")
+    return {
+        "step": row["step"],
+        "epoch": row["epoch"],
+        "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "loss": float(row["loss"]).hex(),
+        "lr": float(row["lr"]).hex(),
+        "skipped": row["skipped"],
+    }
+
+
+class Stopwatch:
+    """Seconds spent, going on from those of an earlier process."""
+
+    def __init__(self, already: float = 0.0) -> None:
+        self._start = time.perf_counter() - already
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _csv_epoch(line: str) -> int:
+    return int(line.partition(",")[0])
+
+
+def _append(path: Path, lines: Iterable[str]) -> None:
+    with open(path, "a") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
+    """Rewrite a log with the lines to keep, up to the first that a kill left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and keep(line):
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,87 @@
+"""Pictures of a run: its curves, the images it was fed, and the finder's curve."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+DPI = 110
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw loss, accuracy, and learning rate with momentum against the step, from the run's own logs."""
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    with open(run_dir / "results.csv", newline="") as file:
+        epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    at = [row["step"] for row in epochs]
+    figure, (loss, top1, lr) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    step = [row["step"] for row in steps]
+    loss.plot(step, [row["loss"] for row in steps], color="C0", alpha=0.3, linewidth=0.8, label="train, each step")
+    loss.plot(at, [row["train_loss"] for row in epochs], "C0o-", markersize=3, label="train")
+    loss.plot(at, [row["val_loss"] for row in epochs], "C1o-", markersize=3, label="validation")
+    loss.set(title="Loss", xlabel="step", ylim=(0, None))
+    top1.plot(at, [100 * row["train_top1"] for row in epochs], "C0o-", markersize=3, label="train")
+    top1.plot(at, [100 * row["val_top1"] for row in epochs], "C1o-", markersize=3, label="validation")
+    top1.set(title=f"Top-1 accuracy, last {100 * epochs[-1]['val_top1']:.2f} %", xlabel="step", ylabel="%")
+    lr.plot(step, [row["lr"] for row in steps], "C2", label="learning rate")
+    lr.set(title="Learning rate and momentum", xlabel="step", ylim=(0, None))
+    momentum = lr.twinx()
+    momentum.plot(step, [row["momentum"] for row in steps], "C3--", label="momentum")
+    lines = [*lr.get_lines(), *momentum.get_lines()]
+    lr.legend(lines, [str(line.get_label()) for line in lines], loc="lower center")
+    for axes in (loss, top1):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    return _save(figure, run_dir / "plots" / "curves.png")
+
+
+def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> Path:
+    """Draw up to 32 uint8 images (N, H, W, 3), as the model gets them, with their class names."""
+    count = min(32, len(images))
+    rows = -(-count // 8)
+    figure, grid = plt.subplots(rows, 8, figsize=(12, 1.7 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, label in zip(grid.flat, images[:count], labels, strict=False):
+        axes.imshow(image)
+        axes.set_title(classes[label].split(",")[0][:18], fontsize=8)
+    return _save(figure, path)
+
+
+def plot_lr_finder(
+    lr: Sequence[float],
+    loss: Sequence[float],
+    smoothed: Sequence[float],
+    suggestions: Mapping[str, float | None],
+    stopped: str,
+    path: Path,
+) -> Path:
+    """Draw a range test on a logarithmic axis, with each method's suggestion and why the sweep ended."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(lr, loss, color="C0", alpha=0.3, label="loss")
+    axes.plot(lr, smoothed, color="C0", label="smoothed loss")
+    for number, (name, value) in enumerate(suggestions.items(), 1):
+        if value is not None:
+            axes.axvline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3g}")
+    if smoothed:
+        low, high = min(smoothed), max(smoothed[: max(1, len(smoothed) // 2)])
+        axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.5 * (high - low) + 1e-3)
+    axes.set_xscale("log")
+    axes.set(title=f"Learning rate range test: {stopped}", xlabel="learning rate", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return path
