@@ -108,9 +108,7 @@ class HuggingFaceImageNetDataset:
             builder = datasets.load_dataset_builder(source, revision=self.revision)
         files = _split_files(builder, source, split)
         self._open = _opener(source, self.revision, files, streaming)
-        self._footers = _read_footers(
-            files, self._open, None if self.revision is None else _footer_folder(source, self.revision)
-        )
+        self._footers = _read_footers(files, self._open, _footer_folder(source) if self.revision else None)
         features = builder.info.features or Features.from_arrow_schema(self._footers[0].schema.to_arrow_schema())
         self.image_column = _find_column(features, Image, image_column, "--image_column", source)
         self.label_column = _find_column(features, ClassLabel, label_column, "--label_column", source)
@@ -258,15 +256,15 @@ def _opener(source: str, revision: str | None, files: list[str], streaming: bool
     return lambda number: hub.open(files[number], "rb", cache_type="none")
 
 
-def _footer_folder(source: str, revision: str) -> Path:
-    return Path(constants.HF_HOME) / "imagenet1k" / "footers" / source.replace("/", "--") / revision
+def _footer_folder(source: str) -> Path:
+    return Path(constants.HF_HOME) / "imagenet1k" / "footers" / source.replace("/", "--")
 
 
 def _read_footers(files: list[str], open_file: Callable[[int], Any], cache: Path | None) -> list[pq.FileMetaData]:
     """The metadata of every file: fetched in parallel, and of the Hub's files a copy kept for each revision."""
 
     def read(number: int) -> pq.FileMetaData:
-        copy = cache / f"{number:05d}.footer" if cache else None
+        copy = cache / (files[number].rpartition("@")[2].replace("/", "--") + ".footer") if cache else None
         if copy is not None and copy.exists():
             return pq.read_metadata(copy)
         with open_file(number) as file:
