@@ -4,6 +4,7 @@ Source: He et al. 2016, Deep Residual Learning; v1.5 puts a bottleneck's stride 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,8 +77,8 @@ class ResNet(nn.Module):
     """float (N, 3, H, W) -> logits (N, num_classes).
 
     The ImageNet stem (7x7 stride 2, max pool) reduces the size fourfold before the blocks; the CIFAR stem (3x3,
-    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). With `zero_init_residual` each block
-    starts as the identity (Goyal et al. 2017, section 5.1).
+    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). A bottleneck starts as the identity
+    (Goyal et al. 2017, section 5.1); basic blocks do not, for the small networks they make then start too slowly.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class ResNet(nn.Module):
         layers: tuple[int, int, int, int],
         num_classes: int,
         cifar_stem: bool = False,
-        zero_init_residual: bool = True,
     ) -> None:
         super().__init__()
         self._inputs = 64
@@ -103,9 +103,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            elif zero_init_residual and isinstance(module, Bottleneck):
+            elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def _layer(self, block: type[BasicBlock] | type[Bottleneck], width: int, blocks: int, stride: int) -> nn.Sequential:
@@ -157,28 +155,55 @@ def build_model(num_classes: int, image_size: int, name: str = "auto") -> ResNet
     return kind(num_classes, DEPTHS[name], cifar_stem)
 
 
-def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000) -> ResNet50:
-    """ResNet-50 v1.5 with the weights of a transformers checkpoint: a Hub id or a local folder.
+RESNET50_V15 = {  # the transformers configuration that computes what ResNet50 computes
+    "model_type": "resnet",
+    "layer_type": "bottleneck",
+    "depths": [3, 4, 6, 3],
+    "hidden_sizes": [256, 512, 1024, 2048],
+    "embedding_size": 64,
+    "num_channels": 3,
+    "hidden_act": "relu",
+    "downsample_in_bottleneck": False,
+    "downsample_in_first_stage": False,
+}
 
-    The head is new when the number of classes differs. Raises DataError when the weights cannot be had, UsageError
-    when they are not those of a ResNet-50 v1.5.
+
+def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000) -> ResNet50:
+    """ResNet-50 v1.5 with the safetensors weights of a transformers checkpoint: a Hub id or a local folder.
+
+    The head is new when the number of classes differs. Raises DataError when the weights cannot be had, are damaged or
+    incomplete, UsageError when they are not those of a ResNet-50 v1.5.
     """
     from transformers import ResNetConfig, ResNetForImageClassification
 
     try:
         config = ResNetConfig.from_pretrained(source)
-        found = (config.model_type, config.layer_type, tuple(config.depths or ()), config.downsample_in_bottleneck)
-        if found != ("resnet", "bottleneck", (3, 4, 6, 3), False):
-            raise UsageError(f"--use_pretrained {source} is no ResNet-50 v1.5; microsoft/resnet-50 is one")
-        theirs = ResNetForImageClassification.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        found = {key: getattr(config, key) for key in RESNET50_V15}
+        found |= {key: list(found[key] or ()) for key in ("depths", "hidden_sizes")}  # tuples when not from a file
+        differing = [key for key, value in RESNET50_V15.items() if found[key] != value]
+        if differing:
+            raise UsageError(
+                f"--use_pretrained {source} is no ResNet-50 v1.5 (see its {', '.join(differing)}); "
+                "microsoft/resnet-50 is one"
+            )
+        loaded: Any = ResNetForImageClassification.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True
+        )
+        theirs, report = loaded
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file raises SafetensorError or RuntimeError, neither an OSError
         kind = "the folder" if Path(source).is_dir() else "the Hub, or a folder here,"
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"no pretrained weights from {source} ({reason}); check {kind} or leave it out") from error
     weights = {_torchvision_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    lacking = {_torchvision_name(name) for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
     model = ResNet50(num_classes)
     if weights["fc.weight"].shape[0] != num_classes:
         weights["fc.weight"], weights["fc.bias"] = model.fc.weight, model.fc.bias
+        lacking -= {"fc.weight", "fc.bias"}
+    if lacking:  # transformers fills these with random numbers and only warns
+        raise DataError(f"{source} lacks {len(lacking)} tensors of a ResNet-50 ({min(lacking)}); fetch it again")
     model.load_state_dict(weights)
     return model
 
