@@ -31,7 +31,7 @@ PRESETS = {
     "imagenet1k": IMAGENET,
     "cifar10": CIFAR,
     "cifar100": CIFAR,
-    "digits": Preset(image_size=8, batch_size=64, epochs=6, weight_decay=5e-4, lr=0.4),
+    "digits": Preset(image_size=8, batch_size=64, epochs=10, weight_decay=5e-4, lr=0.12),
     "imagefolder": IMAGENET,
     "hf": IMAGENET,
 }

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 import torch_lr_finder
 from torch import nn
 from torch.optim import Optimizer
+from tqdm import tqdm
 
+import distributed
 from errors import DivergedError, UsageError
 from loader import StreamingDataLoader
 from snapshot import rng_state, set_rng_state
@@ -26,6 +29,7 @@ from snapshot import rng_state, set_rng_state
 DEFAULT_METHOD = "minimum"
 FEWEST_POINTS = 16
 LEAST_FALL = 0.02
+SKIP_START = 10
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -92,6 +96,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         batches = torch_lr_finder.TrainDataLoaderIter(train_loader) if streaming else train_loader
         self.stopped = "the sweep reached its last learning rate"
         try:
+            torch_lr_finder.lr_finder.tqdm = partial(tqdm, disable=True if distributed.rank() else None)
             with contextlib.redirect_stdout(None):
                 super().range_test(batches, *arguments, smooth_f=0, **options)
             planned = options.get("num_iter", 100)
@@ -190,14 +195,13 @@ def _why_unreadable(smoothed: list[float], stopped: str) -> str | None:
 
 
 def steepest(lr: np.ndarray, loss: np.ndarray) -> float:
-    """Where the smoothed loss falls fastest against log10(lr), left of its minimum."""
-    end = int(loss.argmin()) + 1
-    return float(lr[np.gradient(loss[:end], np.log10(lr[:end])).argmin()]) if end > 1 else float(lr[0])
+    """Where the smoothed loss falls fastest against log10(lr), the first points being noise (after torch-lr-finder)."""
+    return float(lr[SKIP_START + np.gradient(loss[SKIP_START:], np.log10(lr[SKIP_START:])).argmin()])
 
 
 def minimum(lr: np.ndarray, loss: np.ndarray) -> float:
-    """A tenth of the learning rate with the lowest smoothed loss."""
-    return float(lr[loss.argmin()]) / 10
+    """Half a decade below the learning rate with the lowest smoothed loss."""
+    return float(lr[loss.argmin()]) / math.sqrt(10)
 
 
 def valley(lr: np.ndarray, loss: np.ndarray) -> float:

@@ -26,7 +26,7 @@ def plot_curves(run_dir: Path) -> Path:
     loss.plot(step, [row["loss"] for row in steps], color="C0", alpha=0.3, linewidth=0.8, label="train, each step")
     loss.plot(at, [row["train_loss"] for row in epochs], "C0o-", markersize=3, label="train")
     loss.plot(at, [row["val_loss"] for row in epochs], "C1o-", markersize=3, label="validation")
-    loss.set(title="Loss", xlabel="step", ylim=(0, None))
+    loss.set(title="Loss", xlabel="step", ylim=(0, 1.5 * max(row["train_loss"] for row in epochs)))
     top1.plot(at, [100 * row["train_top1"] for row in epochs], "C0o-", markersize=3, label="train")
     top1.plot(at, [100 * row["val_top1"] for row in epochs], "C1o-", markersize=3, label="validation")
     top1.set(title=f"Top-1 accuracy, last {100 * epochs[-1]['val_top1']:.2f} %", xlabel="step", ylabel="%")
@@ -34,6 +34,8 @@ def plot_curves(run_dir: Path) -> Path:
     lr.set(title="Learning rate and momentum", xlabel="step", ylim=(0, None))
     momentum = lr.twinx()
     momentum.plot(step, [row["momentum"] for row in steps], "C3--", label="momentum")
+    lr.set_ylabel("learning rate")
+    momentum.set_ylabel("momentum")
     lines = [*lr.get_lines(), *momentum.get_lines()]
     lr.legend(lines, [str(line.get_label()) for line in lines], loc="lower center")
     for axes in (loss, top1):
