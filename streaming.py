@@ -41,10 +41,10 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
     Philox and stable sorts are used, which no release of numpy may change.
     """
 
-    def noise(count: int, *key: int) -> np.ndarray:
-        return np.random.Philox(np.random.SeedSequence((seed, epoch, *key))).random_raw(count)
+    def noise(count: int, use: int) -> np.ndarray:
+        return np.random.Philox(np.random.SeedSequence((seed, epoch, use))).random_raw(count)
 
-    permuted = np.argsort(noise(len(block_rows)), kind="stable")
+    permuted = np.argsort(noise(len(block_rows), 0), kind="stable")
     rows = block_rows[permuted]
     first_ids = (np.cumsum(block_rows) - block_rows)[permuted]
     total = int(rows.sum())
@@ -52,7 +52,7 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
     result = []
     for stream in range(streams):
         span = ids[total * stream // streams : total * (stream + 1) // streams]
-        bits = noise(len(span), stream)
+        bits = noise(len(span), 1 + stream)
         keys = bits if window >= total else np.arange(len(span)) + bits * (window / streams / 2**64)
         result.append(span[np.argsort(keys, kind="stable")])
     return result
@@ -106,14 +106,14 @@ class HuggingFaceImageNetDataset:
         self.revision = None if Path(source).is_dir() else _pin_revision(source, revision)
         with _one_line_errors(source):
             builder = datasets.load_dataset_builder(source, revision=self.revision)
-        files = _split_files(builder, source, split)
+        self._files = files = _split_files(builder, source, split)
         self._open = _opener(source, self.revision, files, streaming)
-        self._footers = _read_footers(files, self._open, _footer_folder(source) if self.revision else None)
+        self._footers = _read_footers(source, files, self._open, _footer_folder(source) if self.revision else None)
         features = builder.info.features or Features.from_arrow_schema(self._footers[0].schema.to_arrow_schema())
         self.image_column = _find_column(features, Image, image_column, "--image_column", source)
         self.label_column = _find_column(features, ClassLabel, label_column, "--label_column", source)
         self.classes: list[str] = list(features[self.label_column].names)
-        self._files = files
+        self._check_label_range()
         blocks = _cut_into_blocks(self._footers, (self.image_column, self.label_column), block_bytes)
         picks, rows = pick_blocks(np.array([block.rows for block in blocks], np.int64), max_samples)
         self.blocks = [blocks[pick] for pick in picks]
@@ -134,18 +134,30 @@ class HuggingFaceImageNetDataset:
         """The encoded images and labels of a block, by one range request. Raises DataError."""
         block = self.blocks[number]
         columns = [f"{self.image_column}.bytes", self.label_column]
-        with _one_line_errors(self.source), self._open(block.file) as file:
+        with _one_line_errors(self.source, self._files[block.file]), self._open(block.file) as file:
             parquet = pq.ParquetFile(file, metadata=self._footers[block.file], pre_buffer=True)
             table = parquet.read_row_groups(list(block.groups), columns=columns)
         images = table[self.image_column].combine_chunks().field("bytes").to_pylist()
         labels = table[self.label_column].to_pylist()
         for label in labels:
-            if label is None or not 0 <= label < len(self.classes):
-                raise DataError(
-                    f"{self._files[block.file]} has the label {label}, which is no class: a split without labels, "
-                    "such as the Hub's test split, is of no use here; give another split"
-                )
+            self._check_label(label, block.file)
         return list(zip(images, labels, strict=True))
+
+    def _check_label_range(self) -> None:
+        """Refuse a split without labels before it is read, as far as the footers tell its smallest and largest one."""
+        for file, footer in enumerate(self._footers):
+            for group in range(footer.num_row_groups):
+                statistics = next(c for c in _chunks(footer, group) if c.path_in_schema == self.label_column).statistics
+                if statistics is not None and statistics.has_min_max:
+                    self._check_label(statistics.min, file)
+                    self._check_label(statistics.max, file)
+
+    def _check_label(self, label: int | None, file: int) -> None:
+        if label is None or not 0 <= label < len(self.classes):
+            raise DataError(
+                f"{self._files[file]} has the label {label}, which is no class: a split without labels, "
+                "such as the Hub's test split, is of no use here; give another split"
+            )
 
     def reader(self, ids: np.ndarray) -> "BlockReader":
         return BlockReader(self, ids)
@@ -200,10 +212,11 @@ def _pin_revision(source: str, revision: str) -> str:
 
 
 class _one_line_errors(AbstractContextManager[None]):
-    """Turns what the Hub's clients raise into a DataError that says what to do about it."""
+    """Turns what the Hub's clients and pyarrow raise into a DataError that says what to do about it."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, file: str | None = None) -> None:
         self.source = source
+        self.file = file or source
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
@@ -231,7 +244,7 @@ class _one_line_errors(AbstractContextManager[None]):
         if isinstance(error, HTTPError | ConnectionError | TimeoutError):
             return f"cannot reach {source} at {constants.ENDPOINT} ({error}); check the network, then resume"
         if isinstance(error, OSError | ValueError):
-            return f"cannot read {source}: {' '.join(str(error).split())}"
+            return f"cannot read {self.file}: {' '.join(str(error).split())}"
         return None
 
 
@@ -260,14 +273,16 @@ def _footer_folder(source: str) -> Path:
     return Path(constants.HF_HOME) / "imagenet1k" / "footers" / source.replace("/", "--")
 
 
-def _read_footers(files: list[str], open_file: Callable[[int], Any], cache: Path | None) -> list[pq.FileMetaData]:
+def _read_footers(
+    source: str, files: list[str], open_file: Callable[[int], Any], cache: Path | None
+) -> list[pq.FileMetaData]:
     """The metadata of every file: fetched in parallel, and of the Hub's files a copy kept for each revision."""
 
     def read(number: int) -> pq.FileMetaData:
         copy = cache / (files[number].rpartition("@")[2].replace("/", "--") + ".footer") if cache else None
         if copy is not None and copy.exists():
             return pq.read_metadata(copy)
-        with open_file(number) as file:
+        with _one_line_errors(source, files[number]), open_file(number) as file:
             footer = pq.ParquetFile(file).metadata
         if copy is not None:
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -299,6 +314,11 @@ def _find_column(features: Features, kind: type, wanted: str | None, flag: str, 
     return str(fitting[0])
 
 
+def _chunks(footer: pq.FileMetaData, group: int) -> list[pq.ColumnChunkMetaData]:
+    row_group = footer.row_group(group)
+    return [row_group.column(number) for number in range(row_group.num_columns)]
+
+
 def _cut_into_blocks(footers: list[pq.FileMetaData], columns: tuple[str, str], block_bytes: int) -> list[Block]:
     """Consecutive row groups of each file, up to `block_bytes` together and at least one."""
     blocks = []
@@ -306,15 +326,14 @@ def _cut_into_blocks(footers: list[pq.FileMetaData], columns: tuple[str, str], b
         groups: list[int] = []
         size = rows = 0
         for group in range(footer.num_row_groups):
-            info = footer.row_group(group)
-            chunks = [info.column(i) for i in range(info.num_columns)]
+            chunks = _chunks(footer, group)
             group_bytes = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
             if groups and size + group_bytes > block_bytes:
                 blocks.append(Block(file, tuple(groups), rows))
                 groups, size, rows = [], 0, 0
             groups.append(group)
             size += group_bytes
-            rows += info.num_rows
+            rows += footer.row_group(group).num_rows
         if rows:
             blocks.append(Block(file, tuple(groups), rows))
     return blocks
