@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,9 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name} {value} is not a finite number")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
                     "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
                     "snapshot_steps": 0, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0}  # fmt: skip
@@ -142,18 +146,10 @@ class Config:
         for name, (low, high) in between.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"--{name} {getattr(self, name)} is out of range; it must be from {low} to {high}")
-        positive = (
-            "lr",
-            "lr_start",
-            "lr_smooth_f",
-            "gamma",
-            "onecycle_div_factor",
-            "onecycle_final_div_factor",
-            "max_grad_norm",
-        )
-        for name in positive:
+        for name in ("lr", "lr_start", "lr_smooth_f", "gamma", "onecycle_div_factor", "onecycle_final_div_factor",
+                     "max_grad_norm"):  # fmt: skip
             value = getattr(self, name)
-            if isinstance(value, float) and not 0 < value < float("inf"):
+            if isinstance(value, float) and value <= 0:
                 raise UsageError(f"--{name} {value} is out of range; it must be greater than 0")
         if self.weight_decay < 0 or self.warmup_epochs < 0:
             raise UsageError("--weight_decay and --warmup_epochs cannot be negative")
@@ -193,6 +189,19 @@ class Config:
         return {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}.get(
             self.dataset
         ) or self.dataset
+
+    def check_schedule(self, steps_per_epoch: int) -> None:
+        """Refuse a OneCycle whose rising part is a single step, over which PyTorch's divides by zero."""
+        total = self.epochs * steps_per_epoch
+        if self.scheduler == "onecycle" and self.pct_start * total == 1:
+            raise UsageError(
+                f"OneCycle cannot rise in one of {total} steps; change --epochs, --onecycle_pct_start or --warmup_epochs"
+            )
+
+    @property
+    def pct_start(self) -> float:
+        """The share of OneCycle's steps spent rising."""
+        return self.warmup_epochs / self.epochs if self.warmup_epochs else self.onecycle_pct_start
 
     def check_world(self, world: int) -> None:
         """Refuse a number of ranks that cannot share this batch evenly."""
@@ -301,7 +310,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or name not in _names("fixed"):
         raise UsageError(f"--override {text} is not NAME=VALUE with the name of a setting that a snapshot fixes")
     if typing.get_type_hints(Config)[name] is bool:
-        return name, value.lower() in ("1", "true", "on", "yes")
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"--override {text}: {name} is either true or false")
+        return name, value.lower() == "true"
     return name, parse("", "", [f"--{name}={value}"])[name]
 
 

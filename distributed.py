@@ -12,11 +12,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from errors import UsageError
+
 _host_group: Any = None
 
 
 def init(device_flag: str) -> torch.device:
-    """Join torchrun's processes, if there are any, and return this process's device."""
+    """Join torchrun's processes, if there are any, and return this process's device.
+
+    Raises UsageError for a device that this machine does not have.
+    """
     global _host_group
     device = _pick_device(device_flag)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
@@ -30,10 +35,14 @@ def init(device_flag: str) -> torch.device:
 def _pick_device(flag: str) -> torch.device:
     if flag == "auto":
         flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(flag)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
+    if flag == "cuda" and "LOCAL_RANK" in os.environ:
+        flag = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=flag).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {flag} cannot be used here ({str(error).splitlines()[0]}); leave it out, or give cpu"
+        ) from error
 
 
 def cleanup() -> None:

@@ -55,7 +55,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
     except Interrupted as stop:
         return stop.status
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -63,6 +63,8 @@ def _run(argv: list[str]) -> None:
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
     """The settings of this run, and the snapshot it goes on from."""
     if "resume_from" not in given:
+        if "override" in given:
+            raise UsageError("--override goes with --resume_from; give the flag itself")
         return configuration.resolve(given), None
     from snapshot import find
 
@@ -96,29 +98,33 @@ def _train(
     from tracking import Tracker, open_run_folder
     from train import Progress, Run, fit, load_snapshot
 
-    progress = load_snapshot(snapshot, training) if snapshot else Progress()
+    config.check_schedule(len(data.train))
+    progress = load_snapshot(snapshot, training) if snapshot else Progress(lr=_known_lr(config))
     if progress.epoch >= config.epochs:
         distributed.print0(f"nothing left to do: all {config.epochs} epochs are done")
         return
     resumed = snapshot.path.parent.parent if snapshot else None
     folder = open_run_folder(config, resumed, argv)
-    if snapshot is None:
-        progress.lr, why = _learning_rate(config, data, training, folder)
-        distributed.print0(f"lr        {why}")
+    if snapshot is None and config.lr == "auto":
+        progress.lr = run_lr_finder.search(config, data, training, folder).suggested_lr
+        distributed.print0(f"lr        {progress.lr:.4g} from the finder")
     schedule = build_schedule(training.optimizer, config, progress.lr, len(data.train), progress.step)
     distributed.print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
     on_rank0 = distributed.rank() == 0
     tracker = Tracker(folder if on_rank0 else None, config.ledger)
+    tracker.rewind(progress.step, progress.epoch)
+    store = SnapshotStore(folder / "snapshots", config.keep_snapshots) if on_rank0 else None
     if snapshot is not None:
         distributed.print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
-    tracker.rewind(progress.step, progress.epoch)
+        for name in store.rewind(progress.step) if store else ():
+            distributed.print0(f"dropped   {name}, a later step of the same run")
     run = Run(
         config=config,
         data=data,
         training=training,
         progress=progress,
         tracker=tracker,
-        store=SnapshotStore(folder / "snapshots", config.keep_snapshots) if on_rank0 else None,
+        store=store,
         folder=folder if on_rank0 else None,
         schedule=schedule,
         record={"config": asdict(config), "revision": data.revision, "classes": data.classes},
@@ -127,19 +133,23 @@ def _train(
     distributed.print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
 
 
-def _learning_rate(config: Config, data: "Data", training: "Training", folder: Path) -> tuple[float, str]:
-    """The (peak) learning rate, and where it comes from."""
+def _known_lr(config: Config) -> float:
+    """The (peak) learning rate as far as it is known without the finder, 0.0 otherwise. Says where it comes from."""
+    from distributed import print0
+
+    if config.lr == "auto":
+        return 0.0
     if config.lr_from is not None:
         from lr_finder import load_suggestion
 
         lr = load_suggestion(Path(config.lr_from))
-        return lr, f"{lr:.4g} from {config.lr_from}"
-    if config.lr == "auto":
-        lr = run_lr_finder.search(config, data, training, folder).suggested_lr
-        return lr, f"{lr:.4g} from the finder"
-    if config.lr is not None:
-        return float(config.lr), f"{config.lr:g} as given"
-    return configuration.default_lr(config)
+        why = f"{lr:.4g} from {config.lr_from}"
+    elif config.lr is not None:
+        lr, why = float(config.lr), f"{config.lr:g} as given"
+    else:
+        lr, why = configuration.default_lr(config)
+    print0(f"lr        {why}")
+    return lr
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from config import Config
-from errors import UsageError
 
 
 def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:
@@ -54,26 +53,20 @@ def _factor(done: int, config: Config, steps_per_epoch: int) -> float:
 
 
 def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last_epoch: int) -> OneCycleLR:
-    pct_start = config.warmup_epochs / config.epochs if config.warmup_epochs else config.onecycle_pct_start
-    try:
-        return OneCycleLR(
-            optimizer,
-            max_lr=[lr] * len(optimizer.param_groups),
-            total_steps=total,
-            pct_start=pct_start,
-            anneal_strategy=config.onecycle_anneal_strategy,  # type: ignore[arg-type]
-            cycle_momentum=not config.onecycle_fixed_momentum,
-            base_momentum=config.onecycle_base_momentum,
-            max_momentum=config.onecycle_max_momentum,
-            div_factor=config.onecycle_div_factor,
-            final_div_factor=config.onecycle_final_div_factor,
-            three_phase=config.onecycle_three_phase,
-            last_epoch=last_epoch,
-        )
-    except ZeroDivisionError:
-        raise UsageError(
-            f"OneCycle cannot rise over {pct_start:g} of {total} steps; train longer or change --onecycle_pct_start"
-        ) from None
+    return OneCycleLR(
+        optimizer,
+        max_lr=[lr] * len(optimizer.param_groups),
+        total_steps=total,
+        pct_start=config.pct_start,
+        anneal_strategy=config.onecycle_anneal_strategy,  # type: ignore[arg-type]
+        cycle_momentum=not config.onecycle_fixed_momentum,
+        base_momentum=config.onecycle_base_momentum,
+        max_momentum=config.onecycle_max_momentum,
+        div_factor=config.onecycle_div_factor,
+        final_div_factor=config.onecycle_final_div_factor,
+        three_phase=config.onecycle_three_phase,
+        last_epoch=last_epoch,
+    )
 
 
 def describe_schedule(config: Config, total: int) -> str:

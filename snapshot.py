@@ -86,7 +86,7 @@ def find(source: Path) -> tuple[Snapshot, list[str]]:
 
 def step_files(folder: Path) -> list[Path]:
     """The snapshots of a folder in the order of their steps, `best` left out."""
-    return sorted(folder.glob("step-*.safetensors"))
+    return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
 class SnapshotStore:
@@ -95,6 +95,13 @@ class SnapshotStore:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+
+    def rewind(self, step: int) -> list[str]:
+        """Drop the snapshots of later steps, which a resume from an older file leaves behind; their names."""
+        later = [path for path in step_files(self.folder) if int(path.stem.removeprefix("step-")) > step]
+        for path in later:
+            path.unlink()
+        return [path.name for path in later]
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> Path:
         """Write `step-<9 digits>.safetensors` durably, `best.safetensors` too if asked, then prune the older ones.
@@ -118,10 +125,11 @@ class SnapshotStore:
 def rng_state() -> dict[str, torch.Tensor]:
     """The state of this process's random number generators (Python's, numpy's, torch's, the GPU's) as tensors."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    _, python, _ = random.getstate()
+    _, python, python_gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(python),
+        "python_gauss": torch.tensor([] if python_gauss is None else [python_gauss], dtype=torch.float64),
         "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
     }
@@ -133,7 +141,8 @@ def rng_state() -> dict[str, torch.Tensor]:
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     """Put back what `rng_state` gave; a GPU's state is left out where there is none."""
     torch.set_rng_state(state["torch"])
-    random.setstate((3, tuple(state["python"].tolist()), None))
+    python_gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), python_gauss[0] if python_gauss else None))
     *keys, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(state["numpy_gauss"])))
     if "cuda" in state and torch.cuda.is_available():

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,7 @@ from snapshot import Snapshot, SnapshotStore, rng_state, set_rng_state
 from tracking import Stopwatch, Tracker
 from visualization import plot_curves, plot_samples
 
+warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 
@@ -368,6 +370,7 @@ def load_snapshot(snapshot: Snapshot, training: Training) -> Progress:
         buffer = parts["optimizer"].get(f"{name}.momentum_buffer")
         if buffer is not None:
             training.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffer)
-    training.scaler.load_state_dict(snapshot.state["scaler"])
+    if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
+        training.scaler.load_state_dict(snapshot.state["scaler"])
     set_rng_state(parts["rng"])
     return Progress(**{name: snapshot.state[name] for name in Progress.__dataclass_fields__})
