@@ -229,12 +229,12 @@ class _CallingThread:
 def decode(encoded: EncodedImage) -> np.ndarray:
     """An encoded image -> uint8 RGB (H, W, 3). Raises ValueError, OSError or cv2.error when it cannot be read.
 
-    cv2 decodes what it reads well, 8-bit RGB and greyscale; Pillow the rest (CMYK, palettes, alpha, 16 bits).
+    cv2 decodes what it reads well, RGB and greyscale of 8 or 16 bits; Pillow the rest (CMYK, palettes, alpha).
     """
     if isinstance(encoded, np.ndarray):
         return encoded
     with Image.open(io.BytesIO(encoded)) as header:
-        if header.mode not in ("RGB", "L"):
+        if header.mode not in ("RGB", "L", "I;16"):
             return np.asarray(header.convert("RGB"))
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:

@@ -28,6 +28,7 @@ from snapshot import rng_state, set_rng_state
 
 DEFAULT_METHOD = "minimum"
 FEWEST_POINTS = 16
+FIRST_POINTS = 8
 LEAST_FALL = 0.02
 SKIP_START = 10
 
@@ -83,7 +84,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         super().__init__(model, optimizer, criterion, device, grad_scaler=grad_scaler, **options)
         self.train_step = train_step
         self.stopped = ""
-        self._was_training = model.training
+        self._was_training = {module: module.training for module in model.modules()}
         self._scaler_state = copy.deepcopy(grad_scaler.state_dict()) if grad_scaler else None
         self._rng = rng_state()
 
@@ -124,7 +125,8 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
     def reset(self) -> None:
         """Put back everything as it was when this finder was made."""
         super().reset()
-        self.model.train(self._was_training)
+        for module, was_training in self._was_training.items():
+            module.training = was_training
         self.optimizer.zero_grad(set_to_none=True)
         if self._scaler_state:
             self.grad_scaler.load_state_dict(self._scaler_state)
@@ -170,7 +172,7 @@ def find_lr_advanced(
     finally:
         finder.reset()
     history = finder.history
-    problem = _why_unreadable(history["loss"], finder.stopped)
+    problem = _why_unreadable(np.array(history["raw_loss"]), np.array(history["loss"]), smooth_f, finder.stopped)
     suggestions = {
         name: None if problem else suggest(np.array(history["lr"]), np.array(history["loss"]))
         for name, suggest in METHODS.items()
@@ -185,12 +187,18 @@ def find_lr(model: nn.Module, optimizer: Optimizer, criterion: nn.Module, loader
     return find_lr_advanced(model, optimizer, criterion, loader, **options).suggested_lr
 
 
-def _why_unreadable(smoothed: list[float], stopped: str) -> str | None:
-    if len(smoothed) < FEWEST_POINTS:
-        return f"{stopped} after {len(smoothed)} of the {FEWEST_POINTS} steps that a curve needs"
-    lowest = min(smoothed)
-    if smoothed[0] - lowest < LEAST_FALL * abs(smoothed[0]):
-        return f"the loss never fell: {smoothed[0]:.4g} at first, {lowest:.4g} at best"
+def _why_unreadable(loss: np.ndarray, smoothed: np.ndarray, smooth_f: float, stopped: str) -> str | None:
+    """Why this curve shows no learning rate, if so: it is short, or its fall is small, or within three deviations of
+    the noise, that of the first few losses' mean and of an exponential average (2 - f) / f losses wide together.
+    """
+    if len(loss) < FEWEST_POINTS:
+        return f"{stopped} after {len(loss)} of the {FEWEST_POINTS} steps that a curve needs"
+    first, lowest = loss[:FIRST_POINTS].mean(), smoothed[FIRST_POINTS:].min()
+    falling = loss[: max(FIRST_POINTS, smoothed.argmin() + 1)]
+    noise = np.diff(falling).std() / math.sqrt(2)
+    width = min(len(falling), (2 - smooth_f) / smooth_f) if smooth_f else 1
+    if first - lowest < max(LEAST_FALL * abs(first), 3 * noise * math.sqrt(1 / FIRST_POINTS + 1 / width)):
+        return f"the loss never fell clearly: {first:.4g} at first, {lowest:.4g} at best, {noise:.2g} of noise"
     return None
 
 

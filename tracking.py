@@ -1,5 +1,6 @@
 """Where a run's numbers go: the console, results.csv, metrics.jsonl, and the ledger."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -123,10 +124,9 @@ class Tracker:
         if self.folder is None:
             return
         path = self.folder / "results.csv"
-        new = not path.exists()
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, RESULT_COLUMNS)
-            if new:
+            if not file.tell():
                 writer.writeheader()
             writer.writerow({name: result[name] for name in RESULT_COLUMNS})
         print(
@@ -176,13 +176,14 @@ def _append(path: Path, lines: Iterable[str]) -> None:
 
 
 def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
-    """Rewrite a log with the lines to keep, up to the first that a kill left unfinished."""
+    """Rewrite a log with the lines to keep; what a kill left unfinished or a crash filled with rubbish is none."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and keep(line):
-            kept.append(line)
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith("\n") and keep(line):
+                kept.append(line)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
