@@ -1,0 +1,268 @@
+"""A stand-in for the Hugging Face Hub on 127.0.0.1, for the real `datasets` and `huggingface_hub` clients.
+
+By hand: `python tests/hub.py ROOT [--token T] [--gated] [--port P]` serves until Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TEXT = {".md", ".json", ".txt", ".yaml", ".py", ""}
+GATED_CALLS = {"auth-check", "paths-info", "resolve"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answered request: its `Range` header or None, the status, and the size of the answer's body in bytes."""
+
+    method: str
+    path: str
+    range: str | None
+    status: int
+    sent: int
+
+
+class Refused(Exception):
+    """Answered with `status`, X-Error-Message and, unless it is empty, X-Error-Code `code`."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers | {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+
+
+class Repo:
+    """The files below `folder` as they were when this was made; `sha` is a 40-hex digest of all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.id, self.folder = f"{folder.parent.name}/{folder.name}", folder
+        entries = [_entry(local, local.relative_to(folder).as_posix()) for local in sorted(folder.rglob("*"))]
+        self.entries = {entry["path"]: entry for entry in entries}
+        self.sha = hashlib.sha1(json.dumps(entries).encode()).hexdigest()
+
+    def info(self, gated: bool) -> dict[str, Any]:
+        """The repository's metadata, as /api/datasets/ID and /api/models/ID answer."""
+        siblings = [{"rfilename": path} for path, entry in self.entries.items() if entry["type"] == "file"]
+        gate = "auto" if gated else False
+        return {"id": self.id, "sha": self.sha, "private": False, "gated": gate, "tags": [], "siblings": siblings}
+
+    def file(self, path: str) -> dict[str, Any]:
+        if self.entries.get(path, {}).get("type") != "file":
+            raise self._missing(path)
+        return self.entries[path]
+
+    def tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
+        """What lies below `folder` ("" is the root). Raises Refused when there is nothing."""
+        prefix = f"{folder}/" if folder else ""
+        below = [entry for path, entry in self.entries.items() if path.startswith(prefix)]
+        if not below:
+            raise self._missing(folder)
+        return [entry for entry in below if recursive or "/" not in entry["path"].removeprefix(prefix)]
+
+    def _missing(self, path: str) -> Refused:
+        return Refused(404, "EntryNotFound", f"{path} does not exist on {self.sha}", **{"X-Repo-Commit": self.sha})
+
+
+def _entry(local: Path, path: str) -> dict[str, Any]:
+    """A file or folder as /tree and /paths-info list it; all but small text files carry the SHA-256 of Git LFS."""
+    if local.is_dir():
+        return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+    data = local.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    lfs = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+    return {"type": "file", "path": path, "size": len(data), "oid": blob} | ({} if local.suffix in TEXT else lfs)
+
+
+class Hub:
+    """Serves root/datasets/<org>/<name>/... and root/models/<org>/<name>/... while used as a context manager.
+
+    A `token` makes the datasets private, or with `gated` public in name and metadata only; the models stay open. Any
+    other token is refused everywhere, as on the Hub. `accepted` says whether its owner accepted the gated licence.
+    """
+
+    def __init__(
+        self, root: Path, *, token: str | None = None, gated: bool = False, accepted: bool = True, port: int = 0
+    ) -> None:
+        self.token, self.gated, self.accepted = token, gated, accepted
+        self.requests: list[Request] = []
+        self.lock = threading.Lock()
+        folders = [folder for kind in ("datasets", "models") for folder in sorted((root / kind).glob("*/*"))]
+        self.repos = {(folder.parts[-3], "/".join(folder.parts[-2:])): Repo(folder) for folder in folders}
+        self._server = _Server(self, port)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def env(self) -> dict[str, str]:
+        """What to put in a client's environment before it imports huggingface_hub; HF_HOME is the caller's to set."""
+        return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1"}
+
+    def find(self, kind: str, repo_id: str, call: str, revision: str, token: str | None) -> Repo:
+        """The repository, if this token may make this call. Raises Refused."""
+        if token not in (None, self.token) and (self.token or self.gated):
+            raise Refused(401, "", "Invalid credentials in Authorization header")
+        repo = self.repos.get((kind, repo_id))
+        if token is None and self.token and (repo is None or (kind == "datasets" and not self.gated)):
+            raise Refused(401, "RepoNotFound", "Invalid username or password.")
+        if repo is None:
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        if self.gated and kind == "datasets" and call in GATED_CALLS:
+            self._check_licence(repo_id, token)
+        if revision not in ("main", repo.sha):
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repo
+
+    def _check_licence(self, repo_id: str, token: str | None) -> None:
+        restricted = f"Access to dataset {repo_id} is restricted"
+        if token is None:
+            message = f"{restricted}. You must have access to it and be authenticated to access it. Please log in."
+            raise Refused(401, "GatedRepo", message)
+        if not self.accepted:
+            visit = f"Visit https://huggingface.co/datasets/{repo_id} to ask for access."
+            raise Refused(403, "GatedRepo", f"{restricted} and you are not in the authorized list. {visit}")
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
+    def __init__(self, hub: Hub, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.hub = hub
+        self._accepted: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._accepted.append(request)
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        """Also cuts the kept-alive connections, so that a closed hub answers nobody."""
+        super().server_close()
+        for connection in self._accepted:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silent about clients that went away, as killed ones do."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_GET(self) -> None:
+        try:
+            self._route()
+        except Refused as refused:
+            self._send_json({"error": str(refused)}, refused.status, refused.headers)
+
+    do_HEAD = do_POST = do_GET
+
+    def _route(self) -> None:
+        """Answers /api/KIND/ORG/NAME[/CALL[/REV[/PATH]]] and [/datasets]/ORG/NAME/resolve/REV/PATH."""
+        fields = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
+        url = urlsplit(self.path)
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        api = parts[0] == "api"
+        parts = parts[1:] if api else parts
+        kind = parts.pop(0) if parts[:1] and parts[0] in ("datasets", "models") else "models"
+        if len(parts) < 2:
+            raise Refused(404, "", f"No such page: {url.path}")
+        repo_id, call, revision = "/".join(parts[:2]), "".join(parts[2:3]), (parts[3:4] or ["main"])[0]
+        path = "/".join(parts[4:]).strip("/")
+        token = self.headers.get("Authorization", "").partition("Bearer ")[2] or None
+        repo = self.server.hub.find(kind, repo_id, call, revision, token)
+        if not api and call == "resolve":
+            self._send_file(repo, path)
+        elif api and call in ("", "revision"):
+            self._send_json(repo.info(self.server.hub.gated and kind == "datasets"))
+        elif api and call == "tree":
+            self._send_json(repo.tree(path, parse_qs(url.query).get("recursive") == ["true"]))
+        elif api and call == "paths-info":
+            self._send_json([repo.entries[path] for path in fields.get("paths", []) if path in repo.entries])
+        elif api and call == "auth-check":
+            self._send_json({})
+        else:
+            raise Refused(404, "", f"No such page: {url.path}")
+
+    def _send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        self._start(status, len(body), {"Content-Type": "application/json; charset=utf-8"} | (headers or {}))
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _send_file(self, repo: Repo, path: str) -> None:
+        file = repo.file(path)
+        size, etag = file["size"], f'"{file.get("lfs", file)["oid"]}"'
+        headers = {"X-Repo-Commit": repo.sha, "ETag": etag, "Accept-Ranges": "bytes"}
+        if "lfs" in file:
+            headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": etag}
+        span = _byte_span(self.headers.get("Range"), size)
+        first, end = span or (0, size)
+        if span:
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+        self._start(206 if span else 200, end - first, headers | {"Content-Type": "application/octet-stream"})
+        if self.command != "HEAD" and end > first:
+            with (repo.folder / path).open("rb") as data:
+                self.connection.sendfile(data, first, end - first)
+
+    def _start(self, status: int, length: int, headers: dict[str, str]) -> None:
+        """Notes the request, then sends the head; so a client that has its answer finds it in the list."""
+        sent = 0 if self.command == "HEAD" else length
+        hub = self.server.hub
+        with hub.lock:
+            hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), status, sent))
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(length)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _byte_span(header: str | None, size: int) -> tuple[int, int] | None:
+    """The [first, end) that a Range header `bytes=A-[B]` asks for; None is everything. Raises Refused (416)."""
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", header or "")
+    if match is None:
+        return None
+    first, end = int(match[1]), min(size, int(match[2] or size) + 1)
+    if first >= end:
+        raise Refused(416, "", "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
+    return first, end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--token", help="the one token that is accepted; the datasets are private")
+    parser.add_argument("--gated", action="store_true", help="the datasets are gated instead")
+    parser.add_argument("--port", type=int, default=0)
+    args = parser.parse_args()
+    with Hub(args.root, token=args.token, gated=args.gated, port=args.port) as hub:
+        print(f"serving {', '.join(repo_id for _, repo_id in hub.repos)} at {hub.url}")
+        print(*(f"export {name}={value}" for name, value in hub.env().items()), sep="\n", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The flags: what --help says, what is refused, what a resume may change, and where the learning rate comes from."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import FROM_PRESET, PRESETS, Config, default_lr, parse, resolve, resume
+from errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [item.name for item in dataclasses.fields(Config)]
+HEAVY = {"torch", "torchvision", "numpy", "datasets", "albumentations", "cv2", "sklearn", "matplotlib", "transformers"}
+RELIED_ON = set(
+    re.findall(
+        r"\w+",
+        """dataset dataset_name data_dir batch_size streams shuffle_window block_mb max_bad_fraction run_dir resume_from
+        override ledger debug model image_size eval_size use_pretrained epochs lr lr_from momentum weight_decay
+        label_smoothing scheduler warmup_epochs step_size gamma onecycle_pct_start onecycle_div_factor
+        onecycle_final_div_factor onecycle_anneal_strategy onecycle_three_phase amp amp_dtype max_grad_norm
+        accumulate_steps max_samples no_streaming num_workers seed deterministic device find_lr lr_start lr_end lr_iter
+        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate""",
+    )
+)
+
+
+def settings(*argv: str) -> Config:
+    return resolve(parse("main.py", "", argv))
+
+
+def saved(*argv: str) -> dict[str, Any]:
+    return dataclasses.asdict(settings(*argv))
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UsageError) as error:
+        settings(*argv)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- --help ----------------------------------------------------------------------------------------------------------
+
+
+def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse("main.py", "What it is.", ["--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_every_flag_once_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys)
+    entries = dict(re.findall(r"^  --(\w+)(.*?)(?=^  -|^\w|\Z)", text, flags=re.DOTALL | re.MULTILINE))
+    assert re.findall(r"^  --(\w+)", text, flags=re.MULTILINE) == NAMES
+    assert {name for name, entry in entries.items() if entry.count("(default:") != 1} == set()
+
+
+def test_help_is_grouped_and_no_group_is_split(capsys: pytest.CaptureFixture[str]) -> None:
+    titles = re.findall(r"^([a-z]+):$", help_text(capsys), flags=re.MULTILINE)
+    groups = list(dict.fromkeys(item.metadata["group"] for item in dataclasses.fields(Config)))
+    assert titles == ["options", *groups]
+    assert groups == ["data", "model", "training", "schedule", "finder", "run"]
+
+
+def test_no_name_that_other_programs_rely_on_is_missing() -> None:
+    assert RELIED_ON - set(NAMES) == set()
+
+
+@pytest.mark.parametrize("front_door", ["main", "run_lr_finder"])
+def test_help_and_config_import_nothing_heavy(front_door: str) -> None:
+    program = (
+        f"import sys, config\nassert not {HEAVY} & sys.modules.keys()\nimport {front_door}\n"
+        f"try: {front_door}.main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0\n"
+        f"print('heavy:', sorted({HEAVY} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    assert "--batch_size" in done.stdout
+
+
+# ---- defaults --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "image_size", "batch_size", "epochs", "weight_decay"),
+    [
+        ([], 8, 64, 10, 5e-4),
+        (["--dataset", "digits"], 8, 64, 10, 5e-4),
+        (["--dataset", "cifar10"], 32, 128, 30, 5e-4),
+        (["--dataset", "cifar100"], 32, 128, 30, 5e-4),
+        (["--dataset", "imagenet1k"], 224, 256, 90, 5e-5),
+        (["--dataset", "imagefolder", "--data_dir", "photos"], 224, 256, 90, 5e-5),
+        (["--dataset", "hf", "--dataset_name", "timm/mini-imagenet"], 224, 256, 90, 5e-5),
+    ],
+)
+def test_each_dataset_has_its_defaults(
+    argv: list[str], image_size: int, batch_size: int, epochs: int, weight_decay: float
+) -> None:
+    config = settings(*argv)
+    found = (config.image_size, config.eval_size, config.batch_size, config.epochs, config.weight_decay, config.streams)
+    assert found == (image_size, image_size, batch_size, epochs, weight_decay, 8)
+
+
+def test_every_dataset_has_a_preset_and_every_preset_default_is_resolved() -> None:
+    choices = next(item for item in dataclasses.fields(Config) if item.name == "dataset").metadata["argparse"][
+        "choices"
+    ]
+    assert set(choices) == set(PRESETS)
+    assert [name for name, value in saved().items() if value is FROM_PRESET] == []
+
+
+def test_flags_given_win_over_the_datasets_defaults() -> None:
+    config = settings("--dataset", "cifar10", "--image_size", "40", "--epochs", "3", "--weight_decay", "0.1")
+    assert (config.image_size, config.eval_size, config.epochs, config.weight_decay) == (40, 40, 3, 0.1)
+    assert settings("--image_size", "16", "--eval_size", "24").eval_size == 24
+
+
+def test_parse_returns_only_the_flags_that_were_given() -> None:
+    assert parse("main.py", "", ["--amp", "--lr", "auto", "--seed", "0"]) == {"amp": True, "lr": "auto", "seed": 0}
+
+
+def test_workers_are_shared_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = settings().num_workers
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert settings().num_workers == max(1, whole // 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
+    assert settings().num_workers == 1
+
+
+def test_pretrained_without_a_name_is_microsofts_resnet50() -> None:
+    assert settings("--use_pretrained").use_pretrained == "microsoft/resnet-50"
+    assert settings("--use_pretrained", "folder").use_pretrained == "folder"
+    assert settings().use_pretrained is None
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--learning_rate", "1"], ["--batch-size", "64"], ["--epoch", "3"], ["--batch", "64"], ["--sched", "step"], ["x"]],
+)
+def test_unknown_and_abbreviated_flags_are_refused(argv: list[str]) -> None:
+    assert argv[0] in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["--epochs", "0"], ["--epochs", "1.5"], ["--epochs", "many"], ["--batch_size", "0"], ["--batch_size", "-8"]),
+        *(["--accumulate_steps", "0"], ["--streams", "0"], ["--num_workers", "-1"], ["--seed", "-1"]),
+        *(["--max_samples", "0"], ["--image_size", "0"], ["--eval_size", "0"], ["--shuffle_window", "0"]),
+        *(["--block_mb", "0"], ["--log_steps", "0"], ["--keep_snapshots", "0"], ["--snapshot_steps", "-1"]),
+        *(["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "fast"]),
+        *(["--momentum", "1.1"], ["--momentum", "nan"], ["--weight_decay", "-1"], ["--weight_decay", "nan"]),
+        *(["--weight_decay", "inf"], ["--label_smoothing", "-0.1"], ["--max_bad_fraction", "2"]),
+        *(["--max_grad_norm", "0"], ["--gamma", "0"], ["--step_size", "0"], ["--warmup_epochs", "-1"]),
+        *(["--warmup_epochs", "nan"], ["--warmup_epochs", "10"]),
+        *(["--onecycle_pct_start", "1.5"], ["--onecycle_div_factor", "0"], ["--onecycle_final_div_factor", "-1"]),
+        *(["--onecycle_max_momentum", "2"], ["--onecycle_anneal_strategy", "exp"], ["--scheduler", "poly"]),
+        *(["--lr_iter", "1"], ["--lr_start", "0"], ["--lr_end", "1e-6"], ["--lr_end", "inf"], ["--lr_end", "nan"]),
+        *(["--lr_smooth_f", "0"], ["--lr_smooth_f", "1.5"], ["--lr_diverge_th", "1"], ["--lr_diverge_th", "nan"]),
+        *(["--amp_dtype", "fp8"], ["--dataset", "mnist"], ["--crop", "none"]),
+    ],
+    ids=" ".join,
+)
+def test_a_value_out_of_range_is_refused_by_the_name_of_its_flag(argv: list[str]) -> None:
+    assert argv[0] in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--lr", "1", "--lr_from", "lr_finder.json"], ["--lr ", "--lr_from"]),
+        (["--dataset", "hf"], ["--dataset_name"]),
+        (["--dataset", "cifar10", "--dataset_name", "a/b"], ["--dataset_name", "cifar10"]),
+        (["--dataset", "imagefolder"], ["--data_dir", "train/", "val/"]),
+        (["--batch_size", "60"], ["60", "8", "56 or 64"]),
+        (["--batch_size", "6"], ["6", "8", "use 8"]),
+        (["--batch_size", "100", "--streams", "6"], ["100", "6", "96 or 102"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(argv: list[str], named: list[str]) -> None:
+    message = refusal(*argv)
+    assert [text for text in named if text not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("argv", "world", "named"),
+    [
+        ([], 3, ["8", "3"]),
+        ([], 16, ["8", "16"]),
+        (["--accumulate_steps", "5"], 1, ["64", "5"]),
+        (["--accumulate_steps", "64"], 1, ["BatchNorm"]),
+        (["--batch_size", "8"], 8, ["BatchNorm"]),
+    ],
+)
+def test_a_batch_that_the_ranks_cannot_share_is_refused(argv: list[str], world: int, named: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        settings(*argv).check_world(world)
+    assert [text for text in named if text not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_divisor_of_the_streams_is_a_fitting_number_of_ranks(world: int) -> None:
+    settings("--accumulate_steps", "2").check_world(world)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_resume_without_flags_keeps_the_saved_settings() -> None:
+    before = saved("--dataset", "cifar10", "--lr", "0.3", "--epochs", "4", "--amp")
+    after = dataclasses.asdict(resume(before, {"resume_from": "runs/x"}))
+    assert after.pop("resume_from") == "runs/x"
+    before.pop("resume_from")
+    assert after == before
+
+
+def test_drift_is_refused_with_the_name_old_and_new_of_each_setting() -> None:
+    given = parse("main.py", "", ["--epochs", "9", "--lr", "0.7", "--seed", "0"])
+    with pytest.raises(UsageError) as error:
+        resume(saved("--lr", "0.5"), given)
+    first, *rows = str(error.value).splitlines()
+    assert "--override epochs=9" in first
+    assert "--override lr=0.7" in first
+    table = {tuple(row.split()) for row in rows}
+    assert table == {("--epochs", "saved", "10", "now", "9"), ("--lr", "saved", "0.5", "now", "0.7")}
+
+
+def test_a_flag_given_with_its_saved_value_is_no_drift() -> None:
+    assert resume(saved("--epochs", "9"), {"epochs": 9}).epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("epochs=9", "epochs", 9),
+        ("lr=0.25", "lr", 0.25),
+        ("amp=true", "amp", True),
+        ("deterministic=false", "deterministic", False),
+        ("scheduler=step", "scheduler", "step"),
+        ("weight_decay=1e-3", "weight_decay", 1e-3),
+        ("max_samples=99", "max_samples", 99),
+    ],
+)
+def test_an_override_insists_with_or_without_the_flag_itself(override: str, name: str, value: Any) -> None:
+    before = saved("--deterministic")
+    assert getattr(resume(before, {"override": [override]}), name) == value
+    assert getattr(resume(before, {"override": [override], name: value}), name) == value
+
+
+def test_an_override_excuses_only_the_value_it_names() -> None:
+    with pytest.raises(UsageError, match="epochs"):
+        resume(saved(), {"override": ["epochs=9"], "epochs": 11})
+    with pytest.raises(UsageError, match="momentum"):
+        resume(saved(), {"override": ["epochs=9"], "momentum": 0.5})
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["epochs", "epoch=9", "log_steps=5", "epochs=many", "epochs=0", "scheduler=poly", "=9", "amp=maybe", "epochs="],
+)
+def test_an_override_that_says_nothing_sensible_is_refused(override: str) -> None:
+    with pytest.raises(UsageError):
+        resume(saved(), {"override": [override]})
+
+
+def test_every_setting_is_fixed_kept_or_forgotten() -> None:
+    """A new flag must be placed: this table is what users are promised."""
+    kinds: dict[str, set[str]] = {"fixed": set(), "kept": set(), "forgotten": set()}
+    for item in dataclasses.fields(Config):
+        kinds[item.metadata["on_resume"]].add(item.name)
+    assert kinds["forgotten"] == {"num_workers", "find_lr", "run_dir", "resume_from", "override", "evaluate", "debug"}
+    assert kinds["kept"] == {
+        *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),
+        *("ledger", "lr_start", "lr_end", "lr_iter", "lr_step_mode", "lr_smooth_f", "lr_diverge_th"),
+    }
+
+
+def test_kept_settings_may_change_on_a_resume_and_stay_otherwise() -> None:
+    before = saved("--log_steps", "7", "--ledger")
+    assert resume(before, {}).log_steps == 7
+    after = resume(before, {"log_steps": 9, "data_dir": "elsewhere", "save_best": True})
+    assert (after.log_steps, after.data_dir, after.save_best, after.ledger) == (9, "elsewhere", True, True)
+
+
+def test_forgotten_settings_do_not_outlive_their_launch() -> None:
+    before = saved("--num_workers", "99", "--run_dir", "there", "--debug", "--evaluate")
+    after = resume(before, {"resume_from": "there"})
+    assert (after.num_workers, after.run_dir, after.debug, after.evaluate) == (
+        settings().num_workers,
+        None,
+        False,
+        False,
+    )
+    assert resume(before, {"num_workers": 0}).num_workers == 0
+
+
+# ---- the default learning rate ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "lr", "text"),
+    [
+        (["--dataset", "imagenet1k"], 0.4, "0.4 = 0.4 x 256 / 256"),
+        (["--dataset", "imagenet1k", "--batch_size", "1024"], 1.6, "1.6 = 0.4 x 1024 / 256"),
+        (["--dataset", "imagenet1k", "--scheduler", "cosine"], 0.1, "0.1 = 0.1 x 256 / 256"),
+        (["--dataset", "imagenet1k", "--scheduler", "step", "--batch_size", "64"], 0.025, "0.025 = 0.1 x 64 / 256"),
+        (["--dataset", "cifar10"], 0.1, "0.1 = 0.2 x 128 / 256"),
+        ([], 0.03, "0.03 = 0.12 x 64 / 256"),
+    ],
+)
+def test_the_default_rate_scales_with_the_batch_and_says_how(argv: list[str], lr: float, text: str) -> None:
+    assert default_lr(settings(*argv)) == (lr, f"{text} (linear scaling of the batch)")

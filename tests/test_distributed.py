@@ -1,0 +1,118 @@
+"""Ranks under torchrun see what one process sees: the same batches, the same counts, and each other's signals."""
+
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from program import (
+    assert_same_run,
+    cut,
+    ledger,
+    results,
+    snapshot_path,
+    start,
+    steps_kept,
+    train,
+    wait,
+    wait_for,
+)
+
+pytestmark = pytest.mark.slow
+
+MODEL = ("--model", "resnet18", "--image_size", 33, "--epochs", 2, "--num_workers", 1)
+LOGS = ("--ledger", "--snapshot_steps", 3, "--keep_snapshots", 9)
+FLAGS = ("--batch_size", 12, "--streams", 6, "--block_mb", 1, *MODEL, *LOGS)
+FILES_KEPT = 4
+
+
+@pytest.fixture(scope="module")
+def data(image_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """80 images to train on, and all 97 to evaluate on: a number that no number of ranks or batch divides."""
+    few = Path(shutil.copytree(image_set, tmp_path_factory.mktemp("few") / "set"))
+    for path in (few / "data").glob("train-*"):
+        if int(path.name[6:11]) >= FILES_KEPT:
+            path.unlink()
+    return "--dataset", "hf", "--dataset_name", few
+
+
+@pytest.fixture(scope="module")
+def one_rank(data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("ranks") / "one"
+    train(*data, *FLAGS, "--run_dir", folder)
+    yield folder
+    shutil.rmtree(folder.parent)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data: tuple[object, ...], one_rank: Path) -> Path:
+    folder = one_rank.parent / "two"
+    done = wait(start(*data, *FLAGS, "--run_dir", folder, ranks=2))
+    assert done.status == 0, done.err
+    assert done.out.count("epoch 1/2  train loss") == 1
+    return folder
+
+
+def ids(folder: Path) -> list[tuple[int, int, str]]:
+    return [(row["step"], row["epoch"], row["ids"]) for row in ledger(folder)]
+
+
+def counts(printed: str) -> tuple[str, ...]:
+    """correct1, images and correct5 of the line that --evaluate prints."""
+    match = re.search(r"top1 .*% \((\d+) of (\d+)\)  top5 .*% \((\d+)\)", printed)
+    assert match, printed
+    return match.groups()
+
+
+def test_two_ranks_train_on_the_batches_of_one(one_rank: Path, two_ranks: Path, tmp_path: Path) -> None:
+    assert ids(two_ranks) == ids(one_rank)
+    assert len({row[2] for row in ids(two_ranks)}) == len(ledger(two_ranks))
+    assert [row["lr"] for row in ledger(two_ranks)] == [row["lr"] for row in ledger(one_rank)]
+    assert [row["epoch"] for row in results(two_ranks)] == ["1", "2"]
+    copy = cut(two_ranks, 3, tmp_path / "cut")
+    train("--resume_from", copy)
+    assert ids(copy) == ids(one_rank)
+
+
+def test_evaluation_counts_every_image_once_on_any_number_of_ranks(one_rank: Path) -> None:
+    flags = ("--resume_from", one_rank, "--evaluate")
+    alone = counts(train(*flags).out)
+    assert alone[1] == "97"
+    for ranks in (2, 3):
+        done = wait(start(*flags, ranks=ranks))
+        assert done.status == 0, done.err
+        assert counts(done.out) == alone
+
+
+def test_a_run_of_two_ranks_goes_on_as_if_nothing_happened(two_ranks: Path, tmp_path: Path) -> None:
+    copy = cut(two_ranks, 3, tmp_path / "cut")
+    done = wait(start("--resume_from", copy, ranks=2))
+    assert done.status == 0, done.err
+    assert_same_run(copy, two_ranks)
+
+
+def test_a_sigterm_to_torchrun_leaves_a_snapshot_to_go_on_from(
+    data: tuple[object, ...], one_rank: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    process = start(*data, *FLAGS, "--run_dir", folder, ranks=2)
+    wait_for(snapshot_path(folder, 3), process)
+    process.send_signal(signal.SIGTERM)
+    done = wait(process)
+    assert done.status != 0
+    assert "stopped by SIGTERM" in done.out
+    stopped_at = steps_kept(folder)[-1]
+    assert 3 <= stopped_at < len(ledger(one_rank))
+    assert [row["step"] for row in ledger(folder)] == list(range(1, stopped_at + 1))
+    train("--resume_from", folder)
+    assert ids(folder) == ids(one_rank)
+
+
+def test_ranks_that_cannot_share_the_streams_are_refused(tmp_path: Path) -> None:
+    done = wait(start("--streams", 3, "--batch_size", 48, "--run_dir", tmp_path / "run", ranks=2))
+    assert "error: --streams 3 is not divisible by 2 ranks; give --streams a multiple of 2" in done.err.splitlines()
+    assert re.search(r"exitcode\s*: 2\b", done.err)
+    assert 'main.py", line' not in done.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,95 @@
+"""The finder answers with a rate that trains, in the form other programs read, and leaves no trace in the run."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from program import assert_same_tensors, ledger, metrics, results, run, snapshot_path, tensors, train
+
+import run_lr_finder
+
+SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0, "--lr_iter", 40, "--lr_start", 1e-4)
+
+
+def report(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "lr_finder" / "lr_finder.json").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finder") / "run"
+    done = run(*SMALL, "--run_dir", folder, entry=run_lr_finder.main)
+    assert done.status == 0, done.err
+    assert f"--lr_from {folder / 'lr_finder' / 'lr_finder.json'}" in done.out
+    return folder
+
+
+@pytest.mark.slow
+def test_the_report_has_the_fields_that_others_rely_on(found: Path) -> None:
+    told = report(found)
+    assert {"suggested_lr", "method", "suggestions", "history", "config"} <= told.keys()
+    assert told["suggested_lr"] == told["suggestions"][told["method"]]
+    assert 1e-4 <= told["suggested_lr"] <= 10
+    history = told["history"]
+    assert list(history) == ["lr", "loss", "smoothed_loss"]
+    assert 16 <= len(history["lr"]) == len(history["loss"]) == len(history["smoothed_loss"]) <= 40
+    assert history["lr"] == sorted(history["lr"])
+    assert (told["config"]["batch_size"], told["config"]["lr_iter"]) == (16, 40)
+    with open(found / "lr_finder" / "lr_finder.csv", newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == [dict(zip(history, values, strict=True)) for values in zip(*history.values(), strict=True)]
+    image = cv2.imread(str(found / "lr_finder" / "lr_finder.png"))
+    assert image is not None
+    assert image.std() > 1
+    assert not list(found.rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_find_lr_is_the_same_as_the_other_front_door(found: Path, tmp_path: Path) -> None:
+    done = run(*SMALL, "--find_lr", "--run_dir", tmp_path / "run")
+    assert done.status == 0, done.err
+    one, other = report(found), report(tmp_path / "run")
+    assert (one["history"], one["suggestions"]) == (other["history"], other["suggestions"])
+    assert not (tmp_path / "run" / "results.csv").exists()
+
+
+@pytest.mark.slow
+def test_training_after_the_finder_is_training_without_it(found: Path, tmp_path: Path) -> None:
+    flags = (*SMALL, "--epochs", 1, "--ledger")
+    train(*flags, "--lr", "auto", "--run_dir", tmp_path / "auto")
+    train(*flags, "--lr_from", found / "lr_finder" / "lr_finder.json", "--run_dir", tmp_path / "from")
+    train(*flags, "--lr", repr(report(found)["suggested_lr"]), "--run_dir", tmp_path / "given")
+    auto, by_file, given = (tmp_path / name for name in ("auto", "from", "given"))
+    assert report(auto)["suggested_lr"] == report(found)["suggested_lr"]
+    assert ledger(auto) == ledger(by_file) == ledger(given)
+    assert results(auto) == results(by_file) == results(given)
+    for other in (by_file, given):
+        assert_same_tensors(tensors(snapshot_path(auto, 3)), tensors(snapshot_path(other, 3)))
+
+
+def test_a_curve_that_never_falls_is_no_answer(tmp_path: Path) -> None:
+    flags = ("--lr_start", 1e-9, "--lr_end", 1e-8, "--lr_iter", 16, "--run_dir", tmp_path / "run")
+    done = run(*SMALL, *flags, entry=run_lr_finder.main)
+    assert done.status == 4
+    assert done.err.startswith("error: the finder suggests no learning rate: the loss never fell")
+    assert done.err.count("\n") == 1
+    assert report(tmp_path / "run")["suggested_lr"] is None
+    again = run("--lr_from", tmp_path / "run" / "lr_finder" / "lr_finder.json", "--run_dir", tmp_path / "next")
+    assert again.status == 2
+    assert "holds no suggestion" in again.err
+
+
+@pytest.mark.slow
+def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
+    done = run("--run_dir", tmp_path / "finder", entry=run_lr_finder.main)
+    assert done.status == 0, done.err
+    source = tmp_path / "finder" / "lr_finder" / "lr_finder.json"
+    train("--lr_from", source, "--run_dir", tmp_path / "run")
+    assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.97
+    assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(
+        report(tmp_path / "finder")["suggested_lr"]
+    )

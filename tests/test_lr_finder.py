@@ -1,0 +1,404 @@
+"""The finder leaves no trace, never answers from a NaN or a flat curve, and reads a curve as its formulas say."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_lr_finder
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from errors import DivergedError, UsageError
+from loader import StreamingDataLoader
+from lr_finder import (
+    FEWEST_POINTS,
+    METHODS,
+    LRFinder,
+    RangeTest,
+    find_lr,
+    find_lr_advanced,
+    load_suggestion,
+    minimum,
+    save,
+    steepest,
+    valley,
+)
+from optim import build_optimizer
+from preprocess import LocalDataset
+from snapshot import rng_state
+
+Parts = tuple[nn.Module, torch.optim.Optimizer, nn.Module, Any]
+
+
+def make(fresh: bool = False) -> Parts:
+    """A small network with BatchNorm and dropout, its optimiser in mid-run or fresh, and a loader it can learn from."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
+    optimizer = build_optimizer(model, 0.03, 0.9, 1e-4)
+    inputs = torch.randn(96, 8)
+    loader: Any = DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(1)), batch_size=16, shuffle=True)
+    criterion = nn.CrossEntropyLoss()
+    for x, y in () if fresh else loader:
+        criterion(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, criterion, loader
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All bits that a later training step can depend on."""
+    state = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    state |= {f"rng.{name}": tensor.clone() for name, tensor in rng_state().items()}
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            if isinstance(value, int | float):
+                state[f"group.{number}.{name}"] = torch.tensor(value, dtype=torch.float64)
+        for place, parameter in enumerate(group["params"]):
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            state[f"buffer.{number}.{place}"] = torch.empty(0) if buffer is None else buffer.clone()
+            state[f"gradient.{number}.{place}"] = torch.tensor(parameter.grad is None)
+    state["modes"] = torch.tensor([module.training for module in model.modules()])
+    return state
+
+
+def assert_no_trace(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+# ---- no trace --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end_lr", [10.0, 1e30])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_sweep_leaves_no_trace_in_model_optimiser_or_random_numbers(end_lr: float, fresh: bool) -> None:
+    model, optimizer, criterion, loader = make(fresh)
+    before = everything(model, optimizer)
+    result = find_lr_advanced(model, optimizer, criterion, loader, end_lr=end_lr, num_iter=40)
+    assert len(result.lr) > 1
+    assert_no_trace(before, everything(model, optimizer))
+
+
+def test_an_exception_in_mid_sweep_leaves_no_trace_either() -> None:
+    model, optimizer, criterion, loader = make()
+    before = everything(model, optimizer)
+    steps = 0
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        loss: torch.Tensor = criterion(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        random.random(), np.random.random(), torch.rand(1)
+        if steps == 9:
+            raise RuntimeError("out of memory")
+        return loss.detach()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        find_lr_advanced(model, optimizer, criterion, loader, train_step=step)
+    assert steps == 9
+    assert_no_trace(before, everything(model, optimizer))
+
+
+def test_training_after_a_sweep_is_training_without_one() -> None:
+    losses = []
+    for sweep in (False, True):
+        model, optimizer, criterion, loader = make()
+        if sweep:
+            find_lr_advanced(model, optimizer, criterion, loader, num_iter=30)
+        trail = []
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            trail.append(loss.item())
+        losses.append(trail)
+    assert losses[0] == losses[1]
+
+
+def test_a_frozen_part_of_the_model_stays_frozen() -> None:
+    model, optimizer, criterion, loader = make()
+    model[1].eval()  # type: ignore[index]
+    before = everything(model, optimizer)
+    find_lr_advanced(model, optimizer, criterion, loader, num_iter=20)
+    assert_no_trace(before, everything(model, optimizer))
+
+
+def test_the_scaler_is_put_back() -> None:
+    model, optimizer, criterion, loader = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    before = dict(scaler.state_dict())
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scaler.update(2.0)
+        loss: torch.Tensor = criterion(model(images), labels)
+        return loss.detach()
+
+    find_lr_advanced(model, optimizer, criterion, loader, train_step=step, grad_scaler=scaler, num_iter=20)
+    assert scaler.state_dict() == before
+
+
+def test_a_streaming_loader_is_read_on_into_its_next_epoch_and_closed() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), np.uint8)
+    streaming = StreamingDataLoader(
+        LocalDataset(images, [0, 1] * 16, ["a", "b"]),
+        lambda image, seed: image,
+        lambda epoch: [np.arange(32)],
+        batch_size=8,
+        image_size=4,
+        train=True,
+        seed=0,
+        num_workers=2,
+        max_bad_fraction=0.0,
+        pin_memory=False,
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    optimizer = build_optimizer(model, 0.1, 0.9, 0.0)
+    seen = []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images.float().mean()
+
+    find_lr_advanced(model, optimizer, nn.CrossEntropyLoss(), streaming, train_step=step, num_iter=18)
+    assert len(seen) == 18  # of 4 batches an epoch
+    assert torch.equal(seen[0], seen[4])
+
+
+# ---- the sweep -------------------------------------------------------------------------------------------------------
+
+
+def sweep(losses: list[float], **options: Any) -> RangeTest:
+    """A range test whose raw losses are given."""
+    model, optimizer, criterion, loader = make()
+    values = iter(losses)
+    step = lambda images, labels: torch.tensor(next(values), dtype=torch.float64)
+    optimizer.step()  # so that the rate's scheduler, which wants a step of the optimiser first, does not warn
+    return find_lr_advanced(
+        model, optimizer, criterion, loader, train_step=step, **({"num_iter": len(losses)} | options)
+    )
+
+
+def falling(count: int) -> list[float]:
+    return np.linspace(3.0, 1.0, count).tolist()
+
+
+@pytest.mark.parametrize("step_mode", ["exp", "linear"])
+@pytest.mark.parametrize(("start_lr", "end_lr", "num_iter"), [(1e-5, 10.0, 60), (1e-3, 0.5, 17)])
+def test_rates_and_losses_are_torch_lr_finders(step_mode: str, start_lr: float, end_lr: float, num_iter: int) -> None:
+    given: dict[str, Any] = {
+        "start_lr": start_lr,
+        "end_lr": end_lr,
+        "num_iter": num_iter,
+        "step_mode": step_mode,
+        "diverge_th": 1e9,
+    }
+    model, optimizer, criterion, loader = make()
+    ours = find_lr_advanced(model, optimizer, criterion, loader, smooth_f=1.0, **given)
+    model, optimizer, criterion, loader = make()
+    theirs = torch_lr_finder.LRFinder(model, optimizer, criterion)
+    theirs.range_test(loader, smooth_f=0, **given)
+    assert ours.lr == theirs.history["lr"]
+    assert ours.loss == theirs.history["loss"]
+    spread = np.geomspace if step_mode == "exp" else np.linspace
+    assert ours.lr == pytest.approx(spread(start_lr, end_lr, num_iter).tolist(), rel=1e-9)
+
+
+def test_each_loss_belongs_to_the_rate_it_was_trained_with() -> None:
+    model, optimizer, criterion, loader = make()
+    seen = []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return torch.tensor(3.0 / len(seen))
+
+    result = find_lr_advanced(model, optimizer, criterion, loader, train_step=step, num_iter=20)
+    assert seen == [[lr, lr] for lr in result.lr]
+
+
+def test_the_smoothed_loss_is_the_bias_corrected_average() -> None:
+    raw = [4.0, 2.0, 3.0, 1.0, *falling(16)]
+    result = sweep(raw, smooth_f=0.25)
+    average, expected = 0.0, []
+    for number, loss in enumerate(raw, 1):
+        average = average + 0.25 * (loss - average)
+        expected.append(average / (1 - 0.75**number))
+    assert result.loss == raw
+    assert result.smoothed_loss == expected
+    assert expected[:2] == pytest.approx([4.0, (0.75 * 4.0 + 2.0) / 1.75], rel=1e-15)
+
+
+@pytest.mark.parametrize("smooth_f", [0.0, 1.0])
+def test_no_smoothing_leaves_the_losses_as_they_are(smooth_f: float) -> None:
+    result = sweep(falling(20), smooth_f=smooth_f)
+    assert result.smoothed_loss == pytest.approx(result.loss, rel=1e-15)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_ends_the_sweep_and_stays_out_of_the_curve(bad: float) -> None:
+    result = sweep([*falling(20), bad, *falling(20)])
+    assert len(result.lr) == len(result.loss) == len(result.smoothed_loss) == 20
+    assert result.stopped == "the loss stopped being a finite number"
+    assert result.loss == falling(20)
+    assert all(lr is not None and lr <= result.lr[-1] for lr in result.suggestions.values())
+
+
+@pytest.mark.parametrize("at", [0, 1, FEWEST_POINTS - 1])
+def test_a_sweep_that_breaks_early_suggests_nothing(at: int) -> None:
+    result = sweep([*falling(40)[:at], math.nan, *falling(40)])
+    assert result.suggestions == dict.fromkeys(METHODS)
+    with pytest.raises(DivergedError, match="finite number"):
+        _ = result.suggested_lr
+
+
+def test_a_model_full_of_nans_gets_no_learning_rate() -> None:
+    model, optimizer, criterion, loader = make()
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)  # type: ignore[index, operator, union-attr]
+    with pytest.raises(DivergedError):
+        find_lr(model, optimizer, criterion, loader)
+
+
+FLAT = {
+    "flat": [2.0] * 40,
+    "rising": np.linspace(1.0, 3.0, 40).tolist(),
+    "noise": (2.0 + 0.01 * np.random.default_rng(0).standard_normal(40)).tolist(),
+    "a fall of one percent": np.linspace(2.0, 1.98, 40).tolist(),
+}
+
+
+@pytest.mark.parametrize("curve", FLAT)
+def test_a_curve_that_never_falls_suggests_nothing_and_says_so(curve: str) -> None:
+    result = sweep(FLAT[curve])
+    assert result.suggestions == dict.fromkeys(METHODS)
+    assert len(result.lr) == 40
+    with pytest.raises(DivergedError, match="never fell") as refusal:
+        _ = result.suggested_lr
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_diverging_loss_ends_the_sweep_and_is_told_apart_from_a_whole_one() -> None:
+    raw = [*falling(30), *[100.0] * 30]
+    result = sweep(raw, smooth_f=1.0, diverge_th=5.0)
+    assert len(result.lr) == 31
+    assert result.stopped == "the loss diverged"
+    assert sweep(falling(30)).stopped == "the sweep reached its last learning rate"
+    assert len(sweep(raw, smooth_f=1.0, diverge_th=1000.0).lr) == 60
+
+
+@pytest.mark.parametrize("options", [{"method": "best"}, {"num_iter": FEWEST_POINTS - 1}])
+def test_a_sweep_that_could_tell_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        sweep(falling(40), **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_find_lr_returns_the_suggestion_of_the_method_asked_for(method: str) -> None:
+    model, optimizer, criterion, loader = make()
+    lr = find_lr(model, optimizer, criterion, loader, method=method, num_iter=40)
+    assert lr == find_lr_advanced(model, optimizer, criterion, loader, num_iter=40).suggestions[method]
+    assert 1e-5 <= lr <= 10
+
+
+def test_torch_lr_finders_own_interface_still_works() -> None:
+    model, optimizer, criterion, loader = make()
+    finder = LRFinder(model, optimizer, criterion)
+    finder.range_test(loader, start_lr=1e-4, end_lr=1.0, num_iter=25)
+    assert len(finder.history["lr"]) == len(finder.history["loss"]) == len(finder.history["raw_loss"]) == 25
+
+
+# ---- reading a curve -------------------------------------------------------------------------------------------------
+
+LR = 10.0 ** np.arange(-4, 3)
+NOISE = np.array([9.0, 1.0] * 5)  # steepest leaves the first ten points out
+LR_AFTER_NOISE = np.concatenate([10.0 ** np.arange(-14, -4), LR])
+V_SHAPE = np.array([4.0, 4.0, 3.0, 1.0, 2.0, 8.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "expected"),
+    [
+        (steepest, np.concatenate([NOISE, V_SHAPE]), 1e-2),  # slopes by np.gradient: 0, -0.5, -1.5, -0.5, 3.5, ...
+        (steepest, np.concatenate([NOISE, [5.0, 5.0, 1.0, 0.9, 0.8, 9.0, 9.0]]), 1e-2),  # slopes 0, -2, -2.05, -0.1
+        (steepest, np.concatenate([NOISE, [1.0, 2.0, 4.0, 7.0, 11.0, 16.0, 22.0]]), 1e-4),
+        (minimum, V_SHAPE, 10**-1.5),
+        (minimum, np.array([3.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.2]), 10**1.5),
+        (valley, V_SHAPE, 10**-2.5),  # 4 at 1e-4, 3, 1 at 1e-1
+        (valley, np.array([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]), 1e-1),
+        (valley, np.array([1.0, 2.0, 3.0, 2.5, 2.0, 1.5, 9.0]), 10**-0.5),  # 3 at 1e-2 to 1.5 at 1e1
+    ],
+)
+def test_each_method_reads_a_known_curve_as_its_formula_says(method: Any, loss: np.ndarray, expected: float) -> None:
+    lr = LR if len(loss) == len(LR) else LR_AFTER_NOISE
+    assert method(lr, loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_survives_the_shortest_curve_there_is(method: str) -> None:
+    lr = np.logspace(-4, 0, FEWEST_POINTS)
+    for loss in (np.linspace(2, 1, FEWEST_POINTS), np.linspace(1, 2, FEWEST_POINTS), np.ones(FEWEST_POINTS)):
+        assert 0 < METHODS[method](lr, loss) <= 1
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_suggestion_is_loaded_to_the_bit_and_the_report_has_its_names(tmp_path: Path) -> None:
+    result = sweep(falling(20))
+    save(result, tmp_path / "lr_finder", {"dataset": "digits"})
+    path = tmp_path / "lr_finder" / "lr_finder.json"
+    assert load_suggestion(path) == result.suggested_lr
+    report = json.loads(path.read_text())
+    assert report.keys() >= {"suggested_lr", "method", "suggestions", "history", "config"}
+    assert report["history"] == {"lr": result.lr, "loss": result.loss, "smoothed_loss": result.smoothed_loss}
+    assert (report["suggestions"], report["config"]) == (result.suggestions, {"dataset": "digits"})
+    lines = (tmp_path / "lr_finder" / "lr_finder.csv").read_text().splitlines()
+    assert lines[0] == "lr,loss,smoothed_loss"
+    assert [tuple(map(float, line.split(","))) for line in lines[1:]] == list(
+        zip(result.lr, result.loss, result.smoothed_loss, strict=True)
+    )
+
+
+def test_a_sweep_without_a_suggestion_is_saved_with_nulls_and_loads_as_an_error(tmp_path: Path) -> None:
+    save(sweep([2.0] * 20), tmp_path, {})
+    report = json.loads((tmp_path / "lr_finder.json").read_text())
+    assert report["suggested_lr"] is None
+    assert report["suggestions"] == dict.fromkeys(METHODS)
+    with pytest.raises(UsageError, match="holds no suggestion"):
+        load_suggestion(tmp_path / "lr_finder.json")
+
+
+BAD_REPORTS = [
+    *('{"suggested_lr": null}', '{"suggested_lr": NaN}', '{"suggested_lr": Infinity}', '{"suggested_lr": -0.1}'),
+    *('{"suggested_lr": 0.0}', '{"suggested_lr": "0.1"}', '{"suggested_lr": true}', '{"lr": 0.1}', "[]", "0.1", "null"),
+    *("", "not json", '{"suggested_lr": 0.1', "\x00\x01"),
+]
+
+
+@pytest.mark.parametrize("text", BAD_REPORTS)
+def test_a_report_without_a_usable_rate_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lr_finder.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="--lr_from") as refusal:
+        load_suggestion(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere.json", "."])
+def test_a_report_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="--lr_from"):
+        load_suggestion(tmp_path / name)
+
+
+def test_a_report_in_no_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lr_finder.json").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UsageError, match="--lr_from"):
+        load_suggestion(tmp_path / "lr_finder.json")

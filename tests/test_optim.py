@@ -1,0 +1,218 @@
+"""The schedules are PyTorch's to the bit, at every step and however late they are built; norms are never decayed."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
+
+from config import Config, resolve
+from errors import UsageError
+from model_resnet50 import build_model
+from optim import build_optimizer, build_scaler, build_schedule, describe_schedule
+
+PEAK = 0.37
+
+
+def make_optimizer(momentum: float = 0.9) -> SGD:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = build_optimizer(model, 0.1, momentum, 5e-4)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return optimizer
+
+
+def rates(optimizer: SGD) -> list[tuple[float, float]]:
+    return [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+
+
+def walk(config: Config, steps_per_epoch: int, start: int = 0) -> Iterator[list[tuple[float, float]]]:
+    """Rate and momentum of each group at every step from `start` to the last, moved as training moves them."""
+    optimizer = make_optimizer(config.momentum)
+    total = config.epochs * steps_per_epoch
+    schedule = build_schedule(optimizer, config, PEAK, steps_per_epoch, start)
+    for step in range(start, total):
+        yield rates(optimizer)
+        optimizer.step()
+        if step + 1 < total:
+            schedule.step()
+
+
+def settings(**given: Any) -> Config:
+    return resolve(given)
+
+
+SCHEDULES: list[dict[str, Any]] = [
+    {"epochs": 3},
+    {"epochs": 4, "onecycle_anneal_strategy": "linear", "onecycle_pct_start": 0.5},
+    {"epochs": 4, "onecycle_three_phase": True},
+    {"epochs": 4, "onecycle_three_phase": True, "onecycle_anneal_strategy": "linear", "onecycle_div_factor": 10.0},
+    {"epochs": 3, "onecycle_fixed_momentum": True, "onecycle_final_div_factor": 100.0, "momentum": 0.8},
+    {"epochs": 5, "warmup_epochs": 1.0},
+    {"epochs": 5, "warmup_epochs": 2.5, "onecycle_base_momentum": 0.7, "onecycle_max_momentum": 0.99},
+]
+OTHERS: list[dict[str, Any]] = [
+    {"epochs": 3, "scheduler": "cosine"},
+    {"epochs": 4, "scheduler": "cosine", "warmup_epochs": 1.5},
+    {"epochs": 5, "scheduler": "step", "step_size": 2, "gamma": 0.3},
+    {"epochs": 5, "scheduler": "step", "step_size": 1, "warmup_epochs": 2.0},
+]
+
+
+def name(given: Any) -> str:
+    return ",".join(f"{key}={value}" for key, value in given.items()) if isinstance(given, dict) else ""
+
+
+@pytest.mark.parametrize("given", SCHEDULES, ids=name)
+@pytest.mark.parametrize("steps_per_epoch", [7, 22])
+def test_onecycle_rate_and_momentum_are_pytorchs_at_every_step(given: dict[str, Any], steps_per_epoch: int) -> None:
+    config = settings(**given)
+    total = config.epochs * steps_per_epoch
+    theirs = SGD([nn.Parameter(torch.zeros(2))], lr=0.1, momentum=config.momentum)
+    schedule = OneCycleLR(
+        theirs,
+        max_lr=PEAK,
+        total_steps=total,
+        pct_start=given["warmup_epochs"] / given["epochs"] if "warmup_epochs" in given else config.onecycle_pct_start,
+        anneal_strategy=given.get("onecycle_anneal_strategy", "cos"),
+        cycle_momentum="onecycle_fixed_momentum" not in given,
+        base_momentum=given.get("onecycle_base_momentum", 0.85),
+        max_momentum=given.get("onecycle_max_momentum", 0.95),
+        div_factor=given.get("onecycle_div_factor", 25.0),
+        final_div_factor=given.get("onecycle_final_div_factor", 1e4),
+        three_phase="onecycle_three_phase" in given,
+    )
+    expected = []
+    for step in range(total):
+        expected.append(rates(theirs) * 2)
+        theirs.step()
+        if step + 1 < total:
+            schedule.step()
+    assert list(walk(config, steps_per_epoch)) == expected
+
+
+@pytest.mark.parametrize("given", [*SCHEDULES, *OTHERS], ids=name)
+def test_a_schedule_built_at_any_step_goes_on_with_the_same_bits(given: dict[str, Any]) -> None:
+    config = settings(**given)
+    whole = list(walk(config, 6))
+    assert len({rate for groups in whole for rate, _ in groups}) > 2
+    for start in range(len(whole)):
+        assert list(walk(config, 6, start)) == whole[start:], f"built at step {start}"
+
+
+@pytest.mark.parametrize("given", [*SCHEDULES, *OTHERS], ids=name)
+def test_no_schedule_warns_of_its_use_or_is_stepped_past_its_end(given: dict[str, Any]) -> None:
+    config = settings(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for start in (0, 5):
+            assert len(list(walk(config, 4, start))) == config.epochs * 4 - start
+        build_schedule(make_optimizer(), config, PEAK, 4, config.epochs * 4)  # a run that is already done
+
+
+def test_onecycle_starts_peaks_and_ends_where_its_factors_say() -> None:
+    seen = [groups[0] for groups in walk(settings(epochs=5, onecycle_pct_start=0.25), 20)]
+    assert seen[0] == pytest.approx((PEAK / 25, 0.95), rel=1e-12)
+    assert seen[24] == (PEAK, 0.85)  # 0.25 * 100 - 1
+    assert seen[99] == pytest.approx((PEAK / 25 / 1e4, 0.95), rel=1e-9)
+    assert max(rate for rate, _ in seen) == PEAK
+
+
+@pytest.mark.parametrize(
+    ("given", "factors"),
+    [
+        ({"scheduler": "cosine", "epochs": 2}, [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4]),
+        (
+            {"scheduler": "cosine", "epochs": 3, "warmup_epochs": 1.0},
+            [0.5, 1, 1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4],
+        ),
+        ({"scheduler": "step", "epochs": 3, "step_size": 1, "gamma": 0.5}, [1, 1, 0.5, 0.5, 0.25, 0.25]),
+        ({"scheduler": "step", "epochs": 3, "step_size": 2, "gamma": 0.1}, [1, 1, 1, 1, 0.1, 0.1]),
+        (
+            {"scheduler": "step", "epochs": 4, "step_size": 2, "warmup_epochs": 2.0, "gamma": 0.1},
+            [0.25, 0.5, 0.75, 1, 0.1, 0.1, 0.1, 0.1],
+        ),
+        ({"scheduler": "step", "epochs": 2, "step_size": 30}, [1, 1, 1, 1]),
+    ],
+    ids=name,
+)
+def test_cosine_step_and_warmup_give_the_published_factors(given: dict[str, Any], factors: list[float]) -> None:
+    seen = [[rate / PEAK for rate, _ in groups] for groups in walk(settings(**given), 2)]
+    assert [rates for rates in seen if rates[0] != rates[1]] == []
+    assert [first for first, _ in seen] == pytest.approx(factors, rel=1e-12)
+
+
+def test_the_cosine_and_step_schedules_leave_the_momentum_alone() -> None:
+    for scheduler in ("cosine", "step"):
+        config = settings(scheduler=scheduler, epochs=2, momentum=0.77)
+        assert {momentum for groups in walk(config, 5) for _, momentum in groups} == {0.77}
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_onecycle_is_refused_exactly_where_torch_would_divide_by_zero(three_phase: bool) -> None:
+    refused = set()
+    for steps in range(1, 13):
+        for pct_start in (0.0, 0.1, 0.125, 0.25, 0.3, 0.5, 1.0):
+            config = settings(epochs=1, onecycle_pct_start=pct_start, onecycle_three_phase=three_phase)
+            try:
+                list(walk(config, steps))
+            except ZeroDivisionError:
+                refused.add((steps, pct_start))
+                with pytest.raises(UsageError, match=f"cannot rise in one of {steps} steps") as refusal:
+                    config.check_schedule(steps)
+                assert "\n" not in str(refusal.value)
+            else:
+                config.check_schedule(steps)
+    assert refused == {(1, 1.0), (2, 0.5), (4, 0.25), (8, 0.125), (10, 0.1)}
+
+
+def test_tensors_of_rank_one_are_never_decayed_and_all_others_are() -> None:
+    model = build_model(10, 8)
+    optimizer = build_optimizer(model, 0.1, 0.9, 5e-4)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {n: decay[id(p)] for n, p in model.named_parameters()} == {
+        n: 5e-4 if p.ndim > 1 else 0.0 for n, p in model.named_parameters()
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
+
+
+def test_a_step_moves_decayed_weights_only_towards_zero() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = build_optimizer(model, 0.5, 0.0, 0.01)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = dict(model.named_parameters())
+    torch.testing.assert_close(after["0.weight"], before["0.weight"] * (1 - 0.5 * 0.01))
+    for key in before.keys() - {"0.weight"}:
+        assert torch.equal(after[key], before[key]), key
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_is_nesterovs_where_there_is_any(momentum: float) -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), 0.1, momentum, 0.0)
+    assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(momentum, momentum > 0)}
+
+
+def test_the_gradient_scaler_works_for_float16_only() -> None:
+    enabled = {dtype: build_scaler(torch.device("cpu"), dtype).is_enabled() for dtype in (torch.bfloat16, None)}
+    assert enabled == {torch.bfloat16: False, None: False}
+    assert build_scaler(torch.device("cpu"), torch.float16).is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "onecycle, 1,234 steps; momentum cycles 0.95 -> 0.85 -> 0.95, so --momentum is not used"),
+        ({"onecycle_fixed_momentum": True, "momentum": 0.8}, "onecycle, 1,234 steps; momentum 0.8"),
+        ({"scheduler": "cosine"}, "cosine, 1,234 steps; momentum 0.9"),
+    ],
+)
+def test_the_schedule_line_says_which_momentum_is_in_force(given: dict[str, Any], line: str) -> None:
+    assert describe_schedule(settings(**given), 1234) == line

@@ -1,0 +1,363 @@
+"""Augmentation depends on image and seed alone, images keep what they show, and each dataset is split as promised."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+import torch
+from shards import draw, encode, make_imagenet_like
+
+from config import Config, resolve
+from errors import DataError, UsageError
+from preprocess import (
+    AlbumentationsAdapter,
+    LocalDataset,
+    eval_transform,
+    get_data_loaders,
+    load_cifar,
+    load_digits,
+    load_image_folder,
+    train_transform,
+)
+
+DATASETS = ["digits", "cifar10", "cifar100", "imagenet1k", "imagefolder", "hf"]
+CPU = torch.device("cpu")
+
+
+def settings(dataset: str = "imagenet1k", **given: Any) -> Config:
+    needed = {"hf": {"dataset_name": "x"}, "imagefolder": {"data_dir": "x"}}.get(dataset, {})
+    return resolve({"dataset": dataset, **needed, **given})
+
+
+def photo(number: int = 0, size: tuple[int, int] = (80, 160)) -> np.ndarray:
+    return draw(number, 10, size, np.random.default_rng(number))
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """Red tells the column, green the row."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 255, width).round()[None]
+    image[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return image
+
+
+# ---- AlbumentationsAdapter -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet1k"])
+def test_a_transform_depends_on_neither_order_nor_thread(dataset: str) -> None:
+    transform, images = train_transform(settings(dataset)), [photo(number) for number in range(6)]
+    jobs = [(image, (7, epoch, number)) for epoch in range(3) for number, image in enumerate(images)]
+    expected = [transform(*job) for job in jobs]
+    backwards = [transform(*job) for job in reversed(jobs)][::-1]
+    with ThreadPoolExecutor(4) as pool:
+        in_threads = list(pool.map(lambda job: transform(*job), jobs))
+    alone = [train_transform(settings(dataset))(*job) for job in jobs]
+    for other in (backwards, in_threads, alone):
+        assert all(np.array_equal(a, b) for a, b in zip(expected, other, strict=True))
+
+
+def test_a_transform_neither_reads_nor_moves_the_global_generators() -> None:
+    transform, image = train_transform(settings()), photo()
+    np.random.seed(0)
+    first = transform(image, (0, 0, 0))
+    drawn = np.random.random()
+    np.random.seed(0)
+    assert np.random.random() == drawn
+    assert np.array_equal(transform(image, (0, 0, 0)), first)
+
+
+def test_a_transform_leaves_its_input_alone() -> None:
+    for dataset in ("digits", "cifar10", "imagenet1k"):
+        image = photo(1, (32, 32))
+        before = image.copy()
+        result = train_transform(settings(dataset))(image, (0, 0, 0))
+        result[:] = 0
+        assert np.array_equal(image, before)
+
+
+def test_epochs_samples_and_seeds_are_augmented_differently() -> None:
+    transform, image = train_transform(settings()), photo()
+    seeds = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2**40), (0, 1, 1), (2**31, 0, 0)]
+    assert len({transform(image, seed).tobytes() for seed in seeds}) == len(seeds)
+
+
+def test_the_steps_of_a_pipeline_draw_independent_numbers() -> None:
+    """Flip against the crop's place before it, and of two flips, over 2,000 seeds: correlations within four sigma."""
+    both = AlbumentationsAdapter(A.RandomCrop(8, 8), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5))
+    image = gradient(64, 64)
+    seen = []
+    for number in range(2000):
+        out = both(image, (0, 0, number)).astype(int)
+        seen.append(
+            (out[..., 0].mean(), out[..., 1].mean(), out[0, 0, 0] > out[0, -1, 0], out[0, 0, 1] > out[-1, 0, 1])
+        )
+    columns = np.array(seen, float).T
+    assert np.abs(np.corrcoef(columns) - np.eye(4)).max() < 4 / 2000**0.5
+    assert np.abs(columns[2:].mean(axis=1) - 0.5).max() < 2 / 2000**0.5  # four sigma of a fair coin
+
+
+# ---- sizes and contents ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("shape", [(80, 160), (160, 80), (8, 8), (32, 32), (300, 20), (1, 1), (224, 224), (500, 375)])
+@pytest.mark.parametrize("crop", ["resized", "fixed"])
+def test_every_image_comes_out_in_the_size_asked_for(dataset: str, shape: tuple[int, int], crop: str) -> None:
+    image = gradient(*shape)
+    for given in ({}, {"image_size": 40, "eval_size": 56}):
+        config = settings(dataset, crop=crop, **given)
+        for transform, size in ((train_transform, config.image_size), (eval_transform, config.eval_size)):
+            result = transform(config)(image, (0, 0, 0))
+            assert result.shape == (size, size, 3)
+            assert result.dtype == np.uint8
+
+
+def test_the_imagenet_crop_covers_between_8_and_100_percent_of_the_area() -> None:
+    transform, image = train_transform(settings(image_size=64)), gradient(256, 256)
+    areas = []
+    for number in range(300):
+        out = transform(image, (0, 0, number)).astype(int)
+        areas.append(np.ptp(out[..., 0]) * np.ptp(out[..., 1]) / 255**2)
+    assert 0.05 < min(areas) < 0.15
+    assert 0.85 < max(areas) <= 1
+
+
+def test_the_fixed_crop_takes_224_of_256() -> None:
+    transform, image = train_transform(settings(crop="fixed")), gradient(256, 512)
+    outs = [transform(image, (0, 0, number)).astype(int) for number in range(100)]
+    heights = [np.ptp(out[..., 1]) / 255 for out in outs]
+    assert heights == pytest.approx([223 / 255] * 100, abs=0.01)
+    widths = [np.ptp(out[..., 0]) / 255 for out in outs]
+    assert widths == pytest.approx([223 / 511] * 100, abs=0.01)
+    assert len({int(out[..., 1].min()) for out in outs}) > 20
+
+
+def test_the_fixed_crop_of_a_smaller_image_size_keeps_the_ratio() -> None:
+    out = train_transform(settings(crop="fixed", image_size=112))(gradient(128, 128), (0, 0, 0)).astype(int)
+    assert np.ptp(out[..., 0]) / 255 == pytest.approx(111 / 127, abs=0.01)
+
+
+@pytest.mark.parametrize(("dataset", "flips"), [("digits", False), ("cifar10", True), ("imagenet1k", True)])
+def test_photographs_are_flipped_half_the_time_and_digits_never(dataset: str, flips: bool) -> None:
+    config = settings(dataset, image_size=32)
+    image = gradient(32, 32)
+    image[..., 0] = image[..., 0] // 2 + 100
+    outs = [train_transform(config)(image, (0, 0, number)).astype(int) for number in range(200)]
+    flipped = [out[:, 8:16, 0].sum() > out[:, 16:24, 0].sum() for out in outs]
+    assert 70 < sum(flipped) < 130 if flips else not any(flipped)
+
+
+@pytest.mark.parametrize(("dataset", "size", "shift"), [("digits", 8, 1), ("cifar10", 32, 2), ("cifar100", 32, 2)])
+def test_small_images_are_shifted_every_way_over_a_black_border(dataset: str, size: int, shift: int) -> None:
+    image = np.full((size, size, 3), 9, np.uint8)
+    image[size // 2, size // 2] = 255
+    places = set()
+    for number in range(400):
+        out = train_transform(settings(dataset))(image, (0, 0, number))
+        row, column = (int(axis[0]) - size // 2 for axis in np.nonzero(out[..., 0] == 255))
+        places.add((row, column))
+        assert set(np.unique(out)) <= {0, 9, 255}
+    rows, columns = ({place[axis] for place in places} for axis in (0, 1))
+    assert rows == set(range(-shift, shift + 1))
+    assert len(columns) >= len(rows)
+
+
+def test_evaluation_takes_the_middle_224_of_256() -> None:
+    out = eval_transform(settings())(gradient(256, 512), (0, 0, 0)).astype(int)
+    assert out[..., 1].min() == pytest.approx(16, abs=1)
+    assert out[..., 1].max() == pytest.approx(239, abs=1)
+    assert out[..., 0].min() == pytest.approx(144 * 255 / 511, abs=1)
+    assert out[..., 0].max() == pytest.approx(367 * 255 / 511, abs=1)
+
+
+def test_evaluation_is_the_same_whatever_the_seed() -> None:
+    for dataset in ("digits", "cifar10", "imagenet1k"):
+        transform = eval_transform(settings(dataset))
+        assert np.array_equal(transform(photo(), (0, 0, 0)), transform(photo(), (1, 2, 3)))
+
+
+@pytest.mark.parametrize("make", [eval_transform, lambda config: train_transform(config)], ids=["eval", "fixed"])
+def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], AlbumentationsAdapter]) -> None:
+    """A checkerboard of single pixels is even grey from afar; without antialiasing it becomes stripes."""
+    image = np.zeros((1024, 1024, 3), np.uint8)
+    image[::2, ::2] = image[1::2, 1::2] = 255
+    out = make(settings(crop="fixed"))(image, (0, 0, 0))
+    assert out.min() >= 126
+    assert out.max() <= 129
+
+
+def test_evaluation_shrinks_a_photograph_as_area_averaging_does() -> None:
+    image = cv2.resize(photo(0, (160, 160)), (640, 640), interpolation=cv2.INTER_CUBIC)
+    expected = cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA)[16:240, 16:240]
+    out = eval_transform(settings())(image, (0, 0, 0))
+    assert np.array_equal(out, expected)
+
+
+# ---- the local datasets ----------------------------------------------------------------------------------------------
+
+
+def test_the_digits_are_split_1437_to_360_disjoint_and_even_by_class() -> None:
+    train, val = load_digits()
+    assert (len(train), len(val)) == (1437, 360)
+    assert train.classes == val.classes == list("0123456789")
+    assert isinstance(train.images, np.ndarray)
+    assert isinstance(val.images, np.ndarray)
+    assert (train.images.shape[1:], train.images.dtype) == ((8, 8, 3), np.dtype(np.uint8))
+    assert (train.images.min(), train.images.max()) == (0, 255)
+    assert {image.tobytes() for image in train.images} & {image.tobytes() for image in val.images} == set()
+    shares = np.bincount(val.labels) / (np.bincount(train.labels) + np.bincount(val.labels))
+    assert np.abs(shares - 0.2).max() < 0.005
+    again = load_digits()[1]
+    assert np.array_equal(np.asarray(again.images), val.images)
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """torchvision's files with 4 images in each, their checksums in place of the published ones."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    written: dict[str, np.ndarray] = {}
+    for kind, key, names in ((CIFAR10, "labels", "label_names"), (CIFAR100, "fine_labels", "fine_label_names")):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+
+        def write(name: str, value: Any, folder: Path = folder) -> list[str]:
+            data = pickle.dumps(value)
+            (folder / name).write_bytes(data)
+            return [name, hashlib.md5(data).hexdigest()]
+
+        lists = []
+        for entries in (kind.train_list, kind.test_list):
+            sums = []
+            for name, _ in entries:
+                pixels = np.random.default_rng(len(written)).integers(0, 256, (4, 3072), np.uint8)
+                written[f"{kind.__name__}/{name}"] = pixels.reshape(4, 3, 32, 32).transpose(0, 2, 3, 1)
+                sums.append(write(name, {"data": pixels, key: [0, 1, 2, 3]}))
+            lists.append(sums)
+        meta = write(kind.meta["filename"], {names: [f"name {label}" for label in range(10)]})
+        monkeypatch.setattr(kind, "train_list", lists[0])
+        monkeypatch.setattr(kind, "test_list", lists[1])
+        monkeypatch.setattr(kind, "meta", {"filename": meta[0], "key": names, "md5": meta[1]})
+    return written
+
+
+@pytest.mark.parametrize(
+    ("name", "train_files", "test_file"),
+    [
+        ("cifar10", [f"CIFAR10/data_batch_{n}" for n in range(1, 6)], "CIFAR10/test_batch"),
+        ("cifar100", ["CIFAR100/train"], "CIFAR100/test"),
+    ],
+)
+def test_cifar_is_read_from_torchvisions_files(
+    tmp_path: Path, cifar: dict[str, np.ndarray], name: str, train_files: list[str], test_file: str
+) -> None:
+    train, val = load_cifar(name, tmp_path)
+    assert np.array_equal(np.asarray(train.images), np.concatenate([cifar[file] for file in train_files]))
+    assert np.array_equal(np.asarray(val.images), cifar[test_file])
+    assert train.labels == [0, 1, 2, 3] * len(train_files)
+    assert train.classes == val.classes == [f"name {label}" for label in range(10)]
+
+
+def make_photos(root: Path, split: str, counts: dict[str, int]) -> None:
+    for label, (name, count) in enumerate(counts.items()):
+        (root / split / name).mkdir(parents=True)
+        for number in range(count):
+            data = encode(photo(label + number, (40, 60)))
+            (root / split / name / f"{number}.jpg").write_bytes(data)
+
+
+def test_an_image_folder_is_read_by_its_folders_names(tmp_path: Path) -> None:
+    make_photos(tmp_path, "train", {"ant": 3, "bee": 2})
+    make_photos(tmp_path, "val", {"ant": 1, "bee": 1})
+    train, val = load_image_folder(tmp_path)
+    assert train.classes == val.classes == ["ant", "bee"]
+    assert (train.labels, val.labels) == ([0, 0, 0, 1, 1], [0, 1])
+    assert train.read(4) == ((tmp_path / "train" / "bee" / "1.jpg").read_bytes(), 1)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "named"),
+    [
+        (None, {"ant": 1}, ["train", "--data_dir"]),
+        ({"ant": 1, "bee": 1}, None, ["val", "--data_dir"]),
+        ({"ant": 1, "bee": 1}, {"ant": 1, "cat": 1}, ["bee"]),
+        ({"ant": 1, "bee": 0}, {"ant": 1, "bee": 1}, ["train", "no images"]),
+    ],
+)
+def test_an_image_folder_that_is_not_one_is_refused_in_one_line(
+    tmp_path: Path, train: dict[str, int] | None, val: dict[str, int] | None, named: list[str]
+) -> None:
+    for split, counts in (("train", train), ("val", val)):
+        if counts is not None:
+            make_photos(tmp_path, split, counts)
+    with pytest.raises(DataError) as refusal:
+        load_image_folder(tmp_path)
+    message = str(refusal.value)
+    assert [text for text in named if text not in message] == [], message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, 10), (10, 10), (99, 10), (5, 5), (3, 3), (1, 1)])
+def test_max_samples_spreads_over_a_local_dataset_and_keeps_labels_with_images(limit: int | None, kept: int) -> None:
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(3, axis=-1)
+    part = LocalDataset(images, list(range(10)), ["x"] * 10).take(limit)
+    assert len(part) == len(part.block_rows) == kept
+    assert [int(np.asarray(part.read(i)[0])[0, 0, 0]) for i in range(kept)] == part.labels
+    assert part.labels == [i * 10 // kept for i in range(kept)]
+
+
+# ---- get_data_loaders ------------------------------------------------------------------------------------------------
+
+
+def test_the_loaders_of_the_digits_are_wired_to_the_settings() -> None:
+    config = settings("digits", batch_size=48, num_workers=3, seed=5, max_bad_fraction=0.01)
+    data = get_data_loaders(config, CPU)
+    assert (len(data.train), len(data.val)) == (29, 8)  # 1,437 in 8 streams of 179 or 180, 6 of each a step
+    assert (data.train.batch_size, data.val.batch_size) == (48, 48)
+    assert (data.train.seed, data.train.num_workers, data.train.max_bad) == (5, 3, 14)
+    assert (data.train.train, data.val.train, data.train.pin_memory) == (True, False, False)
+    assert (data.classes, data.revision) == (list("0123456789"), None)
+    assert data.describe(config) == ("digits: 1,437 training and 360 validation images, 10 classes; 29 steps an epoch")
+    seen = torch.cat([batch.ids for batch in data.val])
+    assert seen.tolist() == list(range(360))
+
+
+def test_local_data_is_shuffled_as_a_whole_whatever_the_window() -> None:
+    first = get_data_loaders(settings("digits", shuffle_window=1), CPU)
+    second = get_data_loaders(settings("digits"), CPU)
+    assert all(np.array_equal(a, b) for a, b in zip(first.train.order(0), second.train.order(0), strict=True))
+
+
+def test_an_evaluation_batch_is_never_larger_than_256() -> None:
+    assert get_data_loaders(settings("digits", batch_size=512), CPU).val.batch_size == 256
+
+
+def test_max_samples_bounds_both_splits_of_hub_data(tmp_path: Path) -> None:
+    folder = make_imagenet_like(tmp_path, train=60, validation=25, rows_per_group=5, size=(20, 30))
+    config = settings("hf", dataset_name=str(folder), max_samples=23, batch_size=8, streams=4, image_size=16)
+    data = get_data_loaders(config, CPU)
+    assert (len(data.train.dataset), len(data.val.dataset)) == (23, 23)
+    assert data.revision is None
+    images, labels, _ = next(iter(data.train))
+    assert (images.shape, labels.shape) == ((8, 16, 16, 3), (8,))
+
+
+def test_a_batch_larger_than_the_dataset_is_refused_with_both_numbers() -> None:
+    with pytest.raises(UsageError, match=r"--batch_size 64 .* 40 images"):
+        get_data_loaders(settings("digits", max_samples=40), CPU)
+
+
+def test_one_class_is_nothing_to_classify(tmp_path: Path) -> None:
+    make_photos(tmp_path, "train", {"ant": 3})
+    make_photos(tmp_path, "val", {"ant": 1})
+    with pytest.raises(DataError, match="one class"):
+        get_data_loaders(settings("imagefolder", data_dir=str(tmp_path)), CPU)

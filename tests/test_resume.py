@@ -1,0 +1,227 @@
+"""A run that was cut and resumed is the run that was not: every tensor, batch, loss and log line, bit for bit."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub import Hub
+from program import (
+    assert_same_run,
+    cut,
+    ledger,
+    metrics,
+    run,
+    snapshot_path,
+    start,
+    steps_kept,
+    train,
+    wait,
+    wait_for,
+)
+from shards import REPO_ID
+
+SMALL: tuple[object, ...] = ("--max_samples", 48, "--batch_size", 16, "--epochs", 2, "--ledger", "--keep_snapshots", 9)
+SMALL = (*SMALL, "--snapshot_steps", 2, "--num_workers", 1)
+STREAMED = ("--model", "resnet18", "--image_size", 33, "--block_mb", 1, *SMALL)
+STEPS = 6
+MIDDLE_OF_1, END_OF_1, MIDDLE_OF_2 = 2, 3, 4
+FEWER = ("--max_samples", 16, "--batch_size", 8, "--epochs", 1, "--snapshot_steps", 1, "--scheduler", "cosine")
+UNSEEDED = ("rng.python", "rng.numpy")  # nothing draws from these; each process has its own
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def digits(folders: Path) -> Path:
+    train(*SMALL, "--run_dir", folders / "digits")
+    return folders / "digits"
+
+
+@pytest.fixture(scope="module")
+def streamed(folders: Path, image_set: Path) -> Path:
+    train("--dataset", "hf", "--dataset_name", image_set, *STREAMED, "--run_dir", folders / "streamed")
+    return folders / "streamed"
+
+
+def test_a_run_leaves_a_snapshot_at_each_place_the_cuts_below_need(digits: Path) -> None:
+    assert steps_kept(digits) == [MIDDLE_OF_1, END_OF_1, MIDDLE_OF_2, STEPS]
+    assert [row["step"] for row in ledger(digits)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(("step", "workers"), [(MIDDLE_OF_1, 1), (END_OF_1, 3), (MIDDLE_OF_2, 3)])
+def test_digits_go_on_as_if_nothing_happened(digits: Path, tmp_path: Path, step: int, workers: int) -> None:
+    copy = cut(digits, step, tmp_path / "cut")
+    done = train("--resume_from", copy, "--num_workers", workers)
+    assert f"step {step}, epoch {step // 3 + 1}" in done.out
+    assert_same_run(copy, digits)
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_in_mid_epoch(streamed: Path, tmp_path: Path) -> None:
+    copy = cut(streamed, MIDDLE_OF_1, tmp_path / "cut")
+    train("--resume_from", copy, "--num_workers", 3)
+    assert_same_run(copy, streamed)
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_at_an_epochs_end_and_from_a_run_of_three_workers(
+    image_set: Path, streamed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "three"
+    data = ("--dataset", "hf", "--dataset_name", image_set)
+    train(*data, *STREAMED, "--num_workers", 3, "--run_dir", folder)
+    assert_same_run(folder, streamed)
+    for step, workers in ((END_OF_1, 1), (MIDDLE_OF_2, 0)):
+        copy = cut(folder, step, tmp_path / f"cut{step}")
+        train("--resume_from", copy, "--num_workers", workers)
+        assert_same_run(copy, streamed)
+
+
+@pytest.mark.slow
+def test_a_run_that_streams_from_the_hub_goes_on_in_a_new_process(
+    hub_root: Path, streamed: Path, tmp_path: Path, hub_port: int
+) -> None:
+    with Hub(hub_root, port=hub_port) as hub:
+        whole, data = tmp_path / "whole", ("--dataset", "hf", "--dataset_name", REPO_ID)
+        first = wait(start(*data, *STREAMED, "--run_dir", whole))
+        assert first.status == 0, first.err
+        copy = cut(whole, MIDDLE_OF_1, tmp_path / "cut")
+        before = len(hub.requests)
+        second = wait(start("--resume_from", copy))
+        assert second.status == 0, second.err
+        read_again = sum(request.sent for request in hub.requests[before:] if request.range)
+    assert_same_run(copy, whole)
+    assert ledger(whole) == ledger(streamed)
+    assert 0 < read_again < sum(request.sent for request in hub.requests[:before] if request.range)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_twice(digits: Path, tmp_path: Path) -> None:
+    once = cut(digits, MIDDLE_OF_1, tmp_path / "once")
+    train("--resume_from", once)
+    twice = cut(once, MIDDLE_OF_2, tmp_path / "twice")
+    train("--resume_from", twice)
+    assert_same_run(twice, digits)
+
+
+def test_a_finished_run_has_nothing_left_to_do(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, STEPS, tmp_path / "copy")
+    done = train("--resume_from", copy)
+    assert "nothing left to do" in done.out
+    assert_same_run(copy, digits)
+
+
+def test_a_damaged_newest_snapshot_is_passed_over_and_named(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, MIDDLE_OF_2, tmp_path / "cut")
+    newest = snapshot_path(copy, MIDDLE_OF_2)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.unlink()
+    newest.write_bytes(data)
+    done = train("--resume_from", copy)
+    assert [line for line in done.err.splitlines() if line.startswith("passed over: ") and newest.name in line]
+    assert f"{snapshot_path(copy, END_OF_1).name}: step {END_OF_1}" in done.out
+    assert_same_run(copy, digits)
+
+
+def test_lines_that_a_kill_left_unfinished_are_dropped(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, END_OF_1, tmp_path / "cut")
+    for name in ("ledger.jsonl", "metrics.jsonl", "results.csv"):
+        path = copy / name
+        path.write_text(path.read_text().removesuffix("\n")[:-3])
+    train("--resume_from", copy)
+    assert_same_run(copy, digits)
+
+
+def test_a_snapshot_file_goes_on_in_the_run_it_lies_in(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, STEPS, tmp_path / "copy")
+    done = train("--resume_from", snapshot_path(copy, END_OF_1))
+    dropped = [line.split()[1] for line in done.out.splitlines() if line.startswith("dropped")]
+    assert dropped == [f"{snapshot_path(copy, step).name}," for step in (MIDDLE_OF_2, STEPS)]
+    assert_same_run(copy, digits)
+
+
+def test_a_resume_may_change_the_precision_when_it_insists(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, MIDDLE_OF_2, tmp_path / "cut")
+    done = train("--resume_from", copy, "--override", "amp=true", "--override", "amp_dtype=fp16")
+    assert "float16" in done.out
+    assert steps_kept(copy)[-1] == STEPS
+
+
+@pytest.mark.parametrize("step", [None, END_OF_1])
+def test_one_cycle_is_torchs_at_every_step_across_a_resume(digits: Path, tmp_path: Path, step: int | None) -> None:
+    folder = digits
+    if step is not None:
+        folder = cut(digits, step, tmp_path / "cut")
+        train("--resume_from", folder)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.12 * 16 / 256, total_steps=STEPS)
+    expected = []
+    for _ in range(STEPS):
+        group = optimizer.param_groups[0]
+        expected.append((group["lr"], group["momentum"]))
+        optimizer.step()
+        if len(expected) < STEPS:
+            schedule.step()
+    assert [(row["lr"], row["momentum"]) for row in metrics(folder)] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--scheduler", "cosine", "--warmup_epochs", 0.5),
+        ("--scheduler", "step", "--step_size", 1),
+        ("--accumulate_steps", 2, "--max_grad_norm", 0.5, "--label_smoothing", 0.1),
+        ("--amp", "--amp_dtype", "fp16", *FEWER),
+        ("--amp", "--amp_dtype", "bf16", "--onecycle_three_phase", "--onecycle_anneal_strategy", "linear"),
+    ],
+    ids=lambda settings: " ".join(map(str, settings)),
+)
+def test_every_kind_of_run_is_resumed(tmp_path: Path, settings: tuple[object, ...]) -> None:
+    whole = tmp_path / "whole"
+    train(*SMALL, *settings, "--run_dir", whole)
+    copy = cut(whole, steps_kept(whole)[-2], tmp_path / "cut")
+    train("--resume_from", copy)
+    assert_same_run(copy, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    flags = ("--max_samples", 160, "--batch_size", 16, "--epochs", 1, "--ledger", "--snapshot_steps", 2)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(*flags, "--run_dir", whole)
+    process = start(*flags, "--run_dir", killed)
+    wait_for(snapshot_path(killed, 4), process)
+    process.kill()
+    assert wait(process).status == -9
+    assert 4 <= steps_kept(killed)[-1] < 10
+    assert not (killed / "results.csv").exists()
+    train("--resume_from", killed)
+    assert_same_run(killed, whole, apart=UNSEEDED)
+    assert not list(killed.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_a_snapshot_goes_on_from_the_one_before(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, END_OF_1, tmp_path / "cut")
+    half = snapshot_path(digits, MIDDLE_OF_2).read_bytes()[:1_000_000]
+    snapshot_path(copy, MIDDLE_OF_2).with_suffix(".tmp").write_bytes(half)
+    train("--resume_from", copy)
+    assert_same_run(copy, digits)
+
+
+def test_a_resumed_run_is_refused_nothing_it_may_have_anew(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, MIDDLE_OF_2, tmp_path / "cut")
+    done = run("--resume_from", copy, "--log_steps", 1, "--keep_snapshots", 1, "--save_best", "--snapshot_steps", 0)
+    assert done.status == 0, done.err
+    assert steps_kept(copy) == [STEPS]
+    assert ledger(copy) == ledger(digits)
+    assert (copy / "snapshots" / "best.safetensors").exists()

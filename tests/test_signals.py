@@ -1,0 +1,66 @@
+"""A signal ends a run with a snapshot and its own exit status, and the run goes on as if there had been none."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from program import assert_same_run, ledger, snapshot_path, start, steps_kept, train, wait, wait_for
+
+pytestmark = pytest.mark.slow
+
+FLAGS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 1, "--ledger", "--snapshot_steps", 2)
+FLAGS = (*FLAGS, "--num_workers", 1)
+STEPS = 10
+UNSEEDED = ("rng.python", "rng.numpy")  # nothing draws from these; each process has its own
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("signals") / "whole"
+    train(*FLAGS, "--run_dir", folder)
+    yield folder
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_in_mid_epoch_leaves_a_snapshot_of_that_step(
+    uninterrupted: Path, tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    folder = tmp_path / "run"
+    process = start(*FLAGS, "--run_dir", folder)
+    wait_for(snapshot_path(folder, 2), process)
+    process.send_signal(signum)
+    done = wait(process)
+    assert done.status == status
+    assert "Traceback" not in done.err
+    stopped_at = steps_kept(folder)[-1]
+    assert 2 <= stopped_at < STEPS
+    assert f"stopped by {signum.name} at step {stopped_at}; snapshot {snapshot_path(folder, stopped_at)}" in done.out
+    assert [row["step"] for row in ledger(folder)] == list(range(1, stopped_at + 1))
+    train("--resume_from", folder)
+    assert_same_run(folder, uninterrupted, apart=UNSEEDED)
+
+
+def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
+    process = start("--dataset", "digits", "--model", "resnet152", "--run_dir", tmp_path / "run")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("data ")
+    process.send_signal(signal.SIGINT)
+    done = wait(process)
+    assert (done.status, done.err) == (130, "interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+    process = start("--run_dir", tmp_path / "run")
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch_cpu" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    done = wait(process)
+    assert (done.status, done.err.count("\n")) == (130, 1), done.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,242 @@
+"""A run's logs hold each step and epoch once, in the promised columns, however often the run was killed."""
+
+import csv
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config import resolve
+from errors import UsageError
+from tracking import RESULT_COLUMNS, Stopwatch, Tracker, ledger_row, open_run_folder
+
+COLUMNS = "epoch,step,train_loss,train_top1,val_loss,val_top1,val_top5,lr,images_per_s,seconds"
+LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")
+
+
+def step_row(step: int, epoch: int = 1, ids: Any = (3, 1, 2)) -> dict[str, Any]:
+    numbers = {"loss": 0.1 * step, "top1": 0.5, "lr": 0.1, "momentum": 0.9, "skipped": False}
+    return {"step": step, "epoch": epoch, **numbers, "ids": np.array(ids)}
+
+
+def epoch_row(epoch: int, step: int) -> dict[str, Any]:
+    values = dict.fromkeys(RESULT_COLUMNS, 0.25)
+    return values | {"epoch": epoch, "step": step, "correct1": 1, "correct5": 2, "images": 4}
+
+
+def log_epochs(tracker: Tracker, first: int, last: int, steps: int = 4) -> None:
+    """Epochs `first` to `last`, of `steps` steps each, as training logs them: some steps at a time."""
+    for epoch in range(first, last + 1):
+        tracker.start_epoch(epoch, last, steps, 0)
+        rows = [step_row((epoch - 1) * steps + step, epoch) for step in range(1, steps + 1)]
+        tracker.log_steps(rows[:3], 3, 100.0)
+        tracker.log_steps(rows[3:], steps, 100.0)
+        tracker.end_epoch(epoch_row(epoch, epoch * steps))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in LOGS}
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def epochs_of(folder: Path) -> list[int]:
+    with open(folder / "results.csv", newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+# ---- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_row_is_exactly_what_other_programs_rely_on() -> None:
+    row = step_row(7, 2, ids=[1, 256, -1, 2**40]) | {"loss": 0.1, "lr": 0.4, "skipped": True}
+    little_endian = b"".join(number.to_bytes(8, "little", signed=True) for number in (1, 256, -1, 2**40))
+    assert ledger_row(row) == {
+        "step": 7,
+        "epoch": 2,
+        "ids": hashlib.sha256(little_endian).hexdigest(),
+        "loss": "0x1.999999999999ap-4",
+        "lr": "0x1.999999999999ap-2",
+        "skipped": True,
+    }
+
+
+def test_a_ledger_row_tells_the_order_of_its_ids_and_the_last_bit_of_its_floats() -> None:
+    row = step_row(1)
+    for other in (row | {"ids": np.array([1, 3, 2])}, row | {"loss": np.nextafter(row["loss"], 1)}):
+        assert ledger_row(other) != ledger_row(row)
+    same = row | {"ids": row["ids"].astype(">i8"), "loss": np.float64(row["loss"])}
+    assert ledger_row(same) == ledger_row(row)
+
+
+@pytest.mark.parametrize("ledger", [True, False])
+def test_the_ledger_is_written_only_on_request_and_ids_stay_out_of_the_metrics(tmp_path: Path, ledger: bool) -> None:
+    log_epochs(Tracker(tmp_path, ledger), 1, 1)
+    assert (tmp_path / "ledger.jsonl").exists() is ledger
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [{key: value for key, value in step_row(step).items() if key != "ids"} for step in range(1, 5)]
+    assert metrics == expected
+
+
+# ---- results.csv -----------------------------------------------------------------------------------------------------
+
+
+def test_results_have_one_header_and_a_row_an_epoch_in_the_promised_columns(tmp_path: Path) -> None:
+    log_epochs(Tracker(tmp_path, False), 1, 2)
+    log_epochs(Tracker(tmp_path, False), 3, 3)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[0] == COLUMNS
+    assert lines[1:] == [f"{epoch},{4 * epoch}" + ",0.25" * 8 for epoch in (1, 2, 3)]
+
+
+def test_results_keep_every_digit(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, False)
+    tracker.start_epoch(1, 1, 1, 0)
+    tracker.end_epoch(epoch_row(1, 1) | {"val_loss": 0.1 + 0.2})
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["val_loss"]) == 0.1 + 0.2
+
+
+# ---- rewind ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(0, 0), (1, 0), (4, 1), (6, 1), (7, 1), (8, 2), (12, 3)])
+def test_a_run_rewound_and_gone_on_with_has_the_logs_of_one_never_stopped(
+    tmp_path: Path, step: int, epoch: int
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        log_epochs(Tracker(folder, ledger=True), 1, 3)
+    tracker = Tracker(killed, ledger=True)
+    tracker.rewind(step, epoch)
+    assert steps_of(killed / "metrics.jsonl") == steps_of(killed / "ledger.jsonl") == list(range(1, step + 1))
+    assert epochs_of(killed) == list(range(1, epoch + 1))
+    for number in range(epoch + 1, 4):
+        tracker.start_epoch(number, 3, 4, max(0, step - 4 * epoch))
+        rows = [step_row(s, number) for s in range(max(step, 4 * number - 4) + 1, 4 * number + 1)]
+        tracker.log_steps(rows, 4, 100.0)
+        tracker.end_epoch(epoch_row(number, 4 * number))
+    assert contents(killed) == contents(whole)
+
+
+def test_rewinding_twice_or_to_the_end_changes_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, ledger=True)
+    log_epochs(tracker, 1, 2)
+    before = contents(tmp_path)
+    tracker.rewind(8, 2)
+    tracker.rewind(8, 2)
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(LOGS)
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_line_that_a_kill_left_half_written_is_dropped(tmp_path: Path, name: str) -> None:
+    tracker = Tracker(tmp_path, ledger=True)
+    log_epochs(tracker, 1, 2)
+    before = contents(tmp_path)
+    last = before[name].splitlines(keepends=True)[-1]
+    for cut in range(1, len(last)):
+        (tmp_path / name).write_bytes(before[name].encode()[:-cut])
+        tracker.rewind(7, 1)
+        assert steps_of(tmp_path / "metrics.jsonl") == list(range(1, 8))
+        assert steps_of(tmp_path / "ledger.jsonl") == list(range(1, 8))
+        assert epochs_of(tmp_path) == [1]
+        for log, text in before.items():
+            (tmp_path / log).write_bytes(text.encode())
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_header_cut_short_is_written_anew(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "results.csv").write_text(COLUMNS[:-cut])
+    tracker = Tracker(tmp_path, ledger=False)
+    tracker.rewind(0, 0)
+    log_epochs(tracker, 1, 1)
+    assert (tmp_path / "results.csv").read_text().splitlines()[0] == COLUMNS
+    assert epochs_of(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("junk", [b"\x00" * 64 + b"\n", b"\xff\xfe\n", b'{"step": \n'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
+def test_a_line_that_a_crash_filled_with_rubbish_does_not_stop_the_resume(
+    tmp_path: Path, name: str, junk: bytes
+) -> None:
+    tracker = Tracker(tmp_path, ledger=True)
+    log_epochs(tracker, 1, 1)
+    with open(tmp_path / name, "ab") as file:
+        file.write(junk)
+    tracker.rewind(4, 1)
+    assert steps_of(tmp_path / name) == [1, 2, 3, 4]
+
+
+def test_rewinding_a_new_run_writes_nothing(tmp_path: Path) -> None:
+    Tracker(tmp_path, ledger=True).rewind(0, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the console -----------------------------------------------------------------------------------------------------
+
+
+def test_a_log_file_gets_plain_lines_in_fixed_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_epochs(Tracker(tmp_path, False), 1, 1)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "epoch 1/1  step 3/4  loss 0.3000  top1 50.00%  lr 0.1  momentum 0.900  100 images/s",
+        "epoch 1/1  step 4/4  loss 0.4000  top1 50.00%  lr 0.1  momentum 0.900  100 images/s",
+        "epoch 1/1  train loss 0.2500 top1 25.00%  val loss 0.2500 top1 25.00% top5 25.00%  0 images/s  0.2 s",
+    ]
+    assert err == ""
+
+
+def test_the_other_ranks_neither_write_nor_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker(None, ledger=True)
+    tracker.rewind(0, 0)
+    log_epochs(tracker, 1, 2)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def test_config_json_holds_the_settings_and_every_launch(tmp_path: Path) -> None:
+    config = resolve({"run_dir": str(tmp_path / "run"), "seed": 3})
+    folder = open_run_folder(config, None, ["--seed", "3"])
+    open_run_folder(config, folder, ["--resume_from", str(folder)])
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"] == json.loads(json.dumps(asdict(config)))
+    first, second = record["launches"]
+    assert "--seed 3" in first["command"]
+    assert "--resume_from" in second["command"]
+    assert first["packages"]["torch"] == second["packages"]["torch"]
+    assert (folder / "snapshots").is_dir()
+
+
+def test_a_new_run_never_moves_into_a_folder_with_snapshots(tmp_path: Path) -> None:
+    config = resolve({"run_dir": str(tmp_path)})
+    open_run_folder(config, None, [])
+    (tmp_path / "snapshots" / "step-000000001.safetensors").touch()
+    with pytest.raises(UsageError, match=r"--resume_from .* --run_dir"):
+        open_run_folder(config, None, [])
+    assert open_run_folder(config, tmp_path, []) == tmp_path
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--run_dir") as refusal:
+        open_run_folder(resolve({"run_dir": str(tmp_path / "file" / "run")}), None, [])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_stopwatch_goes_on_from_an_earlier_process() -> None:
+    first, second = Stopwatch(100.0), Stopwatch()
+    assert first.seconds() >= 100.0 > second.seconds() >= 0.0
