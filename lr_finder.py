@@ -203,8 +203,12 @@ def _why_unreadable(loss: np.ndarray, smoothed: np.ndarray, smooth_f: float, sto
 
 
 def steepest(lr: np.ndarray, loss: np.ndarray) -> float:
-    """Where the smoothed loss falls fastest against log10(lr), the first points being noise (after torch-lr-finder)."""
-    return float(lr[SKIP_START + np.gradient(loss[SKIP_START:], np.log10(lr[SKIP_START:])).argmin()])
+    """Where the smoothed loss falls fastest against log10(lr), left of its minimum.
+
+    The first points are left out as noise (after torch-lr-finder).
+    """
+    part = slice(SKIP_START, max(int(loss.argmin()), SKIP_START + 1) + 1)
+    return float(lr[part][np.gradient(loss[part], np.log10(lr[part])).argmin()])
 
 
 def minimum(lr: np.ndarray, loss: np.ndarray) -> float:

@@ -30,14 +30,12 @@ def plot_curves(run_dir: Path) -> Path:
     top1.plot(at, [100 * row["train_top1"] for row in epochs], "C0o-", markersize=3, label="train")
     top1.plot(at, [100 * row["val_top1"] for row in epochs], "C1o-", markersize=3, label="validation")
     top1.set(title=f"Top-1 accuracy, last {100 * epochs[-1]['val_top1']:.2f} %", xlabel="step", ylabel="%")
-    lr.plot(step, [row["lr"] for row in steps], "C2", label="learning rate")
+    lr.plot(step, [row["lr"] for row in steps], "C2")
     lr.set(title="Learning rate and momentum", xlabel="step", ylim=(0, None))
     momentum = lr.twinx()
-    momentum.plot(step, [row["momentum"] for row in steps], "C3--", label="momentum")
-    lr.set_ylabel("learning rate")
-    momentum.set_ylabel("momentum")
-    lines = [*lr.get_lines(), *momentum.get_lines()]
-    lr.legend(lines, [str(line.get_label()) for line in lines], loc="lower center")
+    momentum.plot(step, [row["momentum"] for row in steps], "C3--")
+    lr.set_ylabel("learning rate", color="C2")
+    momentum.set_ylabel("momentum (dashed)", color="C3")
     for axes in (loss, top1):
         axes.legend()
         axes.grid(alpha=0.3)
@@ -73,7 +71,7 @@ def plot_lr_finder(
         if value is not None:
             axes.axvline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3g}")
     if smoothed:
-        low, high = min(smoothed), max(smoothed[: max(1, len(smoothed) // 2)])
+        low, high = min(loss), max(smoothed[: max(1, len(smoothed) // 2)])
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.5 * (high - low) + 1e-3)
     axes.set_xscale("log")
     axes.set(title=f"Learning rate range test: {stopped}", xlabel="learning rate", ylabel="loss")
