@@ -50,7 +50,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # one write, for several ranks may be writing
         return error.status
     except Interrupted as stop:
         return stop.status
