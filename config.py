@@ -72,6 +72,12 @@ class Config:
     image_size: int = flag("data", "height and width of a training image, pixels", FROM_PRESET)
     eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size")
     crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
+    dummy_data: bool = flag("data", "imagenet1k: try everything on generated images in its schema; no token needed", False)
+    cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept")
+    cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept")
+    cache_short_side: int | None = flag("data", "reduce images to this short side, pixels, before they are kept", None, short="kept as they are")
+    stall_timeout: float = flag("data", "seconds without a byte after which a request is repeated", 60.0, on_resume="kept")
+    network_patience: float = flag("data", "minutes without progress after which the run writes a snapshot and ends", 30.0, on_resume="kept")
     no_streaming: bool = flag("data", "download the whole dataset first, then read it from disk", False, on_resume="kept")
     streams: int = flag("data", "parallel streams an epoch is cut into; ranks share them out", FROM_PRESET)
     shuffle_window: int = flag("data", "images in the rolling shuffle windows, all streams together", 8192)
@@ -136,7 +142,8 @@ class Config:
                 raise UsageError(f"--{name} {value} is not a finite number")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
                     "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
-                    "snapshot_steps": 0, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0}  # fmt: skip
+                    "snapshot_steps": 0, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
+                    "cache_short_side": 1}  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -147,7 +154,7 @@ class Config:
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"--{name} {getattr(self, name)} is out of range; it must be from {low} to {high}")
         for name in ("lr", "lr_start", "lr_smooth_f", "gamma", "onecycle_div_factor", "onecycle_final_div_factor",
-                     "max_grad_norm"):  # fmt: skip
+                     "max_grad_norm", "cache_limit_gb", "stall_timeout", "network_patience"):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, float) and value <= 0:
                 raise UsageError(f"--{name} {value} is out of range; it must be greater than 0")
@@ -169,6 +176,10 @@ class Config:
             )
         if self.dataset != "hf" and self.dataset_name:
             raise UsageError(f"--dataset_name goes with --dataset hf, not with --dataset {self.dataset}")
+        if self.dummy_data and self.dataset != "imagenet1k":
+            raise UsageError("--dummy_data goes with --dataset imagenet1k")
+        if not self.cache_dir and (self.cache_limit_gb or self.cache_short_side):
+            raise UsageError("--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in")
         if self.dataset == "imagefolder" and not self.data_dir:
             raise UsageError(
                 "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"
@@ -186,9 +197,8 @@ class Config:
     @property
     def dataset_id(self) -> str:
         """The Hub id, folder or name that the data comes from."""
-        return {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}.get(
-            self.dataset
-        ) or self.dataset
+        names = {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}
+        return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
 
     def check_schedule(self, steps_per_epoch: int) -> None:
         """Refuse a OneCycle whose rising part is a single step, over which PyTorch's divides by zero."""

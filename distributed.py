@@ -61,10 +61,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*values: Any) -> None:
+def print0(*values: Any, sep: str = " ") -> None:
     """Print on rank 0 only, at once."""
     if rank() == 0:
-        print(*values, flush=True)
+        print(*values, sep=sep, flush=True)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 BATCHES_AHEAD = 4
 SAMPLES_PER_TASK = 8
 UNREADABLE = -1
+POLL_SECONDS = 0.2
 
 EncodedImage = bytes | np.ndarray
 Transform = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
@@ -67,7 +68,8 @@ class StreamingDataLoader:
     readable one of its stream. Without `train` nothing is dropped or replaced, and an unreadable image has label -1.
 
     Iterating yields the epoch given to `set_epoch`, from its step `start` on; no other state exists.
-    Raises DataError when more than `max_bad_fraction` of the dataset cannot be read.
+    Raises DataError when more than `max_bad_fraction` of the dataset cannot be read, and InterruptedError when it had
+    to wait and `should_stop()` is true.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class StreamingDataLoader:
         self.num_workers = num_workers
         self.max_bad = int(max_bad_fraction * len(dataset))
         self.pin_memory = pin_memory
+        self.should_stop: Callable[[], bool] = lambda: False
         self.epoch = 0
         self.start = 0
         streams = order(0)
@@ -208,6 +211,9 @@ class _Pending:
 
     def wait(self) -> Batch:
         for task in self.tasks:
+            while not wait([task], POLL_SECONDS).done:
+                if self.epoch.loader.should_stop():
+                    raise InterruptedError
             task.result()
         self.epoch.reader.release(self.scheduled)
         return Batch(self.images, self.labels, self.ids)

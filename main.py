@@ -43,6 +43,7 @@ def _run(argv: list[str]) -> None:
         raise SystemExit(run_lr_finder.main(argv))
 
     import distributed
+    from preflight import describe_data
     from preprocess import get_data_loaders
     from train import build_training
 
@@ -50,7 +51,7 @@ def _run(argv: list[str]) -> None:
     device = distributed.init(config.device)
     try:
         data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
-        distributed.print0(f"data      {data.describe(config)}")
+        distributed.print0(*describe_data(config, data), sep="\n")
         training = build_training(config, len(data.classes), device)
         if config.evaluate:
             _evaluate(data, training, snapshot, config)
@@ -76,13 +77,13 @@ def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
 
 def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
     from distributed import print0
-    from train import evaluate, load_snapshot
+    from train import StopRequest, evaluate, load_snapshot
 
     if snapshot is not None:
         load_snapshot(snapshot, training)
     elif not config.use_pretrained:
         raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
-    result = evaluate(training, data.val)
+    result = evaluate(training, data.val, StopRequest())
     print0(
         f"val loss {result['val_loss']:.4f}  top1 {result['val_top1']:.2%} ({result['correct1']} of {result['images']})"
         f"  top5 {result['val_top5']:.2%} ({result['correct5']})"

@@ -17,9 +17,11 @@ import torch
 
 import distributed
 from config import Config
+from dummy import make_dummy_data
 from errors import DataError, UsageError
 from loader import EncodedImage, ImageDataset, StreamingDataLoader
-from streaming import HuggingFaceImageNetDataset, epoch_order, pick_blocks
+from remote import Network
+from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
@@ -172,13 +174,6 @@ class Data:
     classes: list[str]
     revision: str | None
 
-    def describe(self, config: Config) -> str:
-        at = f" at {self.revision[:12]}" if self.revision else ""
-        return (
-            f"{config.dataset_id}{at}: {len(self.train.dataset):,} training and {len(self.val.dataset):,} validation "
-            f"images, {len(self.classes):,} classes; {len(self.train):,} steps an epoch"
-        )
-
 
 def get_data_loaders(config: Config, device: torch.device, revision: str | None = None) -> Data:
     """This process's training and evaluation loaders. `revision` pins the commit of a run that is resumed.
@@ -216,19 +211,20 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
     """The two datasets, and the shuffle window to use over the first."""
     if config.dataset in ("imagenet1k", "hf"):
-        train, val = (
-            HuggingFaceImageNetDataset(
-                config.dataset_id,
-                split=split,
-                revision=revision or config.dataset_revision,
-                image_column=config.image_column,
-                label_column=config.label_column,
-                block_bytes=config.block_mb * 2**20,
-                max_samples=config.max_samples,
-                streaming=not config.no_streaming,
-            )
-            for split in ([config.train_split], [config.val_split] if config.val_split else VAL_SPLITS)
+        open_split = partial(
+            HuggingFaceImageNetDataset,
+            str(make_dummy_data()) if config.dummy_data else config.dataset_id,
+            revision=revision or config.dataset_revision,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            block_bytes=config.block_mb * 2**20,
+            max_samples=config.max_samples,
+            streaming=not config.no_streaming,
+            network=Network(config.stall_timeout, 60 * config.network_patience),
+            cache=_cache(config),
         )
+        train = open_split(split=[config.train_split])
+        val = open_split(split=[config.val_split] if config.val_split else VAL_SPLITS)
         return train, val, config.shuffle_window
     folder = Path(config.data_dir or "data")
     if config.dataset == "digits":
@@ -239,6 +235,13 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
         parts = load_cifar(config.dataset, folder)
     local_train, local_val = (part.take(config.max_samples) for part in parts)
     return local_train, local_val, len(local_train)
+
+
+def _cache(config: Config) -> Cache | None:
+    if config.cache_dir is None:
+        return None
+    limit = None if config.cache_limit_gb is None else round(config.cache_limit_gb * 1e9)
+    return Cache(Path(config.cache_dir), limit, config.cache_short_side)
 
 
 VAL_SPLITS = ["validation", "val", "valid", "test"]

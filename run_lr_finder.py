@@ -37,6 +37,7 @@ def _run(argv: list[str]) -> None:
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
 
     import distributed
+    from preflight import describe_data
     from preprocess import get_data_loaders
     from tracking import open_run_folder
     from train import build_training
@@ -44,6 +45,7 @@ def _run(argv: list[str]) -> None:
     device = distributed.init(config.device)
     try:
         data = get_data_loaders(config, device)
+        distributed.print0(*describe_data(config, data), sep="\n")
         training = build_training(config, len(data.classes), device)
         folder = open_run_folder(config, None, argv)
         lr = search(config, data, training, folder).suggested_lr

@@ -1,35 +1,30 @@
-"""HuggingFaceImageNetDataset: blocks of parquet row groups, on the Hub or on disk, and the order of training."""
+"""HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk, and the order of training."""
 
-import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import datasets
+import cv2
 import numpy as np
-import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, Image
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import HfApi, HfFileSystem, constants, get_token, hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from tqdm import tqdm
+import pyarrow as pa
+from huggingface_hub import constants
 
-import distributed
-from errors import DataError, UsageError
+from errors import DataError
+from loader import POLL_SECONDS
+from parquet import Block, ParquetShards
+from remote import HubFiles, Network, open_files, resolve
+from store import FileStore
 
 FETCH_THREADS = 8
-FOOTER_THREADS = 16
-BLOCKS_AHEAD = 8
+AHEAD_BYTES = 256 * 2**20
+OPEN_BLOCKS = 256
+CLOSE_SECONDS = 1.0
+JPEG_QUALITY = 95
 
 
 def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, window: int) -> list[np.ndarray]:
@@ -73,12 +68,20 @@ def pick_blocks(rows: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.nda
 
 
 @dataclass(frozen=True)
-class Block:
-    """Consecutive row groups of one file."""
+class Cache:
+    """Where fetched blocks are kept, up to how many bytes, and the short side (pixels) that images are reduced to."""
 
-    file: int
-    groups: tuple[int, ...]
-    rows: int
+    folder: Path
+    limit: int | None = None
+    short_side: int | None = None
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """Encoded images, as a pyarrow binary array, and their labels, int64."""
+
+    images: pa.Array
+    labels: np.ndarray
 
 
 class HuggingFaceImageNetDataset:
@@ -101,26 +104,33 @@ class HuggingFaceImageNetDataset:
         block_bytes: int = 32 * 2**20,
         max_samples: int | None = None,
         streaming: bool = True,
+        network: Network = Network(),  # noqa: B008 (frozen)
+        cache: Cache | None = None,
     ) -> None:
+        root = (cache.folder if cache else Path(constants.HF_HOME) / "imagenet1k") / source.replace("/", "--")
+        store = FileStore(root, cache.limit if cache else None)
+        listing = resolve(source, revision, store)
         self.source = source
-        self.revision = None if Path(source).is_dir() else _pin_revision(source, revision)
-        with _one_line_errors(source):
-            builder = datasets.load_dataset_builder(source, revision=self.revision)
-        self._files = files = _split_files(builder, source, split)
-        self._open = _opener(source, self.revision, files, streaming)
-        self._footers = _read_footers(source, files, self._open, _footer_folder(source) if self.revision else None)
-        features = builder.info.features or Features.from_arrow_schema(self._footers[0].schema.to_arrow_schema())
-        self.image_column = _find_column(features, Image, image_column, "--image_column", source)
-        self.label_column = _find_column(features, ClassLabel, label_column, "--label_column", source)
-        self.classes: list[str] = list(features[self.label_column].names)
-        self._check_label_range()
-        blocks = _cut_into_blocks(self._footers, (self.image_column, self.label_column), block_bytes)
-        picks, rows = pick_blocks(np.array([block.rows for block in blocks], np.int64), max_samples)
+        self.revision = listing.commit
+        self.split = _first_split(source, split, listing.splits)
+        self._files = open_files(source, listing.commit, listing.splits[self.split], streaming, network)
+        keep = store.get if listing.commit else lambda name, make: make()
+        self._shards = ParquetShards(
+            source, self._files, lambda name, make: keep(f"{listing.commit}/{name}", make),
+            (image_column, label_column), listing.features,
+        )  # fmt: skip
+        self.classes = self._shards.classes
+        blocks = self._shards.blocks(block_bytes)
+        picks, self.block_rows = pick_blocks(np.array([block.rows for block in blocks], np.int64), max_samples)
         self.blocks = [blocks[pick] for pick in picks]
-        self.block_rows = rows
-        self._ends = np.cumsum(rows)
+        self._ends = np.cumsum(self.block_rows)
         if not len(self):
-            raise DataError(f"{source} has no images in split {'/'.join(split)}; give another split")
+            raise DataError(f"{source} has no images in split {self.split}; give another split")
+        for block in self.blocks:
+            for _, low, high in self._shards.label_ranges(block) or ():
+                self._check_labels(block, low, high)
+        self.cache = store if cache and isinstance(self._files, HubFiles) else None
+        self._short_side = cache.short_side if cache else None
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -130,41 +140,94 @@ class HuggingFaceImageNetDataset:
         blocks = np.searchsorted(self._ends, sample_ids, side="right")
         return blocks, sample_ids - (self._ends - self.block_rows)[blocks]
 
-    def read_block(self, number: int) -> list[tuple[bytes, int]]:
-        """The encoded images and labels of a block, by one range request. Raises DataError."""
+    def cache_name(self, number: int) -> str:
+        """What a block is kept as in the cache."""
+        side = f".{self._short_side}" if self._short_side else ""
+        return f"{self.revision}/{self.blocks[number].name}{side}.arrow"
+
+    def read_block(self, number: int) -> BlockData:
+        """A block from the cache or by range requests, of which one is enough for a file of images and labels.
+
+        Raises DataError, also for a label that is no class.
+        """
         block = self.blocks[number]
-        columns = [f"{self.image_column}.bytes", self.label_column]
-        with _one_line_errors(self.source, self._files[block.file]), self._open(block.file) as file:
-            parquet = pq.ParquetFile(file, metadata=self._footers[block.file], pre_buffer=True)
-            table = parquet.read_row_groups(list(block.groups), columns=columns)
-        images = table[self.image_column].combine_chunks().field("bytes").to_pylist()
-        labels = table[self.label_column].to_pylist()
-        for label in labels:
-            self._check_label(label, block.file)
-        return list(zip(images, labels, strict=True))
+        if self.cache is None:
+            table = self._shards.read(block)
+        else:
+            table = pa.ipc.open_stream(
+                self.cache.get(self.cache_name(number), lambda: self._serialise(block))
+            ).read_all()
+        images, labels = (table[name].combine_chunks() for name in ("image", "label"))
+        if labels.null_count:
+            self._check_labels(block, None, None)
+        values = labels.to_numpy()
+        self._check_labels(block, values.min(), values.max())
+        return BlockData(images, values)
 
-    def _check_label_range(self) -> None:
-        """Refuse a split without labels before it is read, as far as the footers tell its smallest and largest one."""
-        for file, footer in enumerate(self._footers):
-            for group in range(footer.num_row_groups):
-                statistics = next(c for c in _chunks(footer, group) if c.path_in_schema == self.label_column).statistics
-                if statistics is not None and statistics.has_min_max:
-                    self._check_label(statistics.min, file)
-                    self._check_label(statistics.max, file)
+    def find_block(self, number: int) -> BlockData | None:
+        """A block that the cache holds, mapped from the disk, or None."""
+        kept = self.cache.find(self.cache_name(number)) if self.cache else None
+        if kept is None:
+            return None
+        table = pa.ipc.open_stream(kept).read_all()
+        return BlockData(table["image"].combine_chunks(), table["label"].combine_chunks().to_numpy())
 
-    def _check_label(self, label: int | None, file: int) -> None:
-        if label is None or not 0 <= label < len(self.classes):
-            raise DataError(
-                f"{self._files[file]} has the label {label}, which is no class: a split without labels, "
-                "such as the Hub's test split, is of no use here; give another split"
-            )
+    def estimated_labels(self) -> np.ndarray | None:
+        """A label for each sample, drawn between its row group's smallest and largest; None if those are unknown."""
+        rng, parts = np.random.default_rng(0), []
+        for block, rows in zip(self.blocks, self.block_rows, strict=True):
+            ranges = self._shards.label_ranges(block)
+            if ranges is None:
+                return None
+            labels = [rng.integers(low, high + 1, count) for count, low, high in ranges]
+            parts.append(np.concatenate(labels)[:rows])
+        return np.concatenate(parts)
 
     def reader(self, ids: np.ndarray) -> "BlockReader":
         return BlockReader(self, ids)
 
+    def _serialise(self, block: Block) -> bytes:
+        table = self._shards.read(block)
+        if self._short_side:
+            images = [reduce(image.as_py(), self._short_side) for image in table["image"]]
+            table = table.set_column(0, "image", pa.array(images, table.schema.field("image").type))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    def _check_labels(self, block: Block, low: int | None, high: int | None) -> None:
+        for label in (low, high):
+            if label is None or not 0 <= label < len(self.classes):
+                raise DataError(
+                    f"{self._files.names[block.file]} has the label {label}, which is no class: a split without "
+                    "labels, such as the Hub's test split, is of no use here; give another split"
+                )
+
+
+def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -> str:
+    for name in wanted:
+        if name in splits:
+            return name
+    raise DataError(f"{source} has no split {' or '.join(wanted)}, only {', '.join(splits) or 'none'}")
+
+
+def reduce(encoded: bytes, short_side: int) -> bytes:
+    """A JPEG with its short side reduced to `short_side` pixels; what is smaller or unreadable stays as it is."""
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
+    if image is None or min(image.shape[:2]) <= short_side:
+        return encoded
+    scale = short_side / min(image.shape[:2])
+    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+    smaller = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return bytes(cv2.imencode(".jpg", smaller, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+
 
 class BlockReader:
-    """Reads each block of an epoch once, some blocks ahead of use, and forgets it when its last sample was used."""
+    """Reads each block of an epoch once, some blocks ahead of use, and forgets it when its last sample was used.
+
+    A block that the cache holds is not kept in memory: it is mapped from the disk when a sample is asked for.
+    """
 
     def __init__(self, dataset: HuggingFaceImageNetDataset, ids: np.ndarray) -> None:
         self._dataset = dataset
@@ -172,22 +235,24 @@ class BlockReader:
         self._left = dict(zip(blocks.tolist(), counts.tolist(), strict=True))
         self._queue = blocks[np.argsort(first_use)].tolist()
         self._place = {block: place for place, block in enumerate(self._queue)}
+        largest = max(dataset.blocks[block].size for block in self._queue)
+        self._ahead = max(1, min(FETCH_THREADS, AHEAD_BYTES // largest))
         self._asked = 0
-        self._blocks: dict[int, Future[list[tuple[bytes, int]]]] = {}
+        self._blocks: dict[int, Future[BlockData | None]] = {}
+        self._open: OrderedDict[int, BlockData] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, "fetch")
+        self._wanted: SimpleQueue[int | None] = SimpleQueue()
+        self._closed = False
+        if dataset.cache is not None:
+            dataset.cache.forget_used()
+        self._threads = [threading.Thread(target=self._fetch, name="fetch", daemon=True) for _ in range(FETCH_THREADS)]
+        for thread in self._threads:
+            thread.start()
 
-    def read(self, sample_id: int) -> tuple[bytes, int]:
+    def read(self, sample_id: int) -> tuple[Any, int]:
         blocks, rows = self._dataset.locate(np.array([sample_id]))
-        block = int(blocks[0])
-        with self._lock:
-            ahead = self._place.get(block, 0) + BLOCKS_AHEAD
-            for other in [*self._queue[self._asked : ahead + 1], block]:
-                if other not in self._blocks:
-                    self._blocks[other] = self._pool.submit(self._dataset.read_block, other)
-            self._asked = max(self._asked, ahead + 1)
-            future = self._blocks[block]
-        return future.result()[int(rows[0])]
+        data, row = self._block(int(blocks[0])), int(rows[0])
+        return data.images[row].as_buffer() or b"", int(data.labels[row])
 
     def release(self, ids: np.ndarray) -> None:
         blocks, counts = np.unique(self._dataset.locate(ids)[0], return_counts=True)
@@ -195,145 +260,55 @@ class BlockReader:
             for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
                 self._left[block] -= count
                 if not self._left[block]:
-                    del self._blocks[block]
+                    self._forget(block)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._closed = True
+        for _ in self._threads:
+            self._wanted.put(None)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:  # one that waits for the network is left to end with the process
+            thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _block(self, block: int) -> BlockData:
+        with self._lock:
+            ahead = self._place.get(block, 0) + self._ahead
+            for other in [*self._queue[self._asked : ahead + 1], block]:
+                if other not in self._blocks:
+                    self._blocks[other] = Future()
+                    self._wanted.put(other)
+            self._asked = max(self._asked, ahead + 1)
+            future = self._blocks[block]
+        while not wait([future], POLL_SECONDS).done:
+            if self._closed:
+                raise InterruptedError
+        data = future.result()
+        return self._from_disk(block) if data is None else data
 
-def _pin_revision(source: str, revision: str) -> str:
-    """The commit that `revision` stands for now, if this user may read the dataset."""
-    with _one_line_errors(source):
-        api = HfApi()
-        sha = api.dataset_info(source, revision=revision).sha
-        api.auth_check(source, repo_type="dataset")
-    assert sha is not None
-    return sha
+    def _from_disk(self, block: int) -> BlockData:
+        with self._lock:
+            data = self._open.get(block)
+            if data is None:
+                data = self._dataset.find_block(block) or self._dataset.read_block(block)
+                self._open[block] = data
+                if len(self._open) > OPEN_BLOCKS:
+                    self._open.popitem(last=False)
+            return data
 
+    def _fetch(self) -> None:
+        """What each fetching thread does."""
+        while (block := self._wanted.get()) is not None:
+            if self._closed:
+                continue
+            future = self._blocks[block]
+            try:
+                data = self._dataset.read_block(block)
+                future.set_result(None if self._dataset.find_block(block) else data)
+            except BaseException as error:
+                future.set_exception(error)
 
-class _one_line_errors(AbstractContextManager[None]):
-    """Turns what the Hub's clients and pyarrow raise into a DataError that says what to do about it."""
-
-    def __init__(self, source: str, file: str | None = None) -> None:
-        self.source = source
-        self.file = file or source
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            return
-        message = self._explain(error)
-        if message:
-            raise DataError(message) from error
-
-    def _explain(self, error: BaseException) -> str | None:
-        source, url = self.source, f"{constants.ENDPOINT}/datasets/{self.source}"
-        response = getattr(error, "response", None)
-        code = response.status_code if response is not None else None
-        if isinstance(error, OfflineModeIsEnabled):
-            return f"{source} is not on this machine and HF_HUB_OFFLINE is set; unset it to reach the Hub"
-        if code == 401 and get_token() is None:
-            return f"{source} needs a token, or does not exist; accept its licence at {url}, then set HF_TOKEN"
-        if code == 401:
-            return f"the Hub refused the token for {source}; make a new one and set HF_TOKEN"
-        if isinstance(error, GatedRepoError) or code == 403:
-            return f"the licence of {source} is not accepted by this token's account; accept it at {url}"
-        if isinstance(error, RevisionNotFoundError):
-            return f"{source} has no such revision; check --dataset_revision"
-        if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError):
-            return f"{source} does not exist on the Hub, nor is it a folder here; check the name"
-        if isinstance(error, HTTPError | ConnectionError | TimeoutError):
-            return f"cannot reach {source} at {constants.ENDPOINT} ({error}); check the network, then resume"
-        if isinstance(error, OSError | ValueError):
-            return f"cannot read {self.file}: {' '.join(str(error).split())}"
-        return None
-
-
-def _split_files(builder: Any, source: str, split: list[str]) -> list[str]:
-    available = builder.config.data_files or {}
-    for name in split:
-        if name in available:
-            return [str(path) for path in available[name]]
-    raise DataError(f"{source} has no split {' or '.join(split)}, only {', '.join(map(str, available)) or 'none'}")
-
-
-def _opener(source: str, revision: str | None, files: list[str], streaming: bool) -> Callable[[int], Any]:
-    """A function from a file's number to an open binary file that supports range reads."""
-    if revision is None:
-        return lambda number: open(files[number], "rb")
-    prefix = f"hf://datasets/{source}@{revision}/"
-    inside = [path.removeprefix(prefix) for path in files]
-    if not streaming:
-        local = [hf_hub_download(source, path, repo_type="dataset", revision=revision) for path in inside]
-        return lambda number: open(local[number], "rb")
-    hub = HfFileSystem()
-    return lambda number: hub.open(files[number], "rb", cache_type="none")
-
-
-def _footer_folder(source: str) -> Path:
-    return Path(constants.HF_HOME) / "imagenet1k" / "footers" / source.replace("/", "--")
-
-
-def _read_footers(
-    source: str, files: list[str], open_file: Callable[[int], Any], cache: Path | None
-) -> list[pq.FileMetaData]:
-    """The metadata of every file: fetched in parallel, and of the Hub's files a copy kept for each revision."""
-
-    def read(number: int) -> pq.FileMetaData:
-        copy = cache / (files[number].rpartition("@")[2].replace("/", "--") + ".footer") if cache else None
-        if copy is not None and copy.exists():
-            return pq.read_metadata(copy)
-        with _one_line_errors(source, files[number]), open_file(number) as file:
-            footer = pq.ParquetFile(file).metadata
-        if copy is not None:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            temporary = copy.with_suffix(f".{os.getpid()}")
-            footer.write_metadata_file(temporary)
-            os.replace(temporary, copy)
-        return footer
-
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        quiet = True if distributed.rank() else None
-        return list(tqdm(pool.map(read, range(len(files))), "index", len(files), leave=False, disable=quiet))
-
-
-def _find_column(features: Features, kind: type, wanted: str | None, flag: str, source: str) -> str:
-    fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if wanted is not None:
-        if wanted not in fitting:
-            raise UsageError(
-                f"{source} has no {kind.__name__} column {wanted}; {flag} may be {', '.join(fitting) or 'none'}"
-            )
-        return wanted
-    if len(fitting) != 1:
-        found = (
-            f"several {kind.__name__} columns ({', '.join(fitting)}); choose with {flag}"
-            if fitting
-            else f"no {kind.__name__} column"
-        )
-        raise DataError(f"{source} has {found}")
-    return str(fitting[0])
-
-
-def _chunks(footer: pq.FileMetaData, group: int) -> list[pq.ColumnChunkMetaData]:
-    row_group = footer.row_group(group)
-    return [row_group.column(number) for number in range(row_group.num_columns)]
-
-
-def _cut_into_blocks(footers: list[pq.FileMetaData], columns: tuple[str, str], block_bytes: int) -> list[Block]:
-    """Consecutive row groups of each file, up to `block_bytes` together and at least one."""
-    blocks = []
-    for file, footer in enumerate(footers):
-        groups: list[int] = []
-        size = rows = 0
-        for group in range(footer.num_row_groups):
-            chunks = _chunks(footer, group)
-            group_bytes = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-            if groups and size + group_bytes > block_bytes:
-                blocks.append(Block(file, tuple(groups), rows))
-                groups, size, rows = [], 0, 0
-            groups.append(group)
-            size += group_bytes
-            rows += footer.row_group(group).num_rows
-        if rows:
-            blocks.append(Block(file, tuple(groups), rows))
-    return blocks
+    def _forget(self, block: int) -> None:
+        del self._blocks[block]
+        self._open.pop(block, None)
+        if self._dataset.cache is not None:
+            self._dataset.cache.mark_used(self._dataset.cache_name(block))

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,8 @@ import distributed
 from augment import Normalize
 from config import Config
 from distributed import print0
-from errors import DivergedError, Interrupted, UsageError
-from loader import UNREADABLE, StreamingDataLoader
+from errors import DataError, DivergedError, Interrupted, UsageError
+from loader import UNREADABLE, Batch, StreamingDataLoader
 from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
 from optim import build_optimizer, build_scaler
 from preprocess import Data
@@ -35,6 +36,7 @@ from visualization import plot_curves, plot_samples
 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
+FAILED = 1000  # greater than any signal
 
 
 @dataclass
@@ -94,11 +96,16 @@ class StopRequest:
         elif time.monotonic() - self._since > ECHO_SECONDS:
             os._exit(128 + signum)
 
-    def check(self) -> None:
-        """Raise Interrupted on all ranks if one of them was told to stop. All ranks must call this together."""
-        signum = distributed.largest_over_ranks(self.signum)
-        if signum:
-            raise Interrupted(signum)
+    def check(self, failure: DataError | None = None) -> None:
+        """Raise on all ranks when one of them was told to stop (Interrupted) or has a `failure` (DataError).
+
+        All ranks must call this together.
+        """
+        worst = distributed.largest_over_ranks(FAILED if failure else self.signum)
+        if worst == FAILED:
+            raise failure or DataError("another process has no data to go on with")
+        if worst:
+            raise Interrupted(worst)
 
 
 @dataclass
@@ -209,7 +216,7 @@ def train_epoch(run: Run) -> None:
     training.model.train()
     run.tracker.start_epoch(progress.epoch + 1, config.epochs, len(loader), first)
     watch = Stopwatch(progress.train_seconds)
-    for images, labels, ids in loader:
+    for images, labels, ids in batches_until(run.stop, loader, every_step=True):
         if progress.step == 0 and run.folder is not None:
             plot_samples(images.numpy(), labels.tolist(), run.data.classes, run.folder / "plots" / "samples.png")
         group, applied = training.optimizer.param_groups[0], training.steps_applied
@@ -228,7 +235,27 @@ def train_epoch(run: Run) -> None:
             flush_steps(run)
         if config.snapshot_steps and progress.step % config.snapshot_steps == 0 and done < len(loader):
             save_snapshot(run)
-        run.stop.check()
+
+
+def batches_until(stop: StopRequest, loader: StreamingDataLoader, every_step: bool) -> Iterator[Batch]:
+    """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
+
+    Ranks that step together ask each other at `every_step`, others only when they have no batch left.
+    """
+    batches, failure = iter(loader), None
+    while True:
+        batch = None
+        try:
+            batch = None if stop.signum else next(batches, None)
+        except DataError as error:
+            failure = error
+        except InterruptedError:
+            pass
+        if every_step or batch is None:
+            stop.check(failure)
+        if batch is None:
+            return
+        yield batch
 
 
 def flush_steps(run: Run) -> None:
@@ -260,24 +287,22 @@ def flush_steps(run: Run) -> None:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: StreamingDataLoader, stop: StopRequest | None = None) -> dict[str, float]:
+def evaluate(training: Training, loader: StreamingDataLoader, stop: StopRequest) -> dict[str, float]:
     """Loss and top-1 and top-5 accuracy (fractions of 1) over a whole dataset, and the integer counts behind them.
 
     Every image counts once and every batch is the same on any number of ranks; unreadable images do not count.
-    Without label smoothing. `stop` is looked at between batches, where one process may decide alone.
+    Without label smoothing. Raises Interrupted or DataError on all ranks when one of them must stop.
     """
     distributed.copy_from_rank0(training.model.buffers())
     training.model.eval()
     sums = []
-    for images, labels, _ in loader:
+    for images, labels, _ in batches_until(stop, loader, every_step=False):
         y = labels.to(training.device, non_blocking=True)
         with training.autocast():
             logits = training.model(training.normalize(images.to(training.device, non_blocking=True)))
         loss = F.cross_entropy(logits.float(), y, reduction="sum", ignore_index=UNREADABLE)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         sums.append(torch.stack((loss, hits[:, 0].sum(), hits.sum(), (y != UNREADABLE).sum())))
-        if stop is not None and distributed.world_size() == 1:
-            stop.check()
     lengths = distributed.gather_columns(np.array([[len(loader)]]))[0]
     table = np.zeros((lengths.sum(), 4))
     first = lengths[: distributed.rank()].sum()
@@ -298,20 +323,23 @@ def evaluate(training: Training, loader: StreamingDataLoader, stop: StopRequest 
 def fit(run: Run) -> None:
     """Train to the last epoch. Each one ends with an evaluation, a row in results.csv and a snapshot.
 
-    Raises Interrupted after a signal, with a snapshot written; DivergedError, DataError or SnapshotError otherwise.
+    Raises Interrupted after a signal and DataError when the data fails, both with a snapshot written; DivergedError
+    or SnapshotError.
     """
     run.stop.listen()
+    run.data.train.should_stop = run.data.val.should_stop = lambda: bool(run.stop.signum)
     try:
         while run.progress.epoch < run.config.epochs:
             train_epoch(run)
             watch = Stopwatch()
             result = evaluate(run.training, run.data.val, run.stop)
             end_epoch(run, result, run.progress.train_seconds + watch.seconds())
-    except Interrupted as stop:
+    except (Interrupted, DataError) as stop:
         flush_steps(run)
         run.tracker.close()
         path = save_snapshot(run)
-        print0(f"stopped by {signal.Signals(stop.status - 128).name} at step {run.progress.step}; snapshot {path}")
+        cause = signal.Signals(stop.status - 128).name if isinstance(stop, Interrupted) else "a failure of the data"
+        print0(f"stopped by {cause} at step {run.progress.step}; snapshot {path}")
         raise
     finally:
         run.tracker.close()

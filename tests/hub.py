@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TEXT = {".md", ".json", ".txt", ".yaml", ".py", ""}
+FAULTS = ("reset", "short", "stall")  # no answer; half of a file, then no more; half, then silence for a while
+STALL_SECONDS = 5.0
 GATED_CALLS = {"auth-check", "paths-info", "resolve"}
 
 
@@ -88,12 +92,21 @@ class Hub:
 
     A `token` makes the datasets private, or with `gated` public in name and metadata only; the models stay open. Any
     other token is refused everywhere, as on the Hub. `accepted` says whether its owner accepted the gated licence.
+    `fault`, if given, says of each request (its method and path) how it fails: by a status, or as in `FAULTS`.
     """
 
     def __init__(
-        self, root: Path, *, token: str | None = None, gated: bool = False, accepted: bool = True, port: int = 0
+        self,
+        root: Path,
+        *,
+        token: str | None = None,
+        gated: bool = False,
+        accepted: bool = True,
+        port: int = 0,
+        fault: Callable[[str, str], int | str | None] = lambda method, path: None,
     ) -> None:
-        self.token, self.gated, self.accepted = token, gated, accepted
+        self.token, self.gated, self.accepted, self.fault = token, gated, accepted, fault
+        self.closed = threading.Event()
         self.requests: list[Request] = []
         self.lock = threading.Lock()
         folders = [folder for kind in ("datasets", "models") for folder in sorted((root / kind).glob("*/*"))]
@@ -106,6 +119,7 @@ class Hub:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -169,7 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
+        self.fault = self.server.hub.fault(self.command, self.path)
+        if self.fault == "reset":
+            self._break_off()
+            return
         try:
+            if isinstance(self.fault, int):
+                raise Refused(self.fault, "", "Injected fault", **{"Retry-After": "0"})
             self._route()
         except Refused as refused:
             self._send_json({"error": str(refused)}, refused.status, refused.headers)
@@ -221,8 +241,13 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
         self._start(206 if span else 200, end - first, headers | {"Content-Type": "application/octet-stream"})
         if self.command != "HEAD" and end > first:
+            broken = self.fault in ("short", "stall")
             with (repo.folder / path).open("rb") as data:
-                self.connection.sendfile(data, first, end - first)
+                self.connection.sendfile(data, first, (end - first) // 2 if broken else end - first)
+            if self.fault == "stall":
+                self.server.hub.closed.wait(STALL_SECONDS)
+            if broken:
+                self._break_off()
 
     def _start(self, status: int, length: int, headers: dict[str, str]) -> None:
         """Notes the request, then sends the head; so a client that has its answer finds it in the list."""
@@ -235,16 +260,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
+    def _break_off(self) -> None:
+        """Resets the connection, so that the client finds it broken and not ended."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
 def _byte_span(header: str | None, size: int) -> tuple[int, int] | None:
-    """The [first, end) that a Range header `bytes=A-[B]` asks for; None is everything. Raises Refused (416)."""
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", header or "")
+    """The [first, end) that a Range header asks for, `bytes=A-[B]` or `bytes=-LAST`. Raises Refused (416).
+
+    None is everything.
+    """
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
     if match is None:
         return None
-    first, end = int(match[1]), min(size, int(match[2] or size) + 1)
+    if match[1]:
+        first, end = int(match[1]), min(size, int(match[2] or size) + 1)
+    else:
+        first, end = max(0, size - int(match[2])), size
     if first >= end:
         raise Refused(416, "", "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
     return first, end

@@ -1,0 +1,310 @@
+"""Files on the Hub at one commit: what they are, ranges of their bytes however badly the network behaves, and what the
+Hub's refusals mean."""
+
+import contextlib
+import email.utils
+import json
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
+
+import distributed
+from errors import DataError
+from store import FileStore
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
+START_PATIENCE = 20.0  # seconds: at the start nothing is lost by giving up, and someone may be watching
+COMMIT = re.compile("[0-9a-f]{40}")
+_jitter = random.Random()
+
+
+@dataclass(frozen=True)
+class Network:
+    """Seconds without a byte after which a request is repeated, and without progress after which a run gives up."""
+
+    stall_timeout: float = 60.0
+    patience: float = 1800.0
+
+
+class Files(Protocol):
+    """Files whose bytes can be read in ranges, numbered from 0."""
+
+    names: list[str]
+
+    def read(self, number: int, first: int, end: int) -> bytes | bytearray:
+        """Bytes first to end - 1 of a file. Raises DataError."""
+
+    def read_tail(self, number: int, count: int) -> bytes:
+        """The last `count` bytes of a file, or all of it. Raises DataError."""
+
+
+class LocalFiles:
+    """Files on this machine."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def read(self, number: int, first: int, end: int) -> bytes:
+        with one_line_errors(self.names[number]), open(self.names[number], "rb") as file:
+            file.seek(first)
+            return file.read(end - first)
+
+    def read_tail(self, number: int, count: int) -> bytes:
+        size = Path(self.names[number]).stat().st_size
+        return self.read(number, max(0, size - count), size)
+
+
+class HubFiles:
+    """Files of a dataset on the Hub at one commit, read by range requests.
+
+    What a request breaks off with is kept and the rest asked for again, after a wait that grows. The allowance in the
+    Hub's RateLimit headers is spent evenly once half of it is gone.
+    """
+
+    def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
+        self.names = names
+        self._source = source
+        self._urls = [hf_hub_url(source, name, repo_type="dataset", revision=commit) for name in names]
+        self._network = network
+        self._lock = threading.Lock()
+        self._next_request = self._interval = 0.0
+
+    def read(self, number: int, first: int, end: int) -> bytearray:
+        data = bytearray()
+
+        def rest() -> None:
+            self._get(number, f"bytes={first + len(data)}-{end - 1}", data)
+            if len(data) != end - first:
+                raise ConnectionError(f"{len(data)} of {end - first} bytes arrived")
+
+        self._patiently(number, rest, lambda: len(data))
+        return data
+
+    def read_tail(self, number: int, count: int) -> bytes:
+        def tail() -> bytes:
+            data = bytearray()
+            size = self._get(number, f"bytes=-{count}", data)
+            if len(data) != min(count, size):
+                raise ConnectionError(f"{len(data)} of {min(count, size)} bytes arrived")
+            return bytes(data)
+
+        return self._patiently(number, tail, lambda: 0)
+
+    def _patiently(self, number: int, call: Callable[[], T], progress: Callable[[], int]) -> T:
+        with one_line_errors(self._source, self.names[number]):
+            return patiently(call, self._network.patience, progress)
+
+    def _get(self, number: int, span: str, data: bytearray) -> int:
+        """Append what arrives of a range to `data`, and return the size of the whole file."""
+        self._wait_for_turn()
+        headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
+        with get_session().stream(
+            "GET", self._urls[number], headers=headers, timeout=self._network.stall_timeout
+        ) as response:
+            self._note_allowance(response.headers)
+            if response.status_code >= 400:
+                response.read()
+                hf_raise_for_status(response)
+            if response.status_code != 206:
+                raise OSError(f"the server answers a range request with status {response.status_code}")
+            for chunk in response.iter_bytes():
+                data += chunk
+            return int(response.headers["Content-Range"].rpartition("/")[2])
+
+    def _note_allowance(self, headers: Any) -> None:
+        info = parse_ratelimit_headers(headers)
+        if info is None or info.limit is None:
+            return
+        ranks = distributed.world_size()
+        share = info.reset_in_seconds / max(1, info.remaining) * ranks
+        self._interval = share if info.remaining < info.limit / 2 else 0.0
+
+    def _wait_for_turn(self) -> None:
+        with self._lock:
+            turn = max(time.monotonic(), self._next_request)
+            self._next_request = turn + self._interval
+        time.sleep(max(0.0, turn - time.monotonic()))
+
+
+def patiently(call: Callable[[], T], patience: float, progress: Callable[[], int] = lambda: 0) -> T:
+    """What `call` returns, repeated after transient failures until there was no `progress` for `patience` seconds.
+
+    Raises the last error.
+    """
+    since, made, attempt = time.monotonic(), progress(), 0
+    while True:
+        try:
+            return call()
+        except (HTTPError, ConnectionError, TimeoutError) as error:
+            if not _is_transient(error):
+                raise
+            if progress() > made:
+                since, made, attempt = time.monotonic(), progress(), 0
+            backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * _jitter.uniform(0.5, 1.0)
+            delay = max(backoff, _asked_delay(error))
+            attempt += 1
+            if time.monotonic() + delay - since > patience:
+                raise
+            if attempt == 4:
+                log.warning("the network fails (%s); trying on for %.0f s", _first_line(error), patience)
+            time.sleep(delay)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code in TRANSIENT_STATUS
+
+
+def _asked_delay(error: Exception) -> float:
+    """The seconds that the server asked to be left alone for, by Retry-After or its rate limit."""
+    if not isinstance(error, HfHubHTTPError):
+        return 0.0
+    headers = error.response.headers
+    info = parse_ratelimit_headers(headers)
+    if error.response.status_code == 429 and info is not None and info.remaining == 0:
+        return info.reset_in_seconds + 1.0
+    after = headers.get("Retry-After", "").strip()
+    if after.isdigit():
+        return float(after)
+    date = email.utils.parsedate_tz(after)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A dataset's commit (None for a local folder), the files of each split, and its features as `datasets` has them.
+
+    File names on the Hub are relative to the repository. `features` is None when only the files tell them.
+    """
+
+    commit: str | None
+    splits: dict[str, list[str]]
+    features: dict[str, Any] | None
+
+
+def resolve(source: str, revision: str, store: FileStore) -> Listing:
+    """What `datasets` finds in a Hub repository, kept in `store`, or in a local folder.
+
+    A commit that is kept is not asked for again, and with HF_HUB_OFFLINE a branch means what it meant the last time.
+    Raises DataError.
+    """
+    if Path(source).is_dir():
+        with one_line_errors(source):
+            return _ask_datasets(source, None)
+    commit = revision if COMMIT.fullmatch(revision) else _pin(source, revision, store)
+    kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit))).encode())
+    return Listing(**json.loads(bytes(kept)))
+
+
+def _pin(source: str, revision: str, store: FileStore) -> str:
+    """The commit that `revision` stands for now, if this user may read the dataset."""
+    name = f"refs/{revision.replace('/', '--')}"
+
+    def ask() -> str:
+        api = HfApi()
+        sha = api.dataset_info(source, revision=revision).sha
+        api.auth_check(source, repo_type="dataset")
+        assert sha is not None
+        return sha
+
+    with one_line_errors(source):
+        try:
+            commit = patiently(ask, START_PATIENCE)
+        except OfflineModeIsEnabled:
+            kept = store.find(name)
+            if kept is None:
+                raise
+            return bytes(kept).decode()
+    store.put(name, commit.encode())
+    return commit
+
+
+def _ask_hub(source: str, commit: str) -> Listing:
+    with one_line_errors(source):
+        return patiently(lambda: _ask_datasets(source, commit), START_PATIENCE)
+
+
+def _ask_datasets(source: str, commit: str | None) -> Listing:
+    builder = datasets.load_dataset_builder(source, revision=commit)
+    prefix = f"hf://datasets/{source}@{commit}/"
+    files = builder.config.data_files or {}
+    splits = {str(split): [str(path).removeprefix(prefix) for path in paths] for split, paths in files.items()}
+    features = builder.info.features
+    return Listing(commit, splits, None if features is None else features.to_dict())
+
+
+def open_files(source: str, commit: str | None, names: list[str], streaming: bool, network: Network) -> Files:
+    """The files of a listing; without `streaming` those on the Hub are downloaded first."""
+    if commit is None:
+        return LocalFiles(names)
+    if streaming:
+        return HubFiles(source, commit, names, network)
+
+    def download(name: str) -> str:
+        return patiently(lambda: hf_hub_download(source, name, repo_type="dataset", revision=commit), network.patience)
+
+    with one_line_errors(source):
+        return LocalFiles([download(name) for name in names])
+
+
+@contextlib.contextmanager
+def one_line_errors(source: str, file: str | None = None) -> Iterator[None]:
+    """Turns what the Hub's clients, the disk and pyarrow raise into a DataError that says what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        message = _explain(error, source, file or source)
+        if message is None:
+            raise
+        raise DataError(message) from error
+
+
+def _explain(error: Exception, source: str, file: str) -> str | None:
+    url = f"{constants.ENDPOINT}/datasets/{source}"
+    response = getattr(error, "response", None)
+    code = response.status_code if response is not None else None
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{file} is not on this machine and HF_HUB_OFFLINE is set; unset it to reach the Hub"
+    if code == 401 and get_token() is None:
+        return f"{source} needs a token, or does not exist; accept its licence at {url}, then set HF_TOKEN"
+    if code == 401:
+        return f"the Hub refused the token for {source}; make a new one and set HF_TOKEN"
+    if isinstance(error, GatedRepoError) or code == 403:
+        return f"the licence of {source} is not accepted by this token's account; accept it at {url}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{source} has no such revision; check --dataset_revision"
+    if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError):
+        return f"{source} does not exist on the Hub, nor is it a folder here; check the name"
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return f"cannot reach {source} at {constants.ENDPOINT} ({_first_line(error)}); check the network, then resume"
+    if isinstance(error, OSError | ValueError):
+        return f"cannot read {file}: {' '.join(str(error).split())}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

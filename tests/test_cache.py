@@ -1,0 +1,158 @@
+"""What was streamed once is kept: later epochs, runs and ranks read it, and it changes no batch."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from program import assert_same_run, ledger, metrics, snapshot_path, start, train, wait, wait_for
+from shards import REPO_ID
+
+from streaming import Cache, HuggingFaceImageNetDataset
+
+DATA: tuple[object, ...] = ("--dataset", "imagenet1k")
+FLAGS: tuple[object, ...] = ("--max_samples", 256, "--model", "resnet18", "--image_size", 33, "--batch_size", 32)
+FLAGS = (*FLAGS, "--epochs", 2, "--block_mb", 1, "--ledger", "--snapshot_steps", 3, "--keep_snapshots", 9)
+TRAIN_BLOCKS, VAL_BLOCKS, STEPS = 13, 1, 16
+
+
+def blocks_asked_for(hub: Hub, since: int = 0) -> Counter[tuple[str, str]]:
+    """How often each block was fetched; footers, which are counted from the end of a file, are left out."""
+    asked = [(r.path, r.range) for r in hub.requests[since:] if r.range and not r.range.startswith("bytes=-")]
+    return Counter((path, span) for path, span in asked if path.endswith(".parquet"))
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.arrow"))
+
+
+def size_of(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def sound(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run from the same files on a disk."""
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    train("--dataset", "hf", "--dataset_name", hub_root / "datasets" / REPO_ID, *FLAGS, "--run_dir", folder)
+    yield folder
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+
+
+def test_each_block_is_fetched_once_in_two_epochs_and_never_by_a_later_run(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with Hub(hub_root, port=hub_port) as hub:
+        done = train(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "cold")
+        assert f"0 of {TRAIN_BLOCKS} training blocks" in done.out
+        assert len(blocks_asked_for(hub)) == TRAIN_BLOCKS + VAL_BLOCKS == len(entries(cache))
+        assert set(blocks_asked_for(hub).values()) == {1}
+        since = len(hub.requests)
+        done = train(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "warm")
+        assert f"{TRAIN_BLOCKS} of {TRAIN_BLOCKS} training blocks" in done.out
+        assert not blocks_asked_for(hub, since)
+        for path in entries(cache)[::2]:
+            path.unlink()
+        train(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "half")
+        assert blocks_asked_for(hub, since).total() == len(entries(cache)[::2])
+    assert ledger(tmp_path / "cold") == ledger(tmp_path / "warm") == ledger(tmp_path / "half") == ledger(sound)
+    assert not list(cache.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_damaged_entry_is_fetched_again_and_changes_nothing(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with Hub(hub_root, port=hub_port) as hub:
+        train(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "cold")
+        since = len(hub.requests)
+        flipped, cut_short, emptied = entries(cache)[:3]
+        data = bytearray(flipped.read_bytes())
+        data[len(data) // 2] ^= 1
+        flipped.write_bytes(data)
+        cut_short.write_bytes(cut_short.read_bytes()[:-1])
+        emptied.write_bytes(b"")
+        train(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "again")
+        assert blocks_asked_for(hub, since).total() == 3
+    assert ledger(tmp_path / "again") == ledger(sound)
+
+
+@pytest.mark.slow
+def test_a_limit_is_kept_and_what_it_holds_is_of_use(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path
+) -> None:
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    with Hub(hub_root, port=hub_port) as hub:
+        train(*DATA, *FLAGS, "--cache_dir", whole, "--run_dir", tmp_path / "unlimited")
+        limit = size_of(whole) // 2
+        since = len(hub.requests)
+        train(*DATA, *FLAGS, "--cache_dir", cache, "--cache_limit_gb", limit / 1e9, "--run_dir", tmp_path / "run")
+        fetched = blocks_asked_for(hub, since).total()
+    assert limit / 2 < size_of(cache) <= limit
+    assert fetched < 2 * TRAIN_BLOCKS + VAL_BLOCKS
+    assert ledger(tmp_path / "run") == ledger(sound)
+
+
+def test_reduced_images_are_smaller_decode_and_have_a_place_of_their_own(
+    hub_root: Path, hub_port: int, tmp_path: Path
+) -> None:
+    with Hub(hub_root, port=hub_port):
+        whole, reduced = (
+            HuggingFaceImageNetDataset(REPO_ID, split=["train"], cache=Cache(tmp_path / "cache", short_side=side))
+            for side in (None, 40)
+        )
+        blocks = [dataset.read_block(0) for dataset in (whole, reduced)]
+    assert (blocks[0].labels == blocks[1].labels).all()
+    assert blocks[1].images.nbytes < blocks[0].images.nbytes / 2
+    assert len(entries(tmp_path / "cache")) == 2
+
+
+@pytest.mark.slow
+def test_a_full_cache_trains_with_the_network_off(hub_root: Path, hub_port: int, sound: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with Hub(hub_root, port=hub_port):
+        train(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "cold")
+    shutil.rmtree(tmp_path / "cold" / "snapshots")
+    done = wait(start(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "offline", HF_HUB_OFFLINE="1"))
+    assert done.status == 0, done.err
+    assert ledger(tmp_path / "offline") == ledger(sound)
+    entries(cache)[0].unlink()
+    done = wait(start(*DATA, *FLAGS, "--cache_dir", cache, "--run_dir", tmp_path / "lacking", HF_HUB_OFFLINE="1"))
+    assert done.status == 3
+    assert "HF_HUB_OFFLINE" in done.err
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_cache_without_fetching_anything_twice(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path
+) -> None:
+    with Hub(hub_root, port=hub_port) as hub:
+        flags = (*DATA, *FLAGS, "--cache_dir", tmp_path / "cache", "--run_dir", tmp_path / "run")
+        done = wait(start(*flags, ranks=2))
+    assert done.status == 0, done.err
+    assert set(blocks_asked_for(hub).values()) == {1}
+    assert [row["ids"] for row in ledger(tmp_path / "run")] == [row["ids"] for row in ledger(sound)]
+
+
+@pytest.mark.slow
+def test_three_kills_in_one_epoch_change_nothing(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
+    """The run is killed at each of its first snapshots and goes on from it, on a Hub that fails at a tenth."""
+    flags = (*DATA, *FLAGS, "--snapshot_steps", 1, "--epochs", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with Hub(hub_root, port=hub_port):
+        train(*flags, "--run_dir", whole)
+        arguments: tuple[object, ...] = (*flags, "--run_dir", killed)
+        for step in (2, 4, 6):
+            process = start(*arguments)
+            wait_for(snapshot_path(killed, step), process)
+            process.kill()
+            assert wait(process).status == -9
+            arguments = ("--resume_from", killed)
+        train("--resume_from", killed)
+    assert [row["step"] for row in metrics(killed)] == list(range(1, 9))
+    assert_same_run(killed, whole, apart=("rng.python", "rng.numpy"))

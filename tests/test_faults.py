@@ -1,0 +1,202 @@
+"""However the Hub fails, the batches are those of a sound one, or the run ends with a snapshot and says why."""
+
+import email.utils
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hub import FAULTS, Hub
+from huggingface_hub.errors import HfHubHTTPError
+from program import ledger, run, steps_kept, train
+from shards import REPO_ID
+
+import remote
+from config import resolve
+from errors import DataError
+from loader import StreamingDataLoader
+from preprocess import train_transform
+from remote import Network, patiently
+from streaming import HuggingFaceImageNetDataset, epoch_order
+
+Fault = Callable[[str, str], int | str | None]
+STATUSES = (408, 429, 500, 502, 503, 504)
+SMALL: tuple[object, ...] = ("--dataset", "imagenet1k", "--max_samples", 256, "--model", "resnet18", "--image_size", 33)
+SMALL = (*SMALL, "--batch_size", 64, "--epochs", 2, "--block_mb", 1, "--ledger")
+
+
+def seeded_faults(seed: int, rate: float, kinds: tuple[int | str, ...], only: str = "") -> Fault:
+    """This share of the requests whose path has `only` in it fails, in one of these ways."""
+    rng, lock = random.Random(seed), threading.Lock()
+
+    def fault(method: str, path: str) -> int | str | None:
+        with lock:
+            return rng.choice(kinds) if only in path and rng.random() < rate else None
+
+    return fault
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits are a fiftieth of what users get."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="module")
+def sound(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run from the same files on a disk."""
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    flags = ("--dataset", "hf", "--dataset_name", hub_root / "datasets" / REPO_ID)
+    train(*flags, *SMALL[2:], "--run_dir", folder)
+    yield folder
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+
+
+def test_a_run_with_a_fifth_of_all_requests_failing_is_the_sound_one(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path, hasty: None
+) -> None:
+    fault = seeded_faults(1, 0.2, (*STATUSES, *FAULTS))
+    with Hub(hub_root, port=hub_port, fault=fault) as hub:
+        train(*SMALL, "--stall_timeout", 0.5, "--run_dir", tmp_path / "run")
+    assert {request.status for request in hub.requests} >= {206, 503}
+    assert ledger(tmp_path / "run") == ledger(sound)
+
+
+def test_a_hub_that_stays_away_ends_the_run_with_a_snapshot_to_go_on_from(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path, hasty: None
+) -> None:
+    """It goes away when two steps are done: after that every request is answered with 503."""
+    folder = tmp_path / "run"
+
+    def fault(method: str, path: str) -> int | None:
+        steps = (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines())
+        return 503 if steps and steps >= 2 else None
+
+    with Hub(hub_root, port=hub_port, fault=fault):
+        done = run(*SMALL, "--log_steps", 1, "--network_patience", 0.01, "--run_dir", folder)
+    assert (done.status, done.err.count("\n")) == (3, 1), done.err
+    assert done.err.startswith("error: cannot reach ILSVRC/imagenet-1k")
+    assert "stopped by a failure of the data at step" in done.out
+    assert len(steps_kept(folder)) >= 1
+    with Hub(hub_root, port=hub_port):
+        train("--resume_from", folder, "--network_patience", 1)
+    assert ledger(folder) == ledger(sound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tenth", range(10))
+def test_no_schedule_of_faults_changes_the_order_or_hangs(
+    hub_root: Path, hub_port: int, hasty: None, tenth: int
+) -> None:
+    """500 schedules: each ends with the ids of a sound Hub, or with a DataError when every request may fail."""
+    kinds_of_fault: list[int | str] = [*STATUSES, "reset", "short"]
+    expected, given_up = None, set()
+    for seed in range(50 * tenth, 50 * tenth + 50):
+        rng = random.Random(seed)
+        rate = rng.choice([0.0, 0.1, 0.3, 0.6, 0.95])
+        kinds = tuple(rng.sample(kinds_of_fault, rng.randint(1, 4)))
+        with Hub(hub_root, port=hub_port, fault=seeded_faults(seed, rate, kinds, only="/resolve/")):
+            try:
+                ids = epoch_ids(Network(stall_timeout=5, patience=0.5))
+            except DataError:
+                given_up.add(rate)
+                continue
+        expected = ids if expected is None else expected
+        assert ids == expected
+    assert given_up <= {0.6, 0.95}
+
+
+def epoch_ids(network: Network) -> list[int]:
+    """The ids of an epoch of 64 images, read and decoded."""
+    dataset = HuggingFaceImageNetDataset(REPO_ID, split=["train"], max_samples=64, block_bytes=30_000, network=network)
+    loader = StreamingDataLoader(
+        dataset,
+        train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 24})),
+        lambda epoch: epoch_order(dataset.block_rows, epoch, 0, 4, 32),
+        batch_size=16,
+        image_size=24,
+        train=True,
+        seed=0,
+        num_workers=2,
+        max_bad_fraction=0.0,
+        pin_memory=False,
+    )
+    return [int(number) for batch in loader for number in batch.ids]
+
+
+# ---- the policy itself -----------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_repeated_until_it_succeeds_and_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    left = [ConnectionError("reset")] * 5
+
+    def call() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert patiently(call, 1e9) == "done"
+    bounds = [(remote.FIRST_WAIT * 2**n / 2, remote.FIRST_WAIT * 2**n) for n in range(5)]
+    assert [low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)] == [True] * 5
+
+
+def test_progress_makes_patience_new_and_its_lack_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    made = [0]
+
+    def call() -> None:
+        now[0] += 9
+        made[0] += made[0] < 20
+        raise TimeoutError("stalled")
+
+    with pytest.raises(TimeoutError):
+        patiently(call, 60, lambda: made[0])
+    assert made[0] == 20
+    assert 180 < now[0] < 300
+
+
+def test_the_jitter_takes_nothing_from_the_runs_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    left = [ConnectionError("reset")] * 3
+    before = random.getstate()
+    patiently(lambda: left and (_ for _ in ()).throw(left.pop()), 1e9)
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize(("remaining", "spread"), [(4000, False), (2500, False), (1000, True), (0, True)])
+def test_requests_are_spread_out_when_the_allowance_runs_low(
+    monkeypatch: pytest.MonkeyPatch, remaining: int, spread: bool
+) -> None:
+    files = remote.HubFiles(REPO_ID, "0" * 40, ["a"], Network())
+    headers = {"ratelimit": f'"api";r={remaining};t=200', "ratelimit-policy": '"fixed window";"api";q=5000;w=300'}
+    files._note_allowance(headers)
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for _ in range(5):
+        files._wait_for_turn()
+    interval = 200 / max(1, remaining) if spread else 0
+    assert np.allclose(waits, [n * interval for n in range(5)], atol=0.05 * interval + 1e-3)
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [("7", 7, 7), ("", 0, 0), ("soon", 0, 0)])
+def test_a_server_that_says_when_to_come_back_is_obeyed(value: str, low: float, high: float) -> None:
+    error = refusal(429, {"Retry-After": value})
+    assert low <= remote._asked_delay(error) <= high
+
+
+def test_a_date_to_come_back_at_is_obeyed() -> None:
+    assert 25 < remote._asked_delay(refusal(503, {"Retry-After": email.utils.formatdate(time.time() + 30)})) <= 30
+
+
+def refusal(status: int, headers: dict[str, str]) -> Exception:
+    """What huggingface_hub raises for an answer like this."""
+    return HfHubHTTPError("refused", response=SimpleNamespace(status_code=status, headers=headers, request=None))  # type: ignore[arg-type]
