@@ -66,6 +66,7 @@ class Config:
     data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/; cifar: where its files are or go", None, short="data", on_resume="kept")
     image_column: str | None = flag("data", "name of the image column", None, short="the Image feature")
     label_column: str | None = flag("data", "name of the label column", None, short="the ClassLabel feature")
+    num_classes: int | None = flag("data", "classes of a WebDataset, where an index tells its lengths but not its labels", None, short="told by the data")
     train_split: str = flag("data", "split to train on", "train")
     val_split: str | None = flag("data", "split to evaluate on", None, short="validation, val, valid or test")
     max_samples: int | None = flag("data", "use at most this many images of each split, spread evenly over it", None, short="all")
@@ -143,7 +144,7 @@ class Config:
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
                     "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
                     "snapshot_steps": 0, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
-                    "cache_short_side": 1}  # fmt: skip
+                    "cache_short_side": 1, "num_classes": 2}  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -1,9 +1,9 @@
 """A generated image set in the schema of ILSVRC/imagenet-1k, to try the program on without any access."""
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
@@ -24,13 +24,15 @@ def make_dummy_data() -> Path:
     folder = Path(constants.HF_HOME) / "imagenet1k" / "dummy-1"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        for number, split in enumerate(IMAGES):
-            _write_split(temporary / "data", split, np.random.default_rng(number))
+        temporary = folder.with_suffix(f".{os.getpid()}")
+        temporary.mkdir()
         try:
-            os.rename(temporary, folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(temporary)
+            for number, split in enumerate(IMAGES):
+                _write_split(temporary / "data", split, np.random.default_rng(number))
+            with contextlib.suppress(OSError):  # another process was faster
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

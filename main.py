@@ -77,7 +77,8 @@ def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
 
 def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
     from distributed import print0
-    from train import StopRequest, evaluate, load_snapshot
+    from stopping import StopRequest
+    from train import evaluate, load_snapshot
 
     if snapshot is not None:
         load_snapshot(snapshot, training)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 import distributed
 from errors import DataError, UsageError
-from remote import Files, one_line_errors
+from network import one_line_errors
+from remote import Files
 
 Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # what is kept by this name, or made
 
@@ -51,7 +52,7 @@ class ParquetShards:
     def blocks(self, most_bytes: int) -> list[Block]:
         """Consecutive row groups of each file, up to `most_bytes` together and at least one."""
         files = range(len(self._footers))
-        return [block for file in files for block in self._blocks_of(file, most_bytes) if block.rows]
+        return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
     def read(self, block: Block) -> pa.Table:
         """The columns `image`, encoded, and `label` of a block. Raises DataError."""
@@ -61,7 +62,7 @@ class ParquetShards:
             file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
             table = file.read_row_groups(list(block.groups), [f"{self.image_column}.bytes", self.label_column])
             images = table[self.image_column].combine_chunks().field("bytes")
-            return pa.table({"image": images, "label": table[self.label_column].combine_chunks()})
+            return pa.table({"image": images, "label": table[self.label_column].combine_chunks().cast(pa.int64())})
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None where the footer does not tell."""
@@ -96,6 +97,8 @@ class ParquetShards:
         ]
         groups: list[int] = []
         for group, size in enumerate(sizes):
+            if not footer.row_group(group).num_rows:
+                continue
             if groups and sum(sizes[g] for g in groups) + size > most_bytes:
                 yield self._block(file, groups, sizes)
                 groups = []

@@ -20,7 +20,7 @@ from config import Config
 from dummy import make_dummy_data
 from errors import DataError, UsageError
 from loader import EncodedImage, ImageDataset, StreamingDataLoader
-from remote import Network
+from network import Network
 from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -217,6 +217,7 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
             revision=revision or config.dataset_revision,
             image_column=config.image_column,
             label_column=config.label_column,
+            num_classes=config.num_classes,
             block_bytes=config.block_mb * 2**20,
             max_samples=config.max_samples,
             streaming=not config.no_streaming,

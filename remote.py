@@ -1,58 +1,36 @@
-"""Files on the Hub at one commit: what they are, ranges of their bytes however badly the network behaves, and what the
-Hub's refusals mean."""
+"""Files on the Hub at one commit: what they are, and ranges of their bytes."""
 
-import contextlib
-import email.utils
 import json
-import logging
-import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import datasets
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 import distributed
-from errors import DataError
+from network import Network, one_line_errors, patiently
 from store import FileStore
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
 START_PATIENCE = 20.0  # seconds: at the start nothing is lost by giving up, and someone may be watching
 COMMIT = re.compile("[0-9a-f]{40}")
-_jitter = random.Random()
-
-
-@dataclass(frozen=True)
-class Network:
-    """Seconds without a byte after which a request is repeated, and without progress after which a run gives up."""
-
-    stall_timeout: float = 60.0
-    patience: float = 1800.0
 
 
 class Files(Protocol):
     """Files whose bytes can be read in ranges, numbered from 0."""
 
     names: list[str]
+
+    def size(self, number: int) -> int:
+        """Bytes in a file. Raises DataError."""
 
     def read(self, number: int, first: int, end: int) -> bytes | bytearray:
         """Bytes first to end - 1 of a file. Raises DataError."""
@@ -72,8 +50,12 @@ class LocalFiles:
             file.seek(first)
             return file.read(end - first)
 
+    def size(self, number: int) -> int:
+        with one_line_errors(self.names[number]):
+            return Path(self.names[number]).stat().st_size
+
     def read_tail(self, number: int, count: int) -> bytes:
-        size = Path(self.names[number]).stat().st_size
+        size = self.size(number)
         return self.read(number, max(0, size - count), size)
 
 
@@ -91,6 +73,9 @@ class HubFiles:
         self._network = network
         self._lock = threading.Lock()
         self._next_request = self._interval = 0.0
+
+    def size(self, number: int) -> int:
+        return self._patiently(number, lambda: self._get(number, "bytes=0-0", bytearray()), lambda: 0)
 
     def read(self, number: int, first: int, end: int) -> bytearray:
         data = bytearray()
@@ -149,61 +134,18 @@ class HubFiles:
         time.sleep(max(0.0, turn - time.monotonic()))
 
 
-def patiently(call: Callable[[], T], patience: float, progress: Callable[[], int] = lambda: 0) -> T:
-    """What `call` returns, repeated after transient failures until there was no `progress` for `patience` seconds.
-
-    Raises the last error.
-    """
-    since, made, attempt = time.monotonic(), progress(), 0
-    while True:
-        try:
-            return call()
-        except (HTTPError, ConnectionError, TimeoutError) as error:
-            if not _is_transient(error):
-                raise
-            if progress() > made:
-                since, made, attempt = time.monotonic(), progress(), 0
-            backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * _jitter.uniform(0.5, 1.0)
-            delay = max(backoff, _asked_delay(error))
-            attempt += 1
-            if time.monotonic() + delay - since > patience:
-                raise
-            if attempt == 4:
-                log.warning("the network fails (%s); trying on for %.0f s", _first_line(error), patience)
-            time.sleep(delay)
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    return not isinstance(error, HfHubHTTPError) or error.response.status_code in TRANSIENT_STATUS
-
-
-def _asked_delay(error: Exception) -> float:
-    """The seconds that the server asked to be left alone for, by Retry-After or its rate limit."""
-    if not isinstance(error, HfHubHTTPError):
-        return 0.0
-    headers = error.response.headers
-    info = parse_ratelimit_headers(headers)
-    if error.response.status_code == 429 and info is not None and info.remaining == 0:
-        return info.reset_in_seconds + 1.0
-    after = headers.get("Retry-After", "").strip()
-    if after.isdigit():
-        return float(after)
-    date = email.utils.parsedate_tz(after)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-
-
 @dataclass(frozen=True)
 class Listing:
     """A dataset's commit (None for a local folder), the files of each split, and its features as `datasets` has them.
 
-    File names on the Hub are relative to the repository. `features` is None when only the files tell them.
+    File names on the Hub are relative to the repository. `features` is None when only the files tell them, `lengths`
+    are the samples of each file where an `_info.json` tells them, as those of timm's WebDatasets do.
     """
 
     commit: str | None
     splits: dict[str, list[str]]
     features: dict[str, Any] | None
+    lengths: dict[str, int]
 
 
 def resolve(source: str, revision: str, store: FileStore) -> Listing:
@@ -254,7 +196,29 @@ def _ask_datasets(source: str, commit: str | None) -> Listing:
     files = builder.config.data_files or {}
     splits = {str(split): [str(path).removeprefix(prefix) for path in paths] for split, paths in files.items()}
     features = builder.info.features
-    return Listing(commit, splits, None if features is None else features.to_dict())
+    return Listing(commit, splits, None if features is None else features.to_dict(), _lengths(source, commit, splits))
+
+
+def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> dict[str, int]:
+    """The samples of each tar file by name, as far as the dataset's `_info.json` tells."""
+    tars = [name for names in splits.values() for name in names if name.endswith(".tar")]
+    if not tars:
+        return {}
+    try:
+        path = (
+            Path(source, "_info.json")
+            if commit is None
+            else Path(hf_hub_download(source, "_info.json", repo_type="dataset", revision=commit))
+        )
+        told = json.loads(path.read_text())["splits"].values()
+        lengths = {
+            name: int(length)
+            for split in told
+            for name, length in zip(split["filenames"], split["shard_lengths"], strict=True)
+        }
+    except (EntryNotFoundError, FileNotFoundError, LookupError, TypeError, ValueError):
+        return {}
+    return {tar: lengths[tar.rpartition("/")[2]] for tar in tars if tar.rpartition("/")[2] in lengths}
 
 
 def open_files(source: str, commit: str | None, names: list[str], streaming: bool, network: Network) -> Files:
@@ -269,42 +233,3 @@ def open_files(source: str, commit: str | None, names: list[str], streaming: boo
 
     with one_line_errors(source):
         return LocalFiles([download(name) for name in names])
-
-
-@contextlib.contextmanager
-def one_line_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turns what the Hub's clients, the disk and pyarrow raise into a DataError that says what to do about it."""
-    try:
-        yield
-    except Exception as error:
-        message = _explain(error, source, file or source)
-        if message is None:
-            raise
-        raise DataError(message) from error
-
-
-def _explain(error: Exception, source: str, file: str) -> str | None:
-    url = f"{constants.ENDPOINT}/datasets/{source}"
-    response = getattr(error, "response", None)
-    code = response.status_code if response is not None else None
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{file} is not on this machine and HF_HUB_OFFLINE is set; unset it to reach the Hub"
-    if code == 401 and get_token() is None:
-        return f"{source} needs a token, or does not exist; accept its licence at {url}, then set HF_TOKEN"
-    if code == 401:
-        return f"the Hub refused the token for {source}; make a new one and set HF_TOKEN"
-    if isinstance(error, GatedRepoError) or code == 403:
-        return f"the licence of {source} is not accepted by this token's account; accept it at {url}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{source} has no such revision; check --dataset_revision"
-    if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError):
-        return f"{source} does not exist on the Hub, nor is it a folder here; check the name"
-    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
-        return f"cannot reach {source} at {constants.ENDPOINT} ({_first_line(error)}); check the network, then resume"
-    if isinstance(error, OSError | ValueError):
-        return f"cannot read {file}: {' '.join(str(error).split())}"
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from huggingface_hub import constants
 
 from errors import DataError
 from loader import POLL_SECONDS
+from network import Network
 from parquet import Block, ParquetShards
-from remote import HubFiles, Network, open_files, resolve
+from remote import HubFiles, open_files, resolve
 from store import FileStore
+from webdataset import TarShards
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 256 * 2**20
@@ -85,7 +88,7 @@ class BlockData:
 
 
 class HuggingFaceImageNetDataset:
-    """One split of an image classification dataset in parquet files, read block by block.
+    """One split of an image classification dataset in parquet files or WebDataset shards, read block by block.
 
     `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision is
     pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives, of which
@@ -101,6 +104,7 @@ class HuggingFaceImageNetDataset:
         revision: str = "main",
         image_column: str | None = None,
         label_column: str | None = None,
+        num_classes: int | None = None,
         block_bytes: int = 32 * 2**20,
         max_samples: int | None = None,
         streaming: bool = True,
@@ -114,11 +118,16 @@ class HuggingFaceImageNetDataset:
         self.revision = listing.commit
         self.split = _first_split(source, split, listing.splits)
         self._files = open_files(source, listing.commit, listing.splits[self.split], streaming, network)
-        keep = store.get if listing.commit else lambda name, make: make()
-        self._shards = ParquetShards(
-            source, self._files, lambda name, make: keep(f"{listing.commit}/{name}", make),
-            (image_column, label_column), listing.features,
-        )  # fmt: skip
+
+        def keep_by_commit(name: str, make: Callable[[], bytes]) -> bytes | memoryview:
+            return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
+
+        columns = (image_column, label_column)
+        self._shards: ParquetShards | TarShards
+        if self._files.names[0].endswith(".tar"):
+            self._shards = TarShards(source, self._files, keep_by_commit, num_classes, listing.lengths)
+        else:
+            self._shards = ParquetShards(source, self._files, keep_by_commit, columns, listing.features)
         self.classes = self._shards.classes
         blocks = self._shards.blocks(block_bytes)
         picks, self.block_rows = pick_blocks(np.array([block.rows for block in blocks], np.int64), max_samples)
@@ -173,15 +182,25 @@ class HuggingFaceImageNetDataset:
         return BlockData(table["image"].combine_chunks(), table["label"].combine_chunks().to_numpy())
 
     def estimated_labels(self) -> np.ndarray | None:
-        """A label for each sample, drawn between its row group's smallest and largest; None if those are unknown."""
-        rng, parts = np.random.default_rng(0), []
-        for block, rows in zip(self.blocks, self.block_rows, strict=True):
-            ranges = self._shards.label_ranges(block)
-            if ranges is None:
-                return None
-            labels = [rng.integers(low, high + 1, count) for count, low, high in ranges]
-            parts.append(np.concatenate(labels)[:rows])
-        return np.concatenate(parts)
+        """A label for each sample as the smallest and largest label of its row group suggest; None if they are unknown.
+
+        Groups that share at most one class with their neighbours are taken for sorted, the others for shuffled.
+        """
+        known = [self._shards.label_ranges(block) for block in self.blocks]
+        if any(ranges is None for ranges in known):
+            return None
+        rows, low, high = np.array([group for ranges in known for group in ranges or ()], np.int64).T
+        shared = np.minimum(high[1:], high[:-1]) - np.maximum(low[1:], low[:-1]) + 1
+        apart = np.concatenate([[len(rows) > 1], shared <= 1, [True]])
+        rng, groups = np.random.default_rng(0), []
+        for count, first, last, is_sorted in zip(rows, low, high, apart[1:] & apart[:-1], strict=True):
+            spread = np.linspace(first, last + 1, count, endpoint=False).astype(np.int64)
+            groups.append(spread if is_sorted else rng.integers(first, last + 1, count))
+        labels = np.concatenate(groups)
+        starts = np.cumsum([0] + [block.rows for block in self.blocks[:-1]])
+        return np.concatenate(
+            [labels[start : start + used] for start, used in zip(starts, self.block_rows, strict=True)]
+        )
 
     def reader(self, ids: np.ndarray) -> "BlockReader":
         return BlockReader(self, ids)

@@ -2,14 +2,10 @@
 
 import contextlib
 import math
-import os
 import signal
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,18 +21,16 @@ from augment import Normalize
 from config import Config
 from distributed import print0
 from errors import DataError, DivergedError, Interrupted, UsageError
-from loader import UNREADABLE, Batch, StreamingDataLoader
+from loader import UNREADABLE, StreamingDataLoader
 from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
 from optim import build_optimizer, build_scaler
 from preprocess import Data
 from snapshot import Snapshot, SnapshotStore, rng_state, set_rng_state
+from stopping import StopRequest, batches_until
 from tracking import Stopwatch, Tracker
 from visualization import plot_curves, plot_samples
 
 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ECHO_SECONDS = 1.0
-FAILED = 1000  # greater than any signal
 
 
 @dataclass
@@ -76,36 +70,6 @@ class Progress:
     train_seconds: float = 0.0
     skipped_steps: int = 0
     best_top1: float = -1.0
-
-
-class StopRequest:
-    """Remembers the first signal that asks to stop; a second one, unless it is an echo, ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self._since = 0.0
-
-    def listen(self) -> None:
-        """Take over SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if not self.signum:
-            self.signum, self._since = signum, time.monotonic()
-        elif time.monotonic() - self._since > ECHO_SECONDS:
-            os._exit(128 + signum)
-
-    def check(self, failure: DataError | None = None) -> None:
-        """Raise on all ranks when one of them was told to stop (Interrupted) or has a `failure` (DataError).
-
-        All ranks must call this together.
-        """
-        worst = distributed.largest_over_ranks(FAILED if failure else self.signum)
-        if worst == FAILED:
-            raise failure or DataError("another process has no data to go on with")
-        if worst:
-            raise Interrupted(worst)
 
 
 @dataclass
@@ -235,27 +199,6 @@ def train_epoch(run: Run) -> None:
             flush_steps(run)
         if config.snapshot_steps and progress.step % config.snapshot_steps == 0 and done < len(loader):
             save_snapshot(run)
-
-
-def batches_until(stop: StopRequest, loader: StreamingDataLoader, every_step: bool) -> Iterator[Batch]:
-    """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
-
-    Ranks that step together ask each other at `every_step`, others only when they have no batch left.
-    """
-    batches, failure = iter(loader), None
-    while True:
-        batch = None
-        try:
-            batch = None if stop.signum else next(batches, None)
-        except DataError as error:
-            failure = error
-        except InterruptedError:
-            pass
-        if every_step or batch is None:
-            stop.check(failure)
-        if batch is None:
-            return
-        yield batch
 
 
 def flush_steps(run: Run) -> None:

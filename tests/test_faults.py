@@ -15,12 +15,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from program import ledger, run, steps_kept, train
 from shards import REPO_ID
 
+import network
 import remote
 from config import resolve
 from errors import DataError
 from loader import StreamingDataLoader
+from network import Network, patiently
 from preprocess import train_transform
-from remote import Network, patiently
 from streaming import HuggingFaceImageNetDataset, epoch_order
 
 Fault = Callable[[str, str], int | str | None]
@@ -43,7 +44,7 @@ def seeded_faults(seed: int, rate: float, kinds: tuple[int | str, ...], only: st
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits are a fiftieth of what users get."""
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(network, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_a_call_is_repeated_until_it_succeeds_and_waits_longer_each_time(monkeyp
         return "done"
 
     assert patiently(call, 1e9) == "done"
-    bounds = [(remote.FIRST_WAIT * 2**n / 2, remote.FIRST_WAIT * 2**n) for n in range(5)]
+    bounds = [(network.FIRST_WAIT * 2**n / 2, network.FIRST_WAIT * 2**n) for n in range(5)]
     assert [low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)] == [True] * 5
 
 
@@ -190,11 +191,11 @@ def test_requests_are_spread_out_when_the_allowance_runs_low(
 @pytest.mark.parametrize(("value", "low", "high"), [("7", 7, 7), ("", 0, 0), ("soon", 0, 0)])
 def test_a_server_that_says_when_to_come_back_is_obeyed(value: str, low: float, high: float) -> None:
     error = refusal(429, {"Retry-After": value})
-    assert low <= remote._asked_delay(error) <= high
+    assert low <= network._asked_delay(error) <= high
 
 
 def test_a_date_to_come_back_at_is_obeyed() -> None:
-    assert 25 < remote._asked_delay(refusal(503, {"Retry-After": email.utils.formatdate(time.time() + 30)})) <= 30
+    assert 25 < network._asked_delay(refusal(503, {"Retry-After": email.utils.formatdate(time.time() + 30)})) <= 30
 
 
 def refusal(status: int, headers: dict[str, str]) -> Exception:

@@ -127,7 +127,7 @@ def test_the_clients_read_what_lies_in_the_folder(root: Path, tmp_path: Path) ->
     ids=["no token", "wrong token", "licence not accepted", "private"],
 )
 def test_each_refusal_reaches_the_clients_as_the_hubs_would(
-    root: Path, tmp_path: Path, hub_is: dict[str, bool], token: str | None, expected: list[Any]
+    root: Path, tmp_path: Path, hub_is: dict[str, Any], token: str | None, expected: list[Any]
 ) -> None:
     with Hub(root, token=TOKEN, **hub_is) as hub:
         assert ask(REFUSE, hub, tmp_path, token) == expected

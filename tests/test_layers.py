@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = [
-    *("main", "run_lr_finder", "train", "lr_finder", "preflight", "preprocess", "dummy", "streaming", "parquet"),
-    *("remote", "store", "loader", "visualization", "tracking", "snapshot", "augment", "optim", "model_resnet50"),
-    *("distributed", "config", "errors"),
+    *("main", "run_lr_finder", "train", "lr_finder", "preflight", "preprocess", "dummy", "streaming", "webdataset"),
+    *("parquet", "remote", "network", "store", "stopping", "loader", "visualization", "tracking", "snapshot"),
+    *("augment", "optim", "model_resnet50", "distributed", "config", "errors"),
 ]
 OURS = {*LAYOUT, *(folder.name for folder in ROOT.iterdir() if folder.is_dir())}
 

@@ -1,14 +1,11 @@
 """Sample order: a pure function of (rows, epoch, seed), the same for all numbers of ranks, mixed by its window."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from streaming import Block, _cut_into_blocks, epoch_order, pick_blocks
+from streaming import epoch_order, pick_blocks
 
 ROWS = np.random.default_rng(0).integers(1, 40, 60)
 TOTAL = int(ROWS.sum())
@@ -170,46 +167,3 @@ def test_every_limit_gives_exactly_that_many_rows_of_distinct_blocks() -> None:
         assert len(set(picks.tolist())) == len(picks)
         assert (used > 0).all()
         assert (used <= ROWS[picks]).all()
-
-
-# ---- blocks of a parquet file ----------------------------------------------------------------------------------------
-
-
-def write_parquet(path: Path, groups: int, rows: int) -> pq.FileMetaData:
-    """`groups` row groups with 1,000 bytes of image a row that do not compress, and a fat column nobody asked for."""
-    rng = np.random.default_rng(0)
-    count = groups * rows
-    table = pa.table(
-        {
-            "image": [{"bytes": rng.bytes(900), "path": rng.bytes(50).hex()} for _ in range(count)],
-            "label": pa.array(np.arange(count)),
-            "embedding": [rng.bytes(5000) for _ in range(count)],
-        }
-    )
-    pq.write_table(table, path, row_group_size=rows)
-    return pq.read_metadata(path)
-
-
-def group_bytes(footer: pq.FileMetaData, group: int) -> int:
-    columns = [footer.row_group(group).column(i) for i in range(footer.row_group(group).num_columns)]
-    return sum(c.total_compressed_size for c in columns if not c.path_in_schema.startswith("embedding"))
-
-
-def test_blocks_fill_up_to_their_size_and_never_cross_a_file(tmp_path: Path) -> None:
-    footers = [write_parquet(tmp_path / "a.parquet", 7, 10), write_parquet(tmp_path / "b.parquet", 2, 10)]
-    size = max(group_bytes(footer, group) for footer in footers for group in range(footer.num_row_groups))
-    expected = [Block(0, (0, 1, 2), 30), Block(0, (3, 4, 5), 30), Block(0, (6,), 10), Block(1, (0, 1), 20)]
-    assert _cut_into_blocks(footers, ("image", "label"), 3 * size) == expected
-
-
-@pytest.mark.parametrize("limit", [1, 100])
-def test_a_row_group_larger_than_a_block_is_a_block_of_its_own(tmp_path: Path, limit: int) -> None:
-    footer = write_parquet(tmp_path / "a.parquet", 3, 4)
-    assert _cut_into_blocks([footer], ("image", "label"), limit) == [Block(0, (group,), 4) for group in range(3)]
-
-
-def test_a_file_without_rows_has_no_blocks(tmp_path: Path) -> None:
-    footer = write_parquet(tmp_path / "a.parquet", 0, 4)
-    assert _cut_into_blocks([footer, write_parquet(tmp_path / "b.parquet", 1, 4)], ("image", "label"), 1) == [
-        Block(1, (0,), 4)
-    ]

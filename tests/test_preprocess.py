@@ -14,6 +14,7 @@ from shards import draw, encode, make_imagenet_like
 
 from config import Config, resolve
 from errors import DataError, UsageError
+from preflight import describe_data
 from preprocess import (
     AlbumentationsAdapter,
     LocalDataset,
@@ -326,7 +327,10 @@ def test_the_loaders_of_the_digits_are_wired_to_the_settings() -> None:
     assert (data.train.seed, data.train.num_workers, data.train.max_bad) == (5, 3, 14)
     assert (data.train.train, data.val.train, data.train.pin_memory) == (True, False, False)
     assert (data.classes, data.revision) == (list("0123456789"), None)
-    assert data.describe(config) == ("digits: 1,437 training and 360 validation images, 10 classes; 29 steps an epoch")
+    assert describe_data(config, data) == [
+        "images    digits: 1,437 for training, 360 for validation; 29 steps an epoch",
+        "classes   10: 0 ... 9",
+    ]
     seen = torch.cat([batch.ids for batch in data.val])
     assert seen.tolist() == list(range(360))
 

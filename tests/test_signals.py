@@ -47,7 +47,7 @@ def test_a_signal_in_mid_epoch_leaves_a_snapshot_of_that_step(
 def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
     process = start("--dataset", "digits", "--model", "resnet152", "--run_dir", tmp_path / "run")
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("data ")
+    assert process.stdout.readline().startswith("images ")
     process.send_signal(signal.SIGINT)
     done = wait(process)
     assert (done.status, done.err) == (130, "interrupted\n")

@@ -23,6 +23,7 @@ from torch import nn
 import config as configuration
 from config import Config
 from preprocess import get_data_loaders
+from stopping import StopRequest
 from train import Training, build_training, evaluate, train_step
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_evaluation_counts_what_a_plain_loop_counts() -> None:
     config = settings(max_samples=50)
     data = get_data_loaders(config, CPU)
     training = build_training(config, 10, CPU)
-    result = evaluate(training, data.val)
+    result = evaluate(training, data.val, StopRequest())
     assert not training.model.training
     images, labels, _ = (torch.cat(parts) for parts in zip(*data.val, strict=True))
     with torch.no_grad():

@@ -1,0 +1,66 @@
+"""How a run is stopped from outside: by a signal, or by data that no longer comes."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import distributed
+from errors import DataError, Interrupted
+from loader import Batch, StreamingDataLoader
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO_SECONDS = 1.0
+FAILED = 1000  # greater than any signal
+
+
+class StopRequest:
+    """Remembers the first signal that asks to stop; a second one, unless it is an echo, ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._since = 0.0
+
+    def listen(self) -> None:
+        """Take over SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if not self.signum:
+            self.signum, self._since = signum, time.monotonic()
+        elif time.monotonic() - self._since > ECHO_SECONDS:
+            os._exit(128 + signum)
+
+    def check(self, failure: DataError | None = None) -> None:
+        """Raise on all ranks when one of them was told to stop (Interrupted) or has a `failure` (DataError).
+
+        All ranks must call this together.
+        """
+        worst = distributed.largest_over_ranks(FAILED if failure else self.signum)
+        if worst == FAILED:
+            raise failure or DataError("another process has no data to go on with")
+        if worst:
+            raise Interrupted(worst)
+
+
+def batches_until(stop: StopRequest, loader: StreamingDataLoader, every_step: bool) -> Iterator[Batch]:
+    """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
+
+    Ranks that step together ask each other at `every_step`, others only when they have no batch left.
+    """
+    batches, failure = iter(loader), None
+    while True:
+        batch = None
+        try:
+            batch = None if stop.signum else next(batches, None)
+        except DataError as error:
+            failure = error
+        except InterruptedError:
+            pass
+        if every_step or batch is None:
+            stop.check(failure)
+        if batch is None:
+            return
+        yield batch
