@@ -1,0 +1,146 @@
+"""One system under measure, in a process and an interpreter of its own: `python -m benchmarks.worker SYSTEM FOLDER`.
+
+Each line on stdin runs an epoch and is answered by a line of JSON on stdout. Everything else goes to stderr.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.peers import BATCH, SIZE, WORKERS, Epoch, reference_transform
+
+BLOCK_BYTES = 4 * 2**20
+STREAMS = 8
+WINDOW = 512
+REPO_ID = "ILSVRC/imagenet-1k"
+PACKAGES = ["torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "pillow"]
+PACKAGES += ["nvidia-dali-cuda130", "ffcv", "litdata", "mosaicml-streaming"]
+
+
+def ours(source: str) -> Epoch:
+    """This repository's loader, as `main.py` puts it together, over a local folder or the Hub."""
+    from config import resolve
+    from loader import StreamingDataLoader
+    from preprocess import train_transform
+    from streaming import HuggingFaceImageNetDataset, epoch_order
+
+    dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES)
+    loader = StreamingDataLoader(
+        dataset,
+        train_transform(resolve({"dataset": "imagenet1k", "image_size": SIZE})),
+        lambda epoch: epoch_order(dataset.block_rows, epoch, 0, STREAMS, WINDOW),
+        batch_size=BATCH,
+        image_size=SIZE,
+        train=True,
+        seed=0,
+        num_workers=WORKERS,
+        max_bad_fraction=0.0,
+        pin_memory=False,
+    )
+
+    def epoch(number: int) -> Iterator[int]:
+        loader.set_epoch(number)
+        return (len(batch.images) for batch in loader)
+
+    return epoch
+
+
+def torchvision_reference(folder: Path) -> Epoch:
+    """torchvision's reference: ImageFolder, Pillow and float tensors, in a DataLoader."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    images = ImageFolder(str(folder / "images"), reference_transform())
+    loader = DataLoader(
+        images, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True, multiprocessing_context="fork"
+    )
+    return lambda number: (len(batch) for batch, _ in loader)
+
+
+def naive_stream() -> Epoch:
+    """`load_dataset(streaming=True)` in a DataLoader, whose workers decode with Pillow.
+
+    Without the 5 s for which `datasets` sleeps at the end of an epoch: they would be lost in one of ImageNet's length.
+    """
+    import datasets
+    import torch
+    from torch.utils.data import DataLoader
+
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    transform = reference_transform()
+
+    def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.stack([transform(row["image"].convert("RGB")) for row in rows])
+        return images, torch.tensor([row["label"] for row in rows])
+
+    stream = datasets.load_dataset(REPO_ID, split="train", streaming=True).shuffle(
+        seed=0, buffer_size=WINDOW // WORKERS
+    )
+
+    def epoch(number: int) -> Iterator[int]:
+        stream.set_epoch(number)
+        loader = DataLoader(
+            stream, BATCH, num_workers=WORKERS, drop_last=True, collate_fn=collate, multiprocessing_context="fork"
+        )
+        return (len(batch) for batch, _ in loader)
+
+    return epoch
+
+
+def systems(folder: Path) -> dict[str, Callable[[], Epoch]]:
+    return {
+        "ours": partial(ours, str(folder / "datasets" / REPO_ID)),
+        "ours, hub": partial(ours, REPO_ID),
+        "torchvision": partial(torchvision_reference, folder),
+        "naive": naive_stream,
+        "dali": partial(peers.dali, folder),
+        "ffcv full": partial(peers.ffcv, folder, "full", write_mode="jpg", jpeg_quality=92),
+        "ffcv 400": partial(peers.ffcv, folder, "400", write_mode="jpg", max_resolution=400, jpeg_quality=90),
+        "litdata": partial(peers.litdata, folder, our_decode=False),
+        "litdata, our decode": partial(peers.litdata, folder, our_decode=True),
+        "mosaic": partial(peers.mosaic, folder, our_decode=False),
+        "mosaic, our decode": partial(peers.mosaic, folder, our_decode=True),
+    }
+
+
+def run(epoch: Epoch, number: int) -> dict[str, float]:
+    """One epoch: seconds to its first batch, and from there on images a second."""
+    started = time.perf_counter()
+    batches = epoch(number)
+    next(batches)
+    first = time.perf_counter()
+    images = sum(batches)
+    return {"first_batch_s": first - started, "images_per_s": images / (time.perf_counter() - first)}
+
+
+def installed_versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    system, folder = sys.argv[1:]
+    epoch = systems(Path(folder))[system]()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    print(json.dumps(installed_versions()), file=answers)
+    for number, _ in enumerate(sys.stdin):
+        print(json.dumps(run(epoch, number)), file=answers)
+
+
+if __name__ == "__main__":
+    main()
