@@ -25,6 +25,11 @@ def describe_data(config: Config, data: Data) -> list[str]:
     sizes = np.array([block.size for block in train.blocks])
     val_bytes = sum(block.size for block in val.blocks)
     ranks = distributed.world_size()
+    held = (
+        "blocks ahead and batches; windows are mapped from the cache"
+        if train.cache
+        else "windows, blocks ahead and batches"
+    )
     return [
         f"revision  {train.revision or 'a local folder'}",
         *lines,
@@ -32,7 +37,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"bytes     {_size(sizes.sum())} for training, {_size(val_bytes)} for validation, in each epoch",
         f"streams   {config.streams}, {config.streams // ranks} for each of {ranks} ranks",
         f"mixing    {_mixing_line(config, train)}",
-        f"memory    about {_size(memory_bytes(config, data))} a rank for windows, blocks ahead and batches",
+        f"memory    about {_size(memory_bytes(config, data))} a rank for {held}",
         f"cache     {_cache_line(train)}",
     ]
 
@@ -56,12 +61,12 @@ def _mixing_line(config: Config, train: HuggingFaceImageNetDataset) -> str:
 
 
 def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
-    """The distinct classes in a batch over those of a uniform shuffle, a mean over batches spread over an epoch.
+    """The distinct classes in a batch over those of a uniform shuffle, a mean over some batches of an epoch.
 
     `labels` by sample id, `order` the sample ids of each stream, `share` the samples that a batch takes of a stream.
     """
     steps = min(map(len, order)) // share
-    looked_at = np.unique(np.linspace(0, steps - 1, BATCHES_LOOKED_AT).astype(int))
+    looked_at = np.random.default_rng(0).permutation(steps)[:BATCHES_LOOKED_AT]
     distinct = [
         len(np.unique(np.concatenate([labels[stream[step * share : (step + 1) * share]] for stream in order])))
         for step in looked_at

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -89,29 +90,32 @@ class FileStore:
             self._complain(error)
             yield None
             return
-        try:
-            with file:
+        with file:
+            try:
                 yield file
-                if temporary.exists():
-                    temporary.unlink()
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            finally:  # still locked, and only if it is ours: once renamed, another process may have made the next
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                        temporary.unlink()
 
     def _keep(self, name: str, file: IO[bytes], data: bytes) -> None:
         if self.limit is None:
             self._write(name, file, data)
             return
-        with _lock(self.folder / "room.lock"):
-            if self._make_room(HEADER + len(data), self.limit):
-                self._write(name, file, data)
+        try:
+            with _lock(self.folder / "room.lock"):
+                if self._make_room(HEADER + len(data), self.limit):
+                    self._write(name, file, data)
+        except OSError as error:
+            self._complain(error)
 
     def _write(self, name: str, file: IO[bytes], data: bytes) -> None:
         try:
             file.truncate(0)
-            file.write(xxhash.xxh3_128_digest(data).ljust(HEADER, b"\0"))
-            file.write(data)
-            file.flush()
+            for part in (xxhash.xxh3_128_digest(data).ljust(HEADER, b"\0"), data):
+                left = memoryview(part)
+                while left:
+                    left = left[file.write(left) :]
             os.fsync(file.fileno())
             os.replace(file.name, self.folder / name)
             self._checked.add(name)
@@ -121,7 +125,7 @@ class FileStore:
             self._complain(error)
 
     def _make_room(self, size: int, limit: int) -> bool:
-        total = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        total = sum(_size(path) for path in self.folder.rglob("*"))
         while total + size > limit and self._used:
             name = next(iter(self._used))
             del self._used[name]
@@ -137,11 +141,19 @@ class FileStore:
         self._complained = True
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 for a folder and for what another process has just renamed or removed."""
+    with contextlib.suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return 0
+
+
 def _lock(path: Path) -> IO[bytes]:
     """The file at `path`, made if need be and locked. One that was renamed or removed meanwhile is no longer it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (the caller closes it)
         fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):

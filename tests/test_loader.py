@@ -2,7 +2,9 @@
 
 import io
 import logging
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -287,6 +289,29 @@ JPEG = encoded(Image.fromarray(PHOTO), "JPEG", quality=95)
 def test_what_is_cut_short_or_no_image_is_unreadable_and_not_grey(data: bytes) -> None:
     with pytest.raises((ValueError, OSError, cv2.error)):
         decode(data)
+
+
+def test_an_image_of_one_pixel_and_one_with_broken_exif_are_as_good_as_any() -> None:
+    dot = encoded(Image.new("RGB", (1, 1), (9, 9, 9)), "JPEG")
+    whole = encoded(Image.fromarray(PHOTO), "JPEG", quality=95)
+    exif = b"\xff\xe1\x00\x10Exif\x00\x00MM\x00*\xff\xff\xff\xff"
+    broken = whole[:2] + exif + whole[2:]
+    assert np.array_equal(decode(broken), decode(whole))
+    for transform in (train_transform(settings()), eval_transform(settings())):
+        assert transform(decode(dot), (0, 0, 0)).shape == (24, 24, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_header_that_promises_more_than_memory_holds_is_unreadable_at_once(kind: str) -> None:
+    data = bytearray(encoded(Image.fromarray(PHOTO), kind))
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    else:
+        data[16:24] = struct.pack(">II", 60_000, 60_000)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(Image.DecompressionBombError):
+        decode(bytes(data))
 
 
 # ---- threads and errors ----------------------------------------------------------------------------------------------

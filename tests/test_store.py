@@ -32,8 +32,8 @@ def never() -> bytes:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """What lies in the folder, temporary files too, without the headers."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """What lies in the folder, temporary files too but no locks, without the headers."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {path.relative_to(folder).as_posix(): path.read_bytes()[HEADER:] for path in files}
 
 
@@ -524,6 +524,38 @@ def test_threads_that_make_room_at_once_do_not_trip_over_each_other(tmp_path: Pa
 
     in_threads(work)
     assert size_on_disk(tmp_path) <= 10 * ENTRY
+
+
+def test_a_temporary_file_that_goes_while_the_room_is_measured_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def stat_and_lose(path: Path, **options: Any) -> os.stat_result:
+        result = stat(path, **options)
+        if path.name == "z.tmp":
+            path.unlink()
+        return result
+
+    (tmp_path / "z.tmp").write_bytes(b"half")
+    monkeypatch.setattr(Path, "stat", stat_and_lose)
+    assert fill(tmp_path, "a", entries=3).names() == {"a"}
+
+
+def test_threads_that_find_no_room_do_not_trip_over_each_others_temporary_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FileStore(tmp_path, 3 * ENTRY)
+
+    def work(thread: int) -> None:
+        for number in range(60):
+            name = f"{thread}/{number}"
+            assert bytes(store.get(name, lambda: entry(name))) == entry(name)  # noqa: B023
+
+    in_threads(work)
+    assert len(store.names()) == 3
+    assert size_on_disk(tmp_path) == 3 * ENTRY
+    assert warnings(caplog) == []
 
 
 def test_threads_that_keep_at_once_stay_within_the_limit_together(
