@@ -109,7 +109,8 @@ class HubFiles:
         with get_session().stream(
             "GET", self._urls[number], headers=headers, timeout=self._network.stall_timeout
         ) as response:
-            self._note_allowance(response.headers)
+            for answer in (*response.history, response):  # the Hub redirects to where the bytes are
+                self._note_allowance(answer.headers)
             if response.status_code >= 400:
                 response.read()
                 hf_raise_for_status(response)

@@ -92,7 +92,9 @@ class Hub:
 
     A `token` makes the datasets private, or with `gated` public in name and metadata only; the models stay open. Any
     other token is refused everywhere, as on the Hub. `accepted` says whether its owner accepted the gated licence.
-    `fault`, if given, says of each request (its method and path) how it fails: by a status, or as in `FAULTS`.
+    With `redirect` large files are answered by a redirect to elsewhere on the server, and the allowance of requests is
+    told, as on the Hub. `fault`, if given, says of each request (its method and path) how it fails: by a status, or as
+    in `FAULTS`.
     """
 
     def __init__(
@@ -103,8 +105,10 @@ class Hub:
         gated: bool = False,
         accepted: bool = True,
         port: int = 0,
+        redirect: bool = False,
         fault: Callable[[str, str], int | str | None] = lambda method, path: None,
     ) -> None:
+        self.redirect = redirect
         self.token, self.gated, self.accepted, self.fault = token, gated, accepted, fault
         self.closed = threading.Event()
         self.requests: list[Request] = []
@@ -231,6 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, repo: Repo, path: str) -> None:
         file = repo.file(path)
+        if self.server.hub.redirect and "lfs" in file and not self.path.endswith("?elsewhere"):
+            allowance = {"RateLimit": '"resolvers";r=900;t=90', "RateLimit-Policy": '"window";"resolvers";q=5000;w=300'}
+            self._start(302, 0, allowance | {"Location": f"{self.path}?elsewhere"})
+            return
         size, etag = file["size"], f'"{file.get("lfs", file)["oid"]}"'
         headers = {"X-Repo-Commit": repo.sha, "ETag": etag, "Accept-Ranges": "bytes"}
         if "lfs" in file:
