@@ -59,7 +59,7 @@ def patiently(call: Callable[[], T], patience: float, progress: Callable[[], int
             attempt += 1
             if time.monotonic() + delay - since > patience:
                 raise
-            if attempt == 4:
+            if attempt == 6:
                 log.warning("the network fails (%s); trying on for %.0f s", _first_line(error), patience)
             time.sleep(delay)
 

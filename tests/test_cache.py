@@ -42,6 +42,7 @@ def sound(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         path.unlink()
 
 
+@pytest.mark.slow
 def test_each_block_is_fetched_once_in_two_epochs_and_never_by_a_later_run(
     hub_root: Path, hub_port: int, sound: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_run_with_a_fifth_of_all_requests_failing_is_the_sound_one(
     assert ledger(tmp_path / "run") == ledger(sound)
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_away_ends_the_run_with_a_snapshot_to_go_on_from(
     hub_root: Path, hub_port: int, sound: Path, tmp_path: Path, hasty: None
 ) -> None:
@@ -103,13 +104,13 @@ def test_no_schedule_of_faults_changes_the_order_or_hangs(
         kinds = tuple(rng.sample(kinds_of_fault, rng.randint(1, 4)))
         with Hub(hub_root, port=hub_port, fault=seeded_faults(seed, rate, kinds, only="/resolve/")):
             try:
-                ids = epoch_ids(Network(stall_timeout=5, patience=0.5))
+                ids = epoch_ids(Network(stall_timeout=5, patience=0.3 if rate > 0.9 else 60))
             except DataError:
                 given_up.add(rate)
                 continue
         expected = ids if expected is None else expected
         assert ids == expected
-    assert given_up <= {0.6, 0.95}
+    assert given_up <= {0.95}
 
 
 def epoch_ids(network: Network) -> list[int]:

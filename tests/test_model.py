@@ -371,6 +371,7 @@ def test_a_missing_folder_is_one_line_saying_what_to_do(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_one_line_saying_what_to_do(tmp_path: Path) -> None:
     """In a process of its own, as the client reads its settings at import; offline mode spares the client's retries."""
     program = (

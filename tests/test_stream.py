@@ -72,6 +72,7 @@ def test_every_byte_of_the_picked_set_is_fetched_once(
     assert {row["ids"] for row in ledger(tmp_path / "one")}.isdisjoint(row["ids"] for row in ledger(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_a_downloaded_set_trains_as_the_streamed_one(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
     with Hub(hub_root, port=hub_port) as hub:
         train(*SMALL, "--run_dir", tmp_path / "streamed")

@@ -87,6 +87,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
         open_split(folder, num_classes=CLASSES).read_block(0)
 
 
+@pytest.mark.slow
 def test_a_set_on_the_hub_trains_as_the_same_one_on_disk(hub_port: int, tmp_path: Path) -> None:
     folder = make_set(tmp_path / "hub" / "datasets" / "someone" / "tars")
     train("--dataset", "hf", "--dataset_name", folder, *FLAGS, "--run_dir", tmp_path / "local")
