@@ -43,8 +43,9 @@ def seeded_faults(seed: int, rate: float, kinds: tuple[int | str, ...], only: st
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits are a fiftieth of what users get."""
+    """Waits are a fraction of what users get."""
     monkeypatch.setattr(network, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(network, "LONGEST_WAIT", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_a_hub_that_stays_away_ends_the_run_with_a_snapshot_to_go_on_from(
 @pytest.mark.slow
 @pytest.mark.parametrize("tenth", range(10))
 def test_no_schedule_of_faults_changes_the_order_or_hangs(
-    hub_root: Path, hub_port: int, hasty: None, tenth: int
+    hub_root: Path, hub_port: int, hasty: None, monkeypatch: pytest.MonkeyPatch, tenth: int
 ) -> None:
     """500 schedules: each ends with the ids of a sound Hub, or with a DataError when every request may fail."""
     kinds_of_fault: list[int | str] = [*STATUSES, "reset", "short"]
@@ -101,10 +102,12 @@ def test_no_schedule_of_faults_changes_the_order_or_hangs(
     for seed in range(50 * tenth, 50 * tenth + 50):
         rng = random.Random(seed)
         rate = rng.choice([0.0, 0.1, 0.3, 0.6, 0.95])
+        patience = 0.3 if rate > 0.9 else 60.0
+        monkeypatch.setattr(remote, "START_PATIENCE", patience)
         kinds = tuple(rng.sample(kinds_of_fault, rng.randint(1, 4)))
         with Hub(hub_root, port=hub_port, fault=seeded_faults(seed, rate, kinds, only="/resolve/")):
             try:
-                ids = epoch_ids(Network(stall_timeout=5, patience=0.3 if rate > 0.9 else 60))
+                ids = epoch_ids(Network(stall_timeout=5, patience=patience))
             except DataError:
                 given_up.add(rate)
                 continue
