@@ -211,7 +211,8 @@ class _Pending:
 
     def wait(self) -> Batch:
         for task in self.tasks:
-            while not wait([task], POLL_SECONDS).done:
+            while not task.done():
+                wait([task], POLL_SECONDS)
                 if self.epoch.loader.should_stop():
                     raise InterruptedError
             task.result()

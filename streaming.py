@@ -298,7 +298,8 @@ class BlockReader:
                     self._wanted.put(other)
             self._asked = max(self._asked, ahead + 1)
             future = self._blocks[block]
-        while not wait([future], POLL_SECONDS).done:
+        while not future.done():
+            wait([future], POLL_SECONDS)
             if self._closed:
                 raise InterruptedError
         data = future.result()
