@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 BATCHES_AHEAD = 4
 SAMPLES_PER_TASK = 8
 UNREADABLE = -1
+DECODE_ERRORS = (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError)
 POLL_SECONDS = 0.2
 
 EncodedImage = bytes | np.ndarray
@@ -162,7 +163,7 @@ class _Epoch:
             encoded, label = self.reader.read(sample_id)
             try:
                 image = decode(encoded)
-            except (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
+            except DECODE_ERRORS as error:
                 self._count_bad(sample_id, error)
                 if self.loader.train:
                     continue
@@ -234,7 +235,7 @@ class _CallingThread:
 
 
 def decode(encoded: EncodedImage) -> np.ndarray:
-    """An encoded image -> uint8 RGB (H, W, 3). Raises ValueError, OSError or cv2.error when it cannot be read.
+    """An encoded image -> uint8 RGB (H, W, 3). Raises one of DECODE_ERRORS when it cannot be read.
 
     cv2 decodes what it reads well, RGB and greyscale of 8 or 16 bits; Pillow the rest (CMYK, palettes, alpha).
     """

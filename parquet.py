@@ -60,7 +60,9 @@ class ParquetShards:
         with one_line_errors(self._source, self._files.names[block.file]):
             ranges = [(first, self._files.read(block.file, first, end)) for first, end in self._ranges(block)]
             file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
-            table = file.read_row_groups(list(block.groups), [f"{self.image_column}.bytes", self.label_column])
+            table = file.read_row_groups(
+                list(block.groups), [f"{self.image_column}.bytes", self.label_column], use_threads=False
+            )
             images = table[self.image_column].combine_chunks().field("bytes")
             return pa.table({"image": images, "label": table[self.label_column].combine_chunks().cast(pa.int64())})
 

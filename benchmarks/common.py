@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 PINNED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 MEMORY_SAMPLE_SECONDS = 0.05
+PACKAGES = ["torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "pillow"]
+PACKAGES += ["nvidia-dali-cuda130", "ffcv", "litdata", "mosaicml-streaming"]
 
 
 @dataclass(frozen=True)
@@ -200,21 +203,35 @@ def verdict(system: System, ratios: list[float]) -> str:
 
 
 def report(title: str, set_up: str, contest: Contest, extra: Mapping[str, Mapping[str, str]] | None = None) -> None:
-    """Prints the table, and appends it to RESULTS.md with the command, the hardware and the versions."""
-    rows = table(contest, extra or {})
+    """Records the table of a contest."""
+    record(title, set_up, table(contest, extra or {}), contest.versions)
+
+
+def record(title: str, set_up: str, rows: str, versions: Mapping[str, str]) -> None:
+    """Prints a table, and appends it to RESULTS.md with the command, the hardware and the versions."""
     print(rows)
     revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     command = shlex.join(["uv", "run", "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(contest.versions.items()))
+    named = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
     section = [
         f"## {title}, {time.strftime('%Y-%m-%d')}",
         f"`{command}` at {revision.stdout.strip()}",
-        f"{hardware()}. Python {platform.python_version()}, {versions}.",
+        f"{hardware()}. Python {platform.python_version()}, {named}.",
         set_up,
         rows,
     ]
     with RESULTS.open("a") as results:
         results.write("\n\n".join(section) + "\n\n")
+
+
+def installed_versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def hardware() -> str:

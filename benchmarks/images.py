@@ -8,7 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from shards import REPO_ID, card, class_names, photographs, to_table
+from shards import card, class_names, photographs, to_table
+
+from benchmarks.worker import JPEG_QUALITY, REPO_ID
+from streaming import reduce
 
 CLASSES = 10
 FILES = 8
@@ -16,14 +19,13 @@ ROWS_PER_GROUP = 25
 TYPICAL_SIDES = [(375, 500), (500, 375), (333, 500), (500, 333), (400, 500)]
 TYPICAL_SHARES = [0.5, 0.15, 0.2, 0.05, 0.1]
 NOISE = np.float32(4)
-JPEG_QUALITY = 96
 
 
 def make_images(folder: Path, count: int, short_side: int | None = None) -> float:
     """Writes `count` images below `folder`, the same for the same arguments, and returns their mean size in bytes.
 
     They lie in images/<class>/<number>.jpg and, in the same bytes, in datasets/ILSVRC/imagenet-1k/data. With
-    `short_side`, the parquet files alone hold larger images shrunk to that short side and encoded anew.
+    `short_side`, the parquet files alone hold larger images reduced as `--cache_short_side` does.
     """
     rng = np.random.default_rng(0)
     labels = np.arange(count) % CLASSES
@@ -33,7 +35,7 @@ def make_images(folder: Path, count: int, short_side: int | None = None) -> floa
         path = folder / "images" / str(name) / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
-    stored = images if short_side is None else [encode(shrink(photo, short_side)) for photo in photos]
+    stored = images if short_side is None else [reduce(image, short_side) for image in images]
     write_parquet(folder / "datasets" / REPO_ID, stored, labels)
     return sum(map(len, stored)) / count
 
@@ -64,11 +66,6 @@ def draw(label: int, rng: np.random.Generator) -> np.ndarray:
     crop = photo[top : top + height, left : left + width]
     noise = rng.standard_normal(crop.shape, np.float32) * NOISE
     return np.clip(crop + noise, 0, 255).astype(np.uint8)
-
-
-def shrink(photo: np.ndarray, short_side: int) -> np.ndarray:
-    scale = short_side / min(photo.shape[:2])
-    return photo if scale >= 1 else cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def encode(image: np.ndarray) -> bytes:

@@ -18,7 +18,8 @@ OURS = System("ours", "ours: uint8")
 PEERS = [
     System("torchvision", "torchvision's reference: Pillow, float", target=3.5),
     System("dali", "DALI on the CPU: uint8", "dali", 1.2),
-    System("ffcv full", "FFCV, whole JPEGs of quality 92: uint8", "ffcv", 1.8),
+    System("ffcv same", "FFCV, whole JPEGs of the same quality: uint8", "ffcv", 1.8),
+    System("ffcv 92", "FFCV, whole JPEGs of quality 92: uint8", "ffcv"),
     System("ffcv 400", "FFCV, JPEGs of 400 px: uint8", "ffcv"),
 ]
 PEERS_OF_SHRUNK = [System("ffcv 400", "FFCV, JPEGs of 400 px: uint8", "ffcv", 1.2)]

@@ -9,19 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.common import installed_versions
 from benchmarks.peers import BATCH, SIZE, WORKERS, Epoch, reference_transform
 
 BLOCK_BYTES = 4 * 2**20
 STREAMS = 8
 WINDOW = 512
 REPO_ID = "ILSVRC/imagenet-1k"
-PACKAGES = ["torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "pillow"]
-PACKAGES += ["nvidia-dali-cuda130", "ffcv", "litdata", "mosaicml-streaming"]
+JPEG_QUALITY = 96  # of the photographs in benchmarks/images.py
 
 
 def ours(source: str) -> Epoch:
@@ -101,7 +100,8 @@ def systems(folder: Path) -> dict[str, Callable[[], Epoch]]:
         "torchvision": partial(torchvision_reference, folder),
         "naive": naive_stream,
         "dali": partial(peers.dali, folder),
-        "ffcv full": partial(peers.ffcv, folder, "full", write_mode="jpg", jpeg_quality=92),
+        "ffcv same": partial(peers.ffcv, folder, "same", write_mode="jpg", jpeg_quality=JPEG_QUALITY),
+        "ffcv 92": partial(peers.ffcv, folder, "92", write_mode="jpg", jpeg_quality=92),
         "ffcv 400": partial(peers.ffcv, folder, "400", write_mode="jpg", max_resolution=400, jpeg_quality=90),
         "litdata": partial(peers.litdata, folder, our_decode=False),
         "litdata, our decode": partial(peers.litdata, folder, our_decode=True),
@@ -118,16 +118,6 @@ def run(epoch: Epoch, number: int) -> dict[str, float]:
     first = time.perf_counter()
     images = sum(batches)
     return {"first_batch_s": first - started, "images_per_s": images / (time.perf_counter() - first)}
-
-
-def installed_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def main() -> None:

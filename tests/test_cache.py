@@ -1,16 +1,21 @@
 """What was streamed once is kept: later epochs, runs and ranks read it, and it changes no batch."""
 
+import io
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from hub import Hub
+from PIL import Image
 from program import assert_same_run, ledger, metrics, snapshot_path, start, train, wait, wait_for
-from shards import REPO_ID
+from shards import REPO_ID, photographs
 
-from streaming import Cache, HuggingFaceImageNetDataset
+from loader import decode
+from streaming import Cache, HuggingFaceImageNetDataset, reduce
 
 DATA: tuple[object, ...] = ("--dataset", "imagenet1k")
 FLAGS: tuple[object, ...] = ("--max_samples", 256, "--model", "resnet18", "--image_size", 33, "--batch_size", 32)
@@ -111,6 +116,22 @@ def test_reduced_images_are_smaller_decode_and_have_a_place_of_their_own(
     assert (blocks[0].labels == blocks[1].labels).all()
     assert blocks[1].images.nbytes < blocks[0].images.nbytes / 2
     assert len(entries(tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "P"])
+def test_a_reduced_image_shows_what_the_whole_one_does(mode: str) -> None:
+    photo = Image.fromarray(photographs()[0][:400, :500]).convert(mode)
+    whole = io.BytesIO()
+    photo.save(whole, "PNG" if mode == "P" else "JPEG")
+    image = decode(reduce(whole.getvalue(), 100))
+    assert image.shape == (100, 125, 3)
+    expected = cv2.resize(decode(whole.getvalue()), (125, 100), interpolation=cv2.INTER_AREA)
+    assert np.abs(image.astype(int) - expected).mean() < 6
+
+
+@pytest.mark.parametrize("encoded", [b"", b"not an image"])
+def test_an_unreadable_image_is_kept_as_it_is(encoded: bytes) -> None:
+    assert reduce(encoded, 100) == encoded
 
 
 @pytest.mark.slow
