@@ -63,8 +63,8 @@ class ParquetShards:
             table = file.read_row_groups(
                 list(block.groups), [f"{self.image_column}.bytes", self.label_column], use_threads=False
             )
-            images = table[self.image_column].combine_chunks().field("bytes")
-            return pa.table({"image": images, "label": table[self.label_column].combine_chunks().cast(pa.int64())})
+            (images,) = table[self.image_column].flatten()
+            return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None where the footer does not tell."""

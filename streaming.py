@@ -81,9 +81,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class BlockData:
-    """Encoded images, as a pyarrow binary array, and their labels, int64."""
+    """Encoded images, binary, and their labels, int64."""
 
-    images: pa.Array
+    images: pa.ChunkedArray
     labels: np.ndarray
 
 
@@ -166,7 +166,7 @@ class HuggingFaceImageNetDataset:
             table = pa.ipc.open_stream(
                 self.cache.get(self.cache_name(number), lambda: self._serialise(block))
             ).read_all()
-        images, labels = (table[name].combine_chunks() for name in ("image", "label"))
+        images, labels = table["image"], table["label"]
         if labels.null_count:
             self._check_labels(block, None, None)
         values = labels.to_numpy()
@@ -179,7 +179,7 @@ class HuggingFaceImageNetDataset:
         if kept is None:
             return None
         table = pa.ipc.open_stream(kept).read_all()
-        return BlockData(table["image"].combine_chunks(), table["label"].combine_chunks().to_numpy())
+        return BlockData(table["image"], table["label"].to_numpy())
 
     def estimated_labels(self) -> np.ndarray | None:
         """A label for each sample as the smallest and largest label of its row group suggest; None if they are unknown.
