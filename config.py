@@ -126,12 +126,13 @@ class Config:
     lr_diverge_th: float = flag("finder", "stop when the smoothed loss exceeds this many times its best", 5.0, on_resume="kept")
 
     run_dir: str | None = flag("run", "folder of the run", None, on_resume="forgotten", short="runs/DATASET-TIME")
-    resume_from: str | None = flag("run", "go on from a run folder or a snapshot file; flags not given keep their saved values", None, on_resume="forgotten")
+    resume_from: str | None = flag("run", "go on from a run folder or a snapshot file; flags not given keep their saved values. auto: from --run_dir if it has a snapshot, else start anew", None, on_resume="forgotten")
     override: Sequence[str] = flag("run", "on a resume, insist on changing this setting (repeatable)", (), action="append", metavar="NAME=VALUE", on_resume="forgotten")
     evaluate: bool = flag("run", "evaluate the snapshot of --resume_from (or --use_pretrained), then stop", False, on_resume="forgotten")
     save_best: bool = flag("run", "also keep the snapshot with the best val_top1 as best.safetensors", False, on_resume="kept")
     snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept")
     keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept")
+    max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept")
     log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept")
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
@@ -143,7 +144,7 @@ class Config:
                 raise UsageError(f"--{name} {value} is not a finite number")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
                     "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
-                    "snapshot_steps": 0, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
+                    "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
                     "cache_short_side": 1, "num_classes": 2}  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

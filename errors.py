@@ -1,8 +1,13 @@
 """Errors a user can cause: each is one line and an exit status, and no traceback."""
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
@@ -36,15 +41,24 @@ class SnapshotError(UserError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; a snapshot has been written by the time the front door sees this."""
+    """A signal asked the run to stop; what there was to save is saved by the time the front door sees this."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.status = 128 + signum
 
 
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """What SIGTERM and SIGUSR1 do before there is anything to save."""
+    sys.stderr.write(f"stopped by {signal.Signals(signum).name}\n")
+    os._exit(128 + signum)
+
+
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, tracebacks come through."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, _leave)
     try:
         run()
     except UserError as error:
@@ -63,4 +77,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         where = f" writing {error.filename}" if error.filename else ""
         print(f"error: no room left on the disk{where}; free some and resume", file=sys.stderr)
         return SnapshotError.status
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     return 0

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import distributed
 from errors import DivergedError, UsageError
 from loader import StreamingDataLoader
-from snapshot import rng_state, set_rng_state
+from state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "minimum"
 FEWEST_POINTS = 16

@@ -6,6 +6,7 @@
     python main.py --dataset hf --dataset_name timm/mini-imagenet      # any image set on the Hub, or a parquet folder
     python main.py --dataset imagefolder --data_dir photos             # photos/train/CLASS/*.jpg and photos/val/
     python main.py --resume_from runs/NAME                             # go on after a kill, as if nothing happened
+    python main.py ... --run_dir runs/NAME --resume_from auto          # the same line starts it and goes on with it
     python main.py --resume_from runs/NAME --evaluate                  # only evaluate
     torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process a GPU
 
@@ -28,6 +29,7 @@ from errors import UsageError, run_front_door
 if TYPE_CHECKING:
     from preprocess import Data
     from snapshot import Snapshot
+    from state import Progress
     from train import Training
 
 
@@ -63,25 +65,39 @@ def _run(argv: list[str]) -> None:
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
     """The settings of this run, and the snapshot it goes on from."""
-    if "resume_from" not in given:
+    source = _resume_source(given)
+    if source is None:
         if "override" in given:
-            raise UsageError("--override goes with --resume_from; give the flag itself")
+            raise UsageError("--override goes with --resume_from and a snapshot; give the flag itself")
         return configuration.resolve(given), None
     from snapshot import find
 
-    snapshot, passed_over = find(Path(str(given["resume_from"])))
+    snapshot, passed_over = find(source)
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
     return configuration.resume(snapshot.state["config"], given), snapshot
 
 
+def _resume_source(given: dict[str, object]) -> Path | None:
+    """The run folder or snapshot file to resume from, if any. `auto` is --run_dir once that has a snapshot."""
+    if given.get("resume_from") != "auto":
+        return Path(str(given["resume_from"])) if "resume_from" in given else None
+    if "run_dir" not in given:
+        raise UsageError("--resume_from auto needs --run_dir, the folder to look in")
+    from snapshot import step_files
+
+    folder = Path(str(given["run_dir"]))
+    return folder if step_files(folder / "snapshots") else None
+
+
 def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
     from distributed import print0
+    from state import restore
     from stopping import StopRequest
-    from train import evaluate, load_snapshot
+    from train import evaluate
 
     if snapshot is not None:
-        load_snapshot(snapshot, training)
+        restore(snapshot, training.model, training.optimizer, training.scaler)
     elif not config.use_pretrained:
         raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
     result = evaluate(training, data.val, StopRequest())
@@ -94,32 +110,56 @@ def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", c
 def _train(
     config: Config, data: "Data", training: "Training", snapshot: "Snapshot | None", argv: Sequence[str]
 ) -> None:
-    import distributed
-    from optim import build_schedule, describe_schedule
-    from snapshot import SnapshotStore
-    from tracking import Tracker, open_run_folder
-    from train import Progress, Run, fit, load_snapshot
+    from distributed import print0
+    from state import Progress, restore
+    from tracking import open_run_folder
 
     config.check_schedule(len(data.train))
-    progress = load_snapshot(snapshot, training) if snapshot else Progress(lr=_known_lr(config))
+    if snapshot is None:
+        progress = Progress(lr=_known_lr(config))
+    else:
+        progress = restore(snapshot, training.model, training.optimizer, training.scaler)
+        for line in _changes(snapshot, config, progress, len(data.train)):
+            print0(line)
     if progress.epoch >= config.epochs:
-        distributed.print0(f"nothing left to do: all {config.epochs} epochs are done")
+        print0(f"nothing left to do: all {config.epochs} epochs are done")
         return
-    resumed = snapshot.path.parent.parent if snapshot else None
-    folder = open_run_folder(config, resumed, argv)
+    with open_run_folder(config, snapshot.path.parent.parent if snapshot else None, argv) as folder:
+        _fit(config, data, training, progress, folder, snapshot)
+        print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
+
+
+def _fit(
+    config: Config,
+    data: "Data",
+    training: "Training",
+    progress: "Progress",
+    folder: Path,
+    snapshot: "Snapshot | None",
+) -> None:
+    import distributed
+    from distributed import print0
+    from optim import build_schedule, describe_schedule
+    from snapshot import SnapshotStore
+    from stopping import StopRequest
+    from tracking import Tracker
+    from train import Run, fit
+
+    stop = StopRequest.listening(data.train, data.val)
     if snapshot is None and config.lr == "auto":
-        progress.lr = run_lr_finder.search(config, data, training, folder).suggested_lr
-        distributed.print0(f"lr        {progress.lr:.4g} from the finder")
+        progress.lr = run_lr_finder.search(config, data, training, folder, stop).suggested_lr
+        print0(f"lr        {progress.lr:.4g} from the finder")
     schedule = build_schedule(training.optimizer, config, progress.lr, len(data.train), progress.step)
-    distributed.print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
+    print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
     on_rank0 = distributed.rank() == 0
     tracker = Tracker(folder if on_rank0 else None, config.ledger)
     tracker.rewind(progress.step, progress.epoch)
     store = SnapshotStore(folder / "snapshots", config.keep_snapshots) if on_rank0 else None
+    dropped = store.rewind(progress.step) if store else []
     if snapshot is not None:
-        distributed.print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
-        for name in store.rewind(progress.step) if store else ():
-            distributed.print0(f"dropped   {name}, a later step of the same run")
+        print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
+        for name in dropped:
+            print0(f"dropped   {name}, a later step of the same run")
     run = Run(
         config=config,
         data=data,
@@ -129,10 +169,43 @@ def _train(
         store=store,
         folder=folder if on_rank0 else None,
         schedule=schedule,
-        record={"config": asdict(config), "revision": data.revision, "classes": data.classes},
+        record={
+            "config": asdict(config),
+            "revision": data.revision,
+            "classes": data.classes,
+            "steps_per_epoch": len(data.train),
+        },
+        stop=stop,
     )
     fit(run)
-    distributed.print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
+
+
+def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_per_epoch: int) -> list[str]:
+    """What will not be as it was: the learning rate if an override changes it, and the number of ranks.
+
+    Raises UsageError for an override that changes what a step is.
+    """
+    import distributed
+    from optim import compare_plans
+
+    saved = snapshot.state
+    if saved["steps_per_epoch"] != steps_per_epoch:
+        raise UsageError(
+            f"with these overrides an epoch has {steps_per_epoch} steps, not the {saved['steps_per_epoch']} that this "
+            "run is counted in; leave them out, or start a new run"
+        )
+    if (config.lr, config.lr_from) != (saved["config"]["lr"], saved["config"]["lr_from"]):
+        if config.lr == "auto":
+            raise UsageError("the finder starts from fresh weights, not from a snapshot; override lr with a number")
+        progress.lr = _known_lr(config)
+    lines = compare_plans(saved["config"], saved["lr"], config, progress.lr, steps_per_epoch, progress.step)
+    ranks = distributed.world_size()
+    if ranks != saved["ranks"]:
+        lines.append(
+            f"ranks     {ranks}, {saved['ranks']} before: the same global batches, but BatchNorm sees "
+            f"{config.batch_size // ranks} images at once, and sums run in another order"
+        )
+    return lines
 
 
 def _known_lr(config: Config) -> float:

@@ -1,7 +1,10 @@
 """Parameter groups, SGD and the learning rate schedules. All of it counts in optimiser steps."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +12,12 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from config import Config
+
+PLAN = (
+    *("epochs", "scheduler", "warmup_epochs", "step_size", "gamma", "onecycle_pct_start", "onecycle_div_factor"),
+    *("onecycle_final_div_factor", "onecycle_anneal_strategy", "onecycle_three_phase"),
+)
+PLAN_ROWS = 9
 
 
 def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:
@@ -76,6 +85,28 @@ def describe_schedule(config: Config, total: int) -> str:
         low, high = config.onecycle_base_momentum, config.onecycle_max_momentum
         return f"{text}; momentum cycles {high:g} -> {low:g} -> {high:g}, so --momentum is not used"
     return f"{text}; momentum {config.momentum:g}"
+
+
+def compare_plans(
+    saved: Mapping[str, Any], saved_lr: float, config: Config, lr: float, steps_per_epoch: int, step: int
+) -> list[str]:
+    """A table of the learning rate from `step` on, under the saved settings and under `config`; none if they agree."""
+    before = dataclasses.replace(config, **{name: saved[name] for name in PLAN})
+    if before == config and saved_lr == lr:
+        return []
+
+    def rate(plan: Config, peak: float, at: int) -> str:
+        if at >= plan.epochs * steps_per_epoch:
+            return "-"
+        optimizer = SGD([torch.zeros(1)], lr=peak)
+        build_schedule(optimizer, plan, peak, steps_per_epoch, at)
+        return f"{optimizer.param_groups[0]['lr']:.3g}"
+
+    last = max(before.epochs, config.epochs) * steps_per_epoch - 1
+    lines = ["replanned the learning rate:", f"  {'epoch':>7} {'before':>10} {'now':>10}"]
+    for at in sorted({step + (last - step) * row // (PLAN_ROWS - 1) for row in range(PLAN_ROWS)}):
+        lines.append(f"  {at / steps_per_epoch:7.2f} {rate(before, saved_lr, at):>10} {rate(config, lr, at):>10}")
+    return lines
 
 
 def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:

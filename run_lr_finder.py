@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING
 
 import config as configuration
 from config import Config
-from errors import UsageError, run_front_door
+from errors import Interrupted, UsageError, run_front_door
 
 if TYPE_CHECKING:
+    import torch
+
     from lr_finder import RangeTest
     from preprocess import Data
+    from stopping import StopRequest
     from train import Training
 
 
@@ -39,6 +42,7 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data
     from preprocess import get_data_loaders
+    from stopping import StopRequest
     from tracking import open_run_folder
     from train import build_training
 
@@ -47,8 +51,8 @@ def _run(argv: list[str]) -> None:
         data = get_data_loaders(config, device)
         distributed.print0(*describe_data(config, data), sep="\n")
         training = build_training(config, len(data.classes), device)
-        folder = open_run_folder(config, None, argv)
-        lr = search(config, data, training, folder).suggested_lr
+        with open_run_folder(config, None, argv) as folder:
+            lr = search(config, data, training, folder, StopRequest.listening(data.train)).suggested_lr
         kept = shlex.join(argument for argument in argv if argument != "--find_lr")
         distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
         distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
@@ -56,27 +60,40 @@ def _run(argv: list[str]) -> None:
         distributed.cleanup()
 
 
-def search(config: Config, data: "Data", training: "Training", folder: Path) -> "RangeTest":
-    """Run the range test as training will step, and write and draw what it found. Nothing else is changed."""
+def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> "RangeTest":
+    """Run the range test as training will step, and write and draw what it found. Nothing else is changed.
+
+    Raises Interrupted on all ranks when one of them was told to stop.
+    """
     import lr_finder
     from distributed import mean_over_ranks, print0, rank
     from train import train_step
     from visualization import plot_lr_finder
 
-    result = lr_finder.find_lr_advanced(
-        training.model,
-        training.optimizer,
-        training.criterion,
-        data.train,
-        train_step=lambda images, labels: mean_over_ranks(train_step(training, images, labels)[0]),
-        grad_scaler=training.scaler,
-        start_lr=config.lr_start,
-        end_lr=config.lr_end,
-        num_iter=config.lr_iter,
-        step_mode=config.lr_step_mode,
-        smooth_f=config.lr_smooth_f,
-        diverge_th=config.lr_diverge_th,
-    )
+    def step(images: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+        stop.check()
+        return mean_over_ranks(train_step(training, images, labels)[0])
+
+    try:
+        result = lr_finder.find_lr_advanced(
+            training.model,
+            training.optimizer,
+            training.criterion,
+            data.train,
+            train_step=step,
+            grad_scaler=training.scaler,
+            start_lr=config.lr_start,
+            end_lr=config.lr_end,
+            num_iter=config.lr_iter,
+            step_mode=config.lr_step_mode,
+            smooth_f=config.lr_smooth_f,
+            diverge_th=config.lr_diverge_th,
+        )
+    except (Interrupted, InterruptedError) as error:
+        print0("stopped in the finder, before anything was trained")
+        if isinstance(error, InterruptedError):  # while waiting for data: tell the other ranks
+            stop.check()
+        raise
     if rank() == 0:
         lr_finder.save(result, folder / "lr_finder", asdict(config))
         plot_lr_finder(

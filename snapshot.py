@@ -1,26 +1,28 @@
-"""Snapshots: write, verify, find and prune. One safetensors file each, and no pickle.
+"""Snapshots: write in the background, verify, find and prune. One safetensors file each, and no pickle.
 
 The header's metadata holds `state`, the run's settings and counters as JSON, and `sha256`, the digest of the whole file
 with the 64 characters of the digest itself set to zeros: one flipped bit anywhere, header or tensors, is found.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import random
+import shutil
+import stat
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
+from durable import write_durably
 from errors import SnapshotError
 
-FORMAT = "imagenet1k-snapshot-1"
+FORMAT = "imagenet1k-snapshot-2"
+SPARE_BYTES = 2**20
 _NO_DIGEST = "0" * 64
 _MARK = b'"sha256":"'
 
@@ -34,19 +36,31 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> bytes:
-    """The bytes of a snapshot file. `state` must survive JSON."""
-    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> tuple[bytes | memoryview, ...]:
+    """The bytes of a snapshot file, in parts. `tensors` lie in host memory, contiguous; `state` must survive JSON."""
     metadata = {"format": FORMAT, "sha256": _NO_DIGEST, "state": json.dumps(state)}
-    data = safetensors.torch.save(on_host, metadata)
+    data = safetensors.torch.save(tensors, metadata)
     at = data.index(_MARK + _NO_DIGEST.encode()) + len(_MARK)
-    return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + len(_NO_DIGEST) :]
+    return data[:at], hashlib.sha256(data).hexdigest().encode(), memoryview(data)[at + len(_NO_DIGEST) :]
+
+
+def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies in host memory, which later steps do not change."""
+    copies = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(
+            tensor.detach(), non_blocking=True
+        )
+        for name, tensor in tensors.items()
+    }
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
 
 
 def read(path: Path) -> Snapshot:
     """Read and verify one snapshot. Raises SnapshotError saying what is wrong with the file."""
     try:
-        data = path.read_bytes()
+        data = _read_regular_file(path)
     except OSError as error:
         raise SnapshotError(f"cannot read snapshot {path}: {error.strerror}; give a run folder or a file") from error
     try:
@@ -57,7 +71,7 @@ def read(path: Path) -> Snapshot:
         at = data.index(_MARK + digest.encode(), 0, 8 + length) + len(_MARK)
         if metadata["format"] != FORMAT:
             raise ValueError(metadata["format"])
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise SnapshotError(f"{path} is not a snapshot of this program, or it is damaged; give another") from None
     zeroed = hashlib.sha256(data[:at])
     zeroed.update(_NO_DIGEST.encode())
@@ -89,80 +103,76 @@ def step_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
+def _read_regular_file(path: Path) -> bytes:
+    """The bytes of a file that is no link, pipe or device. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "it is not a regular file")
+        return file.read()
+
+
 class SnapshotStore:
-    """The `snapshots/` folder of one run."""
+    """The `snapshots/` folder of one run. A thread writes, one snapshot at a time."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self._writer: threading.Thread | None = None
+        self._failure: SnapshotError | None = None
 
     def rewind(self, step: int) -> list[str]:
-        """Drop the snapshots of later steps, which a resume from an older file leaves behind; their names."""
+        """Drop what a killed process left half written, and the snapshots of later steps, which a resume from an
+        older file leaves behind; returns the names of those.
+        """
+        for path in self.folder.glob("*.tmp"):
+            path.unlink()
         later = [path for path in step_files(self.folder) if int(path.stem.removeprefix("step-")) > step]
         for path in later:
             path.unlink()
         return [path.name for path in later]
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> Path:
-        """Write `step-<9 digits>.safetensors` durably, `best.safetensors` too if asked, then prune the older ones.
+        """Copy to host memory, and write `step-<9 digits>.safetensors` from there in the background.
 
-        Raises SnapshotError when the disk refuses; what was there before is untouched.
+        `best.safetensors` is written too if asked, then the older ones are pruned. Waits for the snapshot before this
+        one. Raises SnapshotError when that one failed or there is no room; what was there is untouched.
         """
-        data = encode(tensors, state)
+        self.wait()
         path = self.folder / f"step-{state['step']:09d}.safetensors"
-        for target in [path, self.folder / "best.safetensors"] if best else [path]:
-            try:
-                _write_durably(target, data)
-            except OSError as error:
-                raise SnapshotError(
-                    f"cannot write {target}: {error.strerror}; make room and resume, the older snapshots are intact"
-                ) from error
-        for old in step_files(self.folder)[: -self.keep]:
-            old.unlink()
+        targets = [path, self.folder / "best.safetensors"] if best else [path]
+        size = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if free < size * len(targets):
+            raise SnapshotError(
+                f"cannot write {path}: {free / 1e6:,.0f} MB are free and {size * len(targets) / 1e6:,.0f} needed; "
+                "make room and resume, the older snapshots are intact"
+            )
+        self._writer = threading.Thread(target=self._write, args=(targets, copy_to_host(tensors), state))
+        self._writer.start()
         return path
 
+    def wait(self) -> None:
+        """Until nothing is being written. Raises SnapshotError when it could not be."""
+        if self._writer is not None:
+            self._writer.join()
+        self.check()
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """The state of this process's random number generators (Python's, numpy's, torch's, the GPU's) as tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    _, python, python_gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(python),
-        "python_gauss": torch.tensor([] if python_gauss is None else [python_gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
-        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    def check(self) -> None:
+        """Raise SnapshotError when a snapshot could not be written."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
-
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` gave; a GPU's state is left out where there is none."""
-    torch.set_rng_state(state["torch"])
-    python_gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), python_gauss[0] if python_gauss else None))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(state["numpy_gauss"])))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    def _write(self, targets: list[Path], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        parts = encode(tensors, state)
+        for target in targets:
+            try:
+                write_durably(target, *parts)
+            except OSError as error:
+                self._failure = SnapshotError(
+                    f"cannot write {target}: {error.strerror}; make room and resume, the older snapshots are intact"
+                )
+                return
+        for old in step_files(self.folder)[: -self.keep]:
+            old.unlink()

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 import distributed
-from errors import DataError, Interrupted
+from errors import SIGNALS, DataError, Interrupted
 from loader import Batch, StreamingDataLoader
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 FAILED = 1000  # greater than any signal
 
@@ -22,10 +21,15 @@ class StopRequest:
         self.signum = 0
         self._since = 0.0
 
-    def listen(self) -> None:
-        """Take over SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on."""
+    @classmethod
+    def listening(cls, *loaders: StreamingDataLoader) -> "StopRequest":
+        """One that takes over SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on; the loaders no longer wait then."""
+        stop = cls()
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, stop._note)
+        for loader in loaders:
+            loader.should_stop = lambda: bool(stop.signum)
+        return stop
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:

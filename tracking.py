@@ -2,18 +2,20 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
+from durable import write_durably
 from errors import UsageError
 
 RESULT_COLUMNS = (
@@ -32,26 +35,52 @@ RESULT_COLUMNS = (
 PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "numpy")
 
 
-def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -> Path:
-    """Make the folder of a new run, or go on in the one that is `resumed`, and note this launch in its config.json.
+@contextlib.contextmanager
+def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -> Iterator[Path]:
+    """The folder of a new run, or of the one that is `resumed`, locked; notes this launch in its config.json.
 
-    Raises UsageError when the folder cannot be written, or holds another run's snapshots.
+    Raises UsageError when the folder cannot be written, is at work in another process, or holds another run.
     """
     name = f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(distributed.from_rank0(config.run_dir or str(resumed or Path("runs") / name)))
     if distributed.rank():
-        return folder
+        yield folder
+        return
     if folder != resumed and any(folder.glob("snapshots/*.safetensors")):
         raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
-    path = folder / "config.json"
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-        launches = json.loads(path.read_text())["launches"] if path.exists() else []
-        path.write_text(json.dumps({"config": asdict(config), "launches": [*launches, _launch(argv)]}, indent=2))
+        lock = open(folder / "lock", "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
-    print(f"run       {folder}", flush=True)
-    return folder
+    with lock:
+        _claim(lock, folder)
+        try:
+            _note_launch(folder / "config.json", config, argv)
+        except OSError as error:
+            raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
+        print(f"run       {folder}", flush=True)
+        yield folder
+
+
+def _claim(lock: IO[str], folder: Path) -> None:
+    """Take the lock, which the system takes back when this process ends in whatever way. Raises UsageError."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise UsageError(
+            f"{folder} is at work in another process ({lock.read().strip()}); wait for it, or give another --run_dir"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}\n")
+    lock.flush()
+
+
+def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:
+    launches = json.loads(path.read_text())["launches"] if path.exists() else []
+    report = {"config": asdict(config), "launches": [*launches, _launch(argv)]}
+    write_durably(path, json.dumps(report, indent=2).encode())
 
 
 def _launch(argv: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import distributed
 from augment import Normalize
 from config import Config
 from distributed import print0
-from errors import DataError, DivergedError, Interrupted, UsageError
+from errors import DataError, DivergedError, Interrupted
 from loader import UNREADABLE, StreamingDataLoader
 from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
 from optim import build_optimizer, build_scaler
 from preprocess import Data
-from snapshot import Snapshot, SnapshotStore, rng_state, set_rng_state
+from snapshot import SnapshotStore
+from state import Progress, capture, seed_everything
 from stopping import StopRequest, batches_until
 from tracking import Stopwatch, Tracker
 from visualization import plot_curves, plot_samples
@@ -55,24 +56,6 @@ class Training:
 
 
 @dataclass
-class Progress:
-    """How far a run has come, in completed epochs and optimiser steps, and the sums of the epoch in progress.
-
-    `lr` is the learning rate that the schedule was built with, `last_lr` the one of the last step.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    lr: float = 0.0
-    last_lr: float = 0.0
-    loss_sum: float = 0.0
-    correct: int = 0
-    train_seconds: float = 0.0
-    skipped_steps: int = 0
-    best_top1: float = -1.0
-
-
-@dataclass
 class Run:
     """A run in progress. `record` is what its snapshots say of it; `folder` and `store` are None but on rank 0."""
 
@@ -85,7 +68,7 @@ class Run:
     folder: Path | None
     schedule: LRScheduler
     record: dict[str, Any]
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest
     pending: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -126,6 +109,7 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
 
     optimizer.register_step_post_hook(count)
     print0(f"device    {_device_name(device)}, {str(dtype or torch.float32).removeprefix('torch.')}")
+    seed_everything(config.seed)
     return training
 
 
@@ -204,8 +188,11 @@ def train_epoch(run: Run) -> None:
 def flush_steps(run: Run) -> None:
     """Fetch the numbers of the steps since the last time from the device, and log them.
 
-    Raises DivergedError at a loss that is not finite.
+    Raises DivergedError after too many steps in a row without a finite loss, or skipped by the scaler, and
+    SnapshotError when a snapshot could not be written.
     """
+    if run.store is not None:
+        run.store.check()
     rows, run.pending = run.pending, []
     if not rows:
         return
@@ -215,18 +202,20 @@ def flush_steps(run: Run) -> None:
     if run.config.ledger:
         ids = distributed.gather_columns(ids)
     for row, row_ids, (loss, correct) in zip(rows, ids, distributed.mean_over_ranks(numbers).tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {row['step']}, learning rate {row['lr']:.3g}; resume an older snapshot "
-                "with a lower --lr, or clip with --max_grad_norm"
-            )
+        finite = math.isfinite(loss)
+        progress.bad_steps = 0 if finite and not row["skipped"] else progress.bad_steps + 1
+        progress.last_loss = loss
         all_correct = round(correct * world)
         row.update(loss=loss, top1=all_correct / run.config.batch_size, ids=row_ids)
         del row["correct"]
-        progress.loss_sum += loss
+        if finite:
+            progress.loss_sum += loss
+            progress.losses += 1
         progress.correct += all_correct
     done = progress.step - progress.epoch * len(run.data.train)
     run.tracker.log_steps(rows, done, done * run.config.batch_size / max(progress.train_seconds, 1e-9))
+    if progress.bad_steps >= run.config.max_bad_steps:
+        raise _diverged(run)
 
 
 @torch.inference_mode()
@@ -269,8 +258,6 @@ def fit(run: Run) -> None:
     Raises Interrupted after a signal and DataError when the data fails, both with a snapshot written; DivergedError
     or SnapshotError.
     """
-    run.stop.listen()
-    run.data.train.should_stop = run.data.val.should_stop = lambda: bool(run.stop.signum)
     try:
         while run.progress.epoch < run.config.epochs:
             train_epoch(run)
@@ -281,11 +268,15 @@ def fit(run: Run) -> None:
         flush_steps(run)
         run.tracker.close()
         path = save_snapshot(run)
+        if run.store is not None:
+            run.store.wait()
         cause = signal.Signals(stop.status - 128).name if isinstance(stop, Interrupted) else "a failure of the data"
         print0(f"stopped by {cause} at step {run.progress.step}; snapshot {path}")
         raise
     finally:
         run.tracker.close()
+        if run.store is not None:
+            run.store.wait()
 
 
 def end_epoch(run: Run, result: dict[str, float], seconds: float) -> None:
@@ -296,7 +287,7 @@ def end_epoch(run: Run, result: dict[str, float], seconds: float) -> None:
         {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "train_loss": progress.loss_sum / steps,
+            "train_loss": progress.loss_sum / progress.losses if progress.losses else math.nan,
             "train_top1": progress.correct / images,
             **result,
             "lr": progress.last_lr,
@@ -309,39 +300,35 @@ def end_epoch(run: Run, result: dict[str, float], seconds: float) -> None:
     best = result["val_top1"] > progress.best_top1
     progress.best_top1 = max(progress.best_top1, result["val_top1"])
     progress.epoch += 1
-    progress.loss_sum, progress.correct, progress.train_seconds = 0.0, 0, 0.0
+    progress.loss_sum, progress.losses, progress.correct, progress.train_seconds = 0.0, 0, 0, 0.0
     save_snapshot(run, best=best and run.config.save_best)
 
 
 def save_snapshot(run: Run, best: bool = False) -> Path | None:
-    """Log what is pending, then write everything the next step depends on. Rank 0 writes, and returns the path."""
+    """Log what is pending, then save everything the next step depends on. Rank 0 writes, and returns the path.
+
+    Raises DivergedError rather than save weights that are not finite, on all ranks when one has them.
+    """
     flush_steps(run)
-    if run.store is None:
-        return None
-    tensors = {f"model.{name}": tensor for name, tensor in run.training.model.state_dict().items()}
-    tensors |= {f"rng.{name}": tensor for name, tensor in rng_state().items()}
-    for name, parameter in run.training.model.named_parameters():
-        state = run.training.optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if value is not None}
-    state = asdict(run.progress) | run.record | {"scaler": run.training.scaler.state_dict()}
-    return run.store.save(tensors, state, best)
+    training = run.training
+    tensors, state = capture(training.model, training.optimizer, training.scaler, run.progress)
+    if distributed.largest_over_ranks(int(not _all_finite(training.model))):
+        raise _diverged(run)
+    return run.store.save(tensors, run.record | state, best) if run.store else None
 
 
-def load_snapshot(snapshot: Snapshot, training: Training) -> Progress:
-    """Put a snapshot's tensors into the training, and return where it stood. Raises UsageError for another model."""
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
-    for name, tensor in snapshot.tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    try:
-        training.model.load_state_dict(parts["model"])
-    except RuntimeError as error:
-        raise UsageError(f"{snapshot.path} holds another model than the one asked for") from error
-    for name, parameter in training.model.named_parameters():
-        buffer = parts["optimizer"].get(f"{name}.momentum_buffer")
-        if buffer is not None:
-            training.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffer)
-    if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
-        training.scaler.load_state_dict(snapshot.state["scaler"])
-    set_rng_state(parts["rng"])
-    return Progress(**{name: snapshot.state[name] for name in Progress.__dataclass_fields__})
+def _all_finite(model: nn.Module) -> bool:
+    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
+
+
+def _diverged(run: Run) -> DivergedError:
+    training, progress = run.training, run.progress
+    first = min(progress.step, progress.step - progress.bad_steps + 1)
+    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+    scale = f", the gradient scale {training.scaler.get_scale():g}" if training.scaler.is_enabled() else ""
+    return DivergedError(
+        f"training diverged at step {first}: at step {progress.step} the loss is {progress.last_loss:.4g}, "
+        f"the learning rate {progress.last_lr:.3g}, the gradient norm {nn.utils.get_total_norm(gradients):.3g}{scale}; "
+        "--resume_from the last good snapshot with a lower --override lr=..., or clip with --max_grad_norm"
+    )

@@ -1,5 +1,6 @@
 """Whatever a user can do wrong is one line that says what to do, the right status, and no trace."""
 
+import math
 import resource
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hub import Hub
-from program import Outcome, assert_same_run, cut, ledger, run, snapshot_path, start, steps_kept, train, wait
+from program import Outcome, assert_same_run, cut, ledger, run, snapshot_path, start, steps_kept, tensors, train, wait
 from safetensors.torch import save_file
 
 import run_lr_finder
@@ -295,6 +296,19 @@ def test_a_full_disk_keeps_the_older_snapshots(digits: Path, tmp_path: Path) -> 
 
 def test_a_diverging_run_names_the_step(tmp_path: Path) -> None:
     done = run(*SMALL, "--epochs", 2, "--lr", 1e20, "--ledger", "--log_steps", 1, "--run_dir", tmp_path / "run")
-    steps = len(ledger(tmp_path / "run"))
-    assert_one_line(done, 4, "the loss is", f"at step {steps + 1},", "--max_grad_norm")
-    assert steps < 6
+    losses = [float.fromhex(row["loss"]) for row in ledger(tmp_path / "run")]
+    first = [math.isfinite(loss) for loss in losses].index(False) + 1
+    assert_one_line(done, 4, f"diverged at step {first}:", "the loss is", "learning rate", "norm", "--max_grad_norm")
+
+
+def test_bad_steps_in_a_row_end_a_run_and_its_last_good_snapshot_stays(tmp_path: Path) -> None:
+    flags = ("--max_samples", 320, "--batch_size", 16, "--epochs", 1, "--num_workers", 0, "--lr", 1e20, "--ledger")
+    done = run(*flags, "--log_steps", 1, "--max_bad_steps", 3, "--run_dir", tmp_path / "run")
+    assert done.status == 4
+    losses = [float.fromhex(row["loss"]) for row in ledger(tmp_path / "run")]
+    assert [math.isfinite(loss) for loss in losses[-4:]] == [True, False, False, False]
+    assert len(losses) < 20
+    done = run(*flags, "--snapshot_steps", 1, "--keep_snapshots", 1, "--run_dir", tmp_path / "kept")
+    assert done.status == 4
+    weights = tensors(snapshot_path(tmp_path / "kept", steps_kept(tmp_path / "kept")[-1]))
+    assert [name for name, tensor in weights.items() if name.startswith("model") and not tensor.isfinite().all()] == []

@@ -30,7 +30,7 @@ from lr_finder import (
 )
 from optim import build_optimizer
 from preprocess import LocalDataset
-from snapshot import rng_state
+from state import rng_state
 
 Parts = tuple[nn.Module, torch.optim.Optimizer, nn.Module, Any]
 

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 
 from errors import SnapshotError
-from snapshot import SnapshotStore, encode, find, read, rng_state, set_rng_state, step_files
+from snapshot import SnapshotStore, copy_to_host, encode, find, read, step_files
+from state import rng_state, set_rng_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,10 +40,20 @@ def make_state(step: int = 7) -> dict[str, Any]:
     return {"step": step, "lr": 0.1 + 0.2, "best": -1.0, "config": {"name": 'ü "quoted"', "none": None, "on": True}}
 
 
+def encoded(step: int = 7) -> bytes:
+    return b"".join(encode(copy_to_host(make_tensors()), make_state(step)))
+
+
 def write(path: Path) -> bytes:
-    data = encode(make_tensors(), make_state())
+    data = encoded()
     path.write_bytes(data)
     return data
+
+
+def save(store: SnapshotStore, *arguments: Any, **options: Any) -> None:
+    """Save, and wait until it is written."""
+    store.save(*arguments, **options)
+    store.wait()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -110,7 +121,7 @@ def foreign_pth(path: Path) -> None:
 
 
 def another_format(path: Path) -> None:
-    path.write_bytes(encode(make_tensors(), make_state()).replace(b"imagenet1k-snapshot-1", b"imagenet1k-snapshot-9"))
+    path.write_bytes(encoded().replace(b"imagenet1k-snapshot-2", b"imagenet1k-snapshot-9"))
 
 
 def empty(path: Path) -> None:
@@ -156,7 +167,7 @@ def save_some(folder: Path, steps: list[int], keep: int = 99) -> SnapshotStore:
     (folder / "snapshots").mkdir()
     store = SnapshotStore(folder / "snapshots", keep)
     for step in steps:
-        store.save(make_tensors(step), make_state(step))
+        save(store, make_tensors(step), make_state(step))
     return store
 
 
@@ -166,7 +177,7 @@ def names(folder: Path) -> list[str]:
 
 def test_find_takes_the_newest_and_not_the_best(tmp_path: Path) -> None:
     store = save_some(tmp_path, [5, 100, 20])
-    store.save(make_tensors(3), make_state(3), best=True)
+    save(store, make_tensors(3), make_state(3), best=True)
     snapshot, passed_over = find(tmp_path)
     assert snapshot.path.name == "step-000000100.safetensors"
     assert same_bits(snapshot.tensors["model.weight"], make_tensors(100)["model.weight"])
@@ -191,7 +202,7 @@ def test_find_takes_a_file_as_given_however_old(tmp_path: Path) -> None:
 
 def test_find_never_takes_a_half_written_file(tmp_path: Path) -> None:
     save_some(tmp_path, [1])
-    (tmp_path / "snapshots" / "step-000000002.tmp").write_bytes(encode(make_tensors(), make_state(2)))
+    (tmp_path / "snapshots" / "step-000000002.safetensors.tmp").write_bytes(encoded(2))
     assert find(tmp_path)[0].state["step"] == 1
 
 
@@ -218,9 +229,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [1, 3])
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int) -> None:
     store = save_some(tmp_path, [1], keep)
-    store.save(make_tensors(2), make_state(2), best=True)
+    save(store, make_tensors(2), make_state(2), best=True)
     for step in range(3, 7):
-        store.save(make_tensors(step), make_state(step))
+        save(store, make_tensors(step), make_state(step))
     assert names(tmp_path) == ["best.safetensors", *(f"step-{step:09d}.safetensors" for step in range(7 - keep, 7))]
     assert read(tmp_path / "snapshots" / "best.safetensors").state["step"] == 2
 
@@ -233,10 +244,10 @@ def test_the_old_one_is_pruned_only_after_the_new_one_is_in_place(
     replace, fsync, unlink = os.replace, os.fsync, Path.unlink
     monkeypatch.setattr(os, "replace", lambda *a: order.append(f"replace {Path(a[1]).name}") or replace(*a))  # type: ignore[func-returns-value]
     monkeypatch.setattr(os, "fsync", lambda fd: order.append("fsync") or fsync(fd))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(Path, "unlink", lambda path: order.append(f"unlink {path.name}") or unlink(path))  # type: ignore[func-returns-value]
-    store.save(make_tensors(2), make_state(2))
+    monkeypatch.setattr(Path, "unlink", lambda path, **k: order.append(f"unlink {path.name}") or unlink(path, **k))  # type: ignore[func-returns-value]
+    save(store, make_tensors(2), make_state(2))
     new, old = (f"step-00000000{step}.safetensors" for step in (2, 1))
-    assert order == ["fsync", f"replace {new}", "fsync", f"unlink {old}"]
+    assert order == [f"unlink {new}.tmp", "fsync", f"replace {new}", "fsync", f"unlink {old}"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -252,11 +263,11 @@ def test_a_failed_write_leaves_the_older_ones_and_no_half_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
         with pytest.raises(SnapshotError, match=os.strerror(number)) as refusal:
-            store.save(make_tensors(3), make_state(3), best=True)
+            save(store, make_tensors(3), make_state(3), best=True)
     assert "step-000000003" in str(refusal.value)
     assert names(tmp_path) == ["step-000000001.safetensors", "step-000000002.safetensors"]
     assert find(tmp_path)[0].state["step"] == 2
-    store.save(make_tensors(3), make_state(3))
+    save(store, make_tensors(3), make_state(3))
     assert find(tmp_path)[0].state["step"] == 3
 
 
@@ -267,14 +278,14 @@ def test_going_back_drops_the_later_snapshots_so_that_none_of_them_is_taken_or_k
     (tmp_path / "snapshots" / "step-foreign.safetensors").write_bytes(b"")
     assert store.rewind(2) == ["step-000000003.safetensors", "step-000000004.safetensors"]
     assert find(tmp_path)[0].state["step"] == 2
-    store.save(make_tensors(3), make_state(3))
+    save(store, make_tensors(3), make_state(3))
     assert find(tmp_path)[0].state["step"] == 3
     assert names(tmp_path) == [*(f"step-00000000{step}.safetensors" for step in (1, 2, 3)), "step-foreign.safetensors"]
 
 
 def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     store = save_some(tmp_path, [1])
-    store.save(make_tensors(9), make_state(1))
+    save(store, make_tensors(9), make_state(1))
     assert names(tmp_path) == ["step-000000001.safetensors"]
     assert same_bits(find(tmp_path)[0].tensors["model.weight"], make_tensors(9)["model.weight"])
 
@@ -309,7 +320,7 @@ def test_random_numbers_go_on_after_a_resume_where_they_stood(tmp_path: Path, dr
     for _ in range(drawn):
         random.gauss(0, 1), np.random.normal(), torch.rand(1)
     store = save_some(tmp_path, [])
-    store.save({f"rng.{name}": tensor for name, tensor in rng_state().items()}, make_state())
+    save(store, {f"rng.{name}": tensor for name, tensor in rng_state().items()}, make_state())
     expected = draw_numbers()
     random.seed(4)
     np.random.seed(5)

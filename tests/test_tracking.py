@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -210,8 +212,10 @@ def test_the_other_ranks_neither_write_nor_print(
 
 def test_config_json_holds_the_settings_and_every_launch(tmp_path: Path) -> None:
     config = resolve({"run_dir": str(tmp_path / "run"), "seed": 3})
-    folder = open_run_folder(config, None, ["--seed", "3"])
-    open_run_folder(config, folder, ["--resume_from", str(folder)])
+    with open_run_folder(config, None, ["--seed", "3"]) as folder:
+        pass
+    with open_run_folder(config, folder, ["--resume_from", str(folder)]):
+        pass
     record = json.loads((folder / "config.json").read_text())
     assert record["config"] == json.loads(json.dumps(asdict(config)))
     first, second = record["launches"]
@@ -223,17 +227,36 @@ def test_config_json_holds_the_settings_and_every_launch(tmp_path: Path) -> None
 
 def test_a_new_run_never_moves_into_a_folder_with_snapshots(tmp_path: Path) -> None:
     config = resolve({"run_dir": str(tmp_path)})
-    open_run_folder(config, None, [])
-    (tmp_path / "snapshots" / "step-000000001.safetensors").touch()
-    with pytest.raises(UsageError, match=r"--resume_from .* --run_dir"):
-        open_run_folder(config, None, [])
-    assert open_run_folder(config, tmp_path, []) == tmp_path
+    with open_run_folder(config, None, []):
+        (tmp_path / "snapshots" / "step-000000001.safetensors").touch()
+    with pytest.raises(UsageError, match=r"--resume_from .* --run_dir"), open_run_folder(config, None, []):
+        pass
+    with open_run_folder(config, tmp_path, []) as folder:
+        assert folder == tmp_path
+
+
+def test_a_folder_at_work_is_refused_and_a_dead_process_is_not_in_the_way(tmp_path: Path) -> None:
+    config = resolve({"run_dir": str(tmp_path)})
+    holder = "import fcntl, os, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    command = [
+        sys.executable,
+        "-c",
+        f"{holder}; print(os.getpid(), file=f, flush=True); print(flush=True); time.sleep(60)",
+    ]
+    with subprocess.Popen([*command, str(tmp_path / "lock")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(UsageError, match=f"at work in another process \\({process.pid}\\)"):
+            open_run_folder(config, None, []).__enter__()
+        process.kill()
+    with open_run_folder(config, None, []) as folder:
+        assert (folder / "config.json").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--run_dir") as refusal:
-        open_run_folder(resolve({"run_dir": str(tmp_path / "file" / "run")}), None, [])
+        open_run_folder(resolve({"run_dir": str(tmp_path / "file" / "run")}), None, []).__enter__()
     assert "\n" not in str(refusal.value)
 
 

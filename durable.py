@@ -1,0 +1,30 @@
+"""Files that are whole or not there, whatever instant a process is killed or a disk fills."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write_durably(path: Path, *parts: bytes | memoryview) -> None:
+    """Put a file in place with these contents: written beside it, synced, renamed, and the folder synced.
+
+    A crash leaves the old file or the new one. Raises OSError, with the old file intact.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
