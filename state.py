@@ -69,7 +69,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffer)
     if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
         scaler.load_state_dict(snapshot.state["scaler"])
-    set_rng_state({name: ranks[distributed.rank() % len(ranks)] for name, ranks in parts["rng"].items()})
+    set_rng_state({name: ranks[distributed.rank() % len(ranks)].clone() for name, ranks in parts["rng"].items()})
     return Progress(**{name: snapshot.state[name] for name in Progress.__dataclass_fields__})
 
 
