@@ -1,0 +1,97 @@
+"""A run that was killed again and again, in the middle of a save too, is the run that was left alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kill_sweep import DIGITS, finish, start, sweep
+from program import assert_same_run, cut, snapshot_path
+
+from snapshot import copy_to_host, encode, read
+
+pytestmark = pytest.mark.slow
+
+STEP = 12
+Edit = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+
+
+def test_ten_kills_of_digits_change_nothing(tmp_path: Path) -> None:
+    sweep(DIGITS, tmp_path, kills=10, seed=0)
+
+
+def test_ten_kills_of_a_stream_change_nothing(image_set: Path, tmp_path: Path) -> None:
+    flags = ("--dataset", "hf", "--dataset_name", image_set, "--model", "resnet18", "--image_size", 33, "--block_mb", 1)
+    sweep((*flags, *DIGITS), tmp_path, kills=10, seed=1)
+
+
+def without_rng(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    tensors["rng.torch"] = torch.get_rng_state()[None]
+
+
+def without_optimizer(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        del tensors[name]
+
+
+def without_position(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    state["step"] = state["epoch"] * state["steps_per_epoch"]
+
+
+def without_schedule(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    state["lr"] /= 2
+
+
+def without_scaler(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    state["scaler"] = {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill") / "whole"
+    assert finish(start(*DIGITS, "--keep_snapshots", 20, "--run_dir", folder)) == 0
+    return folder
+
+
+def same(one: Path, other: Path) -> bool:
+    try:
+        assert_same_run(one, other)
+    except AssertionError:
+        return False
+    last = [max((folder / "snapshots").glob("step-*")) for folder in (one, other)]
+    return read(last[0]).state["scaler"] == read(last[1]).state["scaler"]
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "equal"),
+    [
+        (lambda tensors, state: None, True),
+        (without_rng, False),
+        (without_optimizer, False),
+        (without_position, False),
+        (without_schedule, False),
+    ],
+    ids=["nothing", "rng", "optimizer", "position", "schedule"],
+)
+def test_what_is_left_out_of_a_snapshot_is_noticed(whole: Path, tmp_path: Path, leave_out: Edit, equal: bool) -> None:
+    assert same(resume_without(leave_out, whole, STEP, tmp_path), whole) == equal
+
+
+def test_a_scaler_that_is_left_out_of_a_snapshot_is_noticed(tmp_path: Path) -> None:
+    whole, few = tmp_path / "whole", ("--max_samples", 32, "--epochs", 2, "--snapshot_steps", 1, "--keep_snapshots", 9)
+    assert finish(start(*DIGITS, *few, "--amp", "--amp_dtype", "fp16", "--run_dir", whole)) == 0
+    assert same(resume_without(lambda tensors, state: None, whole, 2, tmp_path / "with"), whole)
+    assert not same(resume_without(without_scaler, whole, 2, tmp_path / "without"), whole)
+
+
+def resume_without(leave_out: Edit, whole: Path, step: int, folder: Path) -> Path:
+    """A copy of a run that went on from a snapshot of that step which lacks something."""
+    copy = cut(whole, step, folder / "cut")
+    path = snapshot_path(copy, step)
+    snapshot = read(path)
+    leave_out(snapshot.tensors, snapshot.state)
+    path.unlink()
+    path.write_bytes(b"".join(encode(copy_to_host(snapshot.tensors), snapshot.state)))
+    assert finish(start("--resume_from", path)) == 0
+    return copy
