@@ -21,11 +21,6 @@ def test_ten_kills_of_digits_change_nothing(tmp_path: Path) -> None:
     sweep(DIGITS, tmp_path, kills=10, seed=0)
 
 
-def test_ten_kills_of_a_stream_change_nothing(image_set: Path, tmp_path: Path) -> None:
-    flags = ("--dataset", "hf", "--dataset_name", image_set, "--model", "resnet18", "--image_size", 33, "--block_mb", 1)
-    sweep((*flags, *DIGITS), tmp_path, kills=10, seed=1)
-
-
 def without_rng(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     tensors["rng.torch"] = torch.get_rng_state()[None]
 
