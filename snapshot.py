@@ -6,11 +6,10 @@ with the 64 characters of the digest itself set to zeros: one flipped bit anywhe
 
 import hashlib
 import json
-import os
 import shutil
 import stat
 import struct
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,9 @@ def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read(path: Path) -> Snapshot:
     """Read and verify one snapshot. Raises SnapshotError saying what is wrong with the file."""
     try:
-        data = _read_regular_file(path)
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(0, "it is a link, a pipe or a device")
+        data = path.read_bytes()
     except OSError as error:
         raise SnapshotError(f"cannot read snapshot {path}: {error.strerror}; give a run folder or a file") from error
     try:
@@ -103,23 +104,14 @@ def step_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
-def _read_regular_file(path: Path) -> bytes:
-    """The bytes of a file that is no link, pipe or device. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(0, "it is not a regular file")
-        return file.read()
-
-
 class SnapshotStore:
     """The `snapshots/` folder of one run. A thread writes, one snapshot at a time."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
-        self._writer: threading.Thread | None = None
-        self._failure: SnapshotError | None = None
+        self._writer = ThreadPoolExecutor(1, "snapshot")
+        self._writing: Future[None] | None = None
 
     def rewind(self, step: int) -> list[str]:
         """Drop what a killed process left half written, and the snapshots of later steps, which a resume from an
@@ -148,21 +140,19 @@ class SnapshotStore:
                 f"cannot write {path}: {free / 1e6:,.0f} MB are free and {size * len(targets) / 1e6:,.0f} needed; "
                 "make room and resume, the older snapshots are intact"
             )
-        self._writer = threading.Thread(target=self._write, args=(targets, copy_to_host(tensors), state))
-        self._writer.start()
+        self._writing = self._writer.submit(self._write, targets, copy_to_host(tensors), state)
         return path
 
     def wait(self) -> None:
         """Until nothing is being written. Raises SnapshotError when it could not be."""
-        if self._writer is not None:
-            self._writer.join()
-        self.check()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def check(self) -> None:
-        """Raise SnapshotError when a snapshot could not be written."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        """Raise SnapshotError when a snapshot could not be written; does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def _write(self, targets: list[Path], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         parts = encode(tensors, state)
@@ -170,9 +160,8 @@ class SnapshotStore:
             try:
                 write_durably(target, *parts)
             except OSError as error:
-                self._failure = SnapshotError(
+                raise SnapshotError(
                     f"cannot write {target}: {error.strerror}; make room and resume, the older snapshots are intact"
-                )
-                return
+                ) from error
         for old in step_files(self.folder)[: -self.keep]:
             old.unlink()

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -84,16 +85,14 @@ def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:
 
 
 def _launch(argv: Sequence[str]) -> dict[str, Any]:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    revision = None
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        revision = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "command": f"{Path(sys.argv[0]).name} {shlex.join(argv)}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": git.stdout.strip() or None,
+        "git": revision or None,
         "python": sys.version.split()[0],
         "packages": {name: version(name) for name in PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -196,7 +196,7 @@ def flush_steps(run: Run) -> None:
     rows, run.pending = run.pending, []
     if not rows:
         return
-    progress, world = run.progress, distributed.world_size()
+    progress, world, diverged_at = run.progress, distributed.world_size(), 0
     numbers = torch.stack([torch.stack((row["loss"], row["correct"].float())) for row in rows])
     ids = torch.stack([row["ids"] for row in rows]).numpy()
     if run.config.ledger:
@@ -204,6 +204,8 @@ def flush_steps(run: Run) -> None:
     for row, row_ids, (loss, correct) in zip(rows, ids, distributed.mean_over_ranks(numbers).tolist(), strict=True):
         finite = math.isfinite(loss)
         progress.bad_steps = 0 if finite and not row["skipped"] else progress.bad_steps + 1
+        if progress.bad_steps == run.config.max_bad_steps:
+            diverged_at = row["step"] - progress.bad_steps + 1
         progress.last_loss = loss
         all_correct = round(correct * world)
         row.update(loss=loss, top1=all_correct / run.config.batch_size, ids=row_ids)
@@ -214,8 +216,8 @@ def flush_steps(run: Run) -> None:
         progress.correct += all_correct
     done = progress.step - progress.epoch * len(run.data.train)
     run.tracker.log_steps(rows, done, done * run.config.batch_size / max(progress.train_seconds, 1e-9))
-    if progress.bad_steps >= run.config.max_bad_steps:
-        raise _diverged(run)
+    if diverged_at:
+        raise _diverged(run, diverged_at)
 
 
 @torch.inference_mode()
@@ -313,7 +315,7 @@ def save_snapshot(run: Run, best: bool = False) -> Path | None:
     training = run.training
     tensors, state = capture(training.model, training.optimizer, training.scaler, run.progress)
     if distributed.largest_over_ranks(int(not _all_finite(training.model))):
-        raise _diverged(run)
+        raise _diverged(run, run.progress.step - max(0, run.progress.bad_steps - 1))
     return run.store.save(tensors, run.record | state, best) if run.store else None
 
 
@@ -322,9 +324,8 @@ def _all_finite(model: nn.Module) -> bool:
     return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
 
 
-def _diverged(run: Run) -> DivergedError:
+def _diverged(run: Run, first: int) -> DivergedError:
     training, progress = run.training, run.progress
-    first = min(progress.step, progress.step - progress.bad_steps + 1)
     gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
     scale = f", the gradient scale {training.scaler.get_scale():g}" if training.scaler.is_enabled() else ""
     return DivergedError(

@@ -72,7 +72,8 @@ def test_two_ranks_train_on_the_batches_of_one(one_rank: Path, two_ranks: Path, 
     assert [row["lr"] for row in ledger(two_ranks)] == [row["lr"] for row in ledger(one_rank)]
     assert [row["epoch"] for row in results(two_ranks)] == ["1", "2"]
     copy = cut(two_ranks, 3, tmp_path / "cut")
-    train("--resume_from", copy)
+    done = train("--resume_from", copy)
+    assert "ranks     1, 2 before: the same global batches, but BatchNorm sees 12 images at once" in done.out
     assert ids(copy) == ids(one_rank)
 
 

@@ -53,6 +53,31 @@ def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_training_is_one_line(tmp_path: Path, signum: signal.Signals) -> None:
+    process = start("--dataset", "digits", "--model", "resnet152", "--run_dir", tmp_path / "run")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("images ")
+    process.send_signal(signum)
+    done = wait(process)
+    assert (done.status, done.err) == (128 + signum, f"stopped by {signum.name}\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_ends_the_finder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = ("--lr", "auto", "--lr_iter", 200, "--batch_size", 16, "--run_dir", folder)
+    process = start(*line)
+    wait_for(folder / "config.json", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    done = wait(process)
+    assert done.status == 143
+    assert "stopped in the finder, before anything was trained" in done.out
+    assert not (folder / "lr_finder" / "lr_finder.json").exists()
+    assert steps_kept(folder) == []
+
+
 def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
     process = start("--run_dir", tmp_path / "run")
     maps = Path(f"/proc/{process.pid}/maps")

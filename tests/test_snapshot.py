@@ -4,7 +4,9 @@ import ast
 import errno
 import os
 import random
+import shutil
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
             find(source)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "link"])
+def test_what_is_no_regular_file_is_passed_over_unread(tmp_path: Path, make: Any) -> None:
+    save_some(tmp_path, [1])
+    make(tmp_path / "snapshots" / "step-000000002.safetensors")
+    snapshot, passed_over = find(tmp_path)
+    assert snapshot.state["step"] == 1
+    assert len(passed_over) == 1
+    assert "step-000000002" in passed_over[0]
+
+
 # ---- writing and pruning ---------------------------------------------------------------------------------------------
 
 
@@ -269,6 +281,52 @@ def test_a_failed_write_leaves_the_older_ones_and_no_half_file(
     assert find(tmp_path)[0].state["step"] == 2
     save(store, make_tensors(3), make_state(3))
     assert find(tmp_path)[0].state["step"] == 3
+
+
+def test_a_snapshot_holds_what_was_there_when_it_was_saved_though_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = save_some(tmp_path, [1])
+    written, fsync, weights = threading.Event(), os.fsync, {"model.weight": torch.ones(3)}
+
+    def slow_fsync(file: int) -> None:
+        assert written.wait(10)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    store.save(weights, make_state(2))
+    weights["model.weight"] += 1
+    assert find(tmp_path)[0].state["step"] == 1
+    store.check()
+    written.set()
+    store.wait()
+    assert find(tmp_path)[0].tensors["model.weight"].tolist() == [1, 1, 1]
+
+
+def test_a_write_that_failed_in_the_background_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = save_some(tmp_path, [1])
+    monkeypatch.setattr("snapshot.encode", lambda *_: 1 / 0)
+    store.save(make_tensors(2), make_state(2))
+    with pytest.raises(ZeroDivisionError):
+        store.wait()
+    store.check()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = save_some(tmp_path, [1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(SnapshotError, match="0 MB are free and 1 needed; make room"):
+        store.save(make_tensors(2), make_state(2))
+    assert names(tmp_path) == ["step-000000001.safetensors"]
+
+
+def test_going_on_clears_away_what_a_kill_left_half_written(tmp_path: Path) -> None:
+    store = save_some(tmp_path, [1])
+    (tmp_path / "snapshots" / "step-000000002.safetensors.tmp").write_bytes(b"half")
+    assert store.rewind(1) == []
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-000000001.safetensors"]
 
 
 def test_going_back_drops_the_later_snapshots_so_that_none_of_them_is_taken_or_kept_for_a_newer_one(
