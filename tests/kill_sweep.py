@@ -2,8 +2,8 @@
 
     uv run python tests/kill_sweep.py --kills 200
 
-Of five kills three come at random instants and two inside the saving of a snapshot. Every tensor and every line of
-the logs must be the same.
+Half of the runs train on digits, half on a set that a Hub on this machine serves. Of five kills three come at random
+instants and two inside the saving of a snapshot. Every tensor and every line of the logs must be the same.
 """
 
 import argparse
@@ -15,11 +15,16 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import HUB_PORT
+from hub import Hub
 from killable import PLACES
 from program import TIMEOUT, assert_same_run, environment
+from shards import REPO_ID, make_imagenet_like
 
 DIGITS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 4, "--num_workers", 1, "--ledger")
 DIGITS = (*DIGITS, "--snapshot_steps", 3, "--keep_snapshots", 2, "--log_steps", 1)
+STREAMED = (*DIGITS, "--dataset", "hf", "--dataset_name", REPO_ID, "--model", "resnet18", "--image_size", 33)
+STREAMED = (*STREAMED, "--block_mb", 1)
 LONGEST_LIFE = 2.0  # seconds of training before a random kill
 
 
@@ -71,9 +76,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = sweep(DIGITS, Path(folder), given.kills, given.seed)
-    print(f"{given.kills} kills of {runs} runs: every tensor and every log line equal to the run that was left alone")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_imagenet_like(folder / "hub", files=30, rows_per_group=10)
+        with Hub(folder / "hub", port=HUB_PORT):
+            streamed = sweep(STREAMED, folder / "streamed", given.kills // 2, given.seed)
+        digits = sweep(DIGITS, folder / "digits", given.kills - given.kills // 2, given.seed)
+    print(
+        f"{given.kills} kills of {digits} runs on digits and {streamed} on the stream: every tensor and every log line "
+        "equal to the run that was left alone"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from kill_sweep import DIGITS, finish, start, sweep
+from hub import Hub
+from kill_sweep import DIGITS, STREAMED, finish, start, sweep
 from program import assert_same_run, cut, snapshot_path
 
 from snapshot import copy_to_host, encode, read
@@ -19,6 +20,11 @@ Edit = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
 
 def test_ten_kills_of_digits_change_nothing(tmp_path: Path) -> None:
     sweep(DIGITS, tmp_path, kills=10, seed=0)
+
+
+def test_ten_kills_of_a_stream_change_nothing(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
+    with Hub(hub_root, port=hub_port):
+        sweep(STREAMED, tmp_path, kills=10, seed=0)
 
 
 def without_rng(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
