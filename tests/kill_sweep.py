@@ -8,65 +8,59 @@ instants and two inside the saving of a snapshot. Every tensor and every line of
 
 import argparse
 import random
-import subprocess
 import sys
 import tempfile
-import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import HUB_PORT
 from hub import Hub
-from killable import PLACES
-from program import TIMEOUT, assert_same_run, environment
+from killable import PLACES, start
+from program import TIMEOUT, assert_same_run
 from shards import REPO_ID, make_imagenet_like
 
 DIGITS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 4, "--num_workers", 1, "--ledger")
 DIGITS = (*DIGITS, "--snapshot_steps", 3, "--keep_snapshots", 2, "--log_steps", 1)
 STREAMED = (*DIGITS, "--dataset", "hf", "--dataset_name", REPO_ID, "--model", "resnet18", "--image_size", 33)
 STREAMED = (*STREAMED, "--block_mb", 1)
-LONGEST_LIFE = 2.0  # seconds of training before a random kill
+LONGEST_LIFE = 6.0  # seconds before a random kill
 
 
-def start(*arguments: object, **env: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(Path(__file__).with_name("killable.py")), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def finish(process: ForkServerProcess, log: Path) -> int:
+    """The exit status of a run that must end well, or by SIGKILL: then -9."""
+    process.join(TIMEOUT)
+    assert process.exitcode in (0, -9), log.read_text()
+    return process.exitcode
 
 
-def finish(process: "subprocess.Popen[str]") -> int:
-    out, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode in (0, -9), out
-    return process.returncode
+def train(*arguments: object, log: Path) -> None:
+    assert finish(start(*arguments, log=log), log) == 0
 
 
-def live_and_die(line: tuple[object, ...], rng: random.Random, inside: bool) -> bool:
+def live_and_die(line: tuple[object, ...], log: Path, rng: random.Random, inside: bool) -> bool:
     """One life of a run, and whether it ended in a kill: it may also have come to its end before."""
     if inside:
-        return finish(start(*line, KILL_INSIDE=f"{rng.choice(PLACES)}:{rng.choice([1, 2])}")) == -9
-    process = start(*line)
-    assert process.stdout is not None
-    for printed in process.stdout:
-        if printed.startswith("schedule"):
-            time.sleep(rng.uniform(0, LONGEST_LIFE))
-            process.kill()
-            break
-    return finish(process) == -9
+        return finish(start(*line, log=log, place=rng.choice(PLACES), time=rng.choice([1, 2])), log) == -9
+    process = start(*line, log=log)
+    process.join(rng.uniform(0, LONGEST_LIFE))
+    process.kill()
+    return finish(process, log) == -9
 
 
 def sweep(flags: tuple[object, ...], folder: Path, kills: int, seed: int) -> int:
     """Kill runs `kills` times, compare each one that came to its end; returns how many did."""
     rng, killed, runs = random.Random(seed), 0, 0
-    whole = folder / "whole"
-    assert finish(start(*flags, "--run_dir", whole)) == 0
+    folder.mkdir(exist_ok=True)
+    whole, log = folder / "whole", folder / "log"
+    train(*flags, "--run_dir", whole, log=log)
     while killed < kills:
         runs += 1
         line = (*flags, "--run_dir", folder / f"run{runs}", "--resume_from", "auto")
-        while killed < kills and live_and_die(line, rng, inside=killed % 5 > 2):
+        while killed < kills and live_and_die(line, log, rng, inside=killed % 5 > 2):
             killed += 1
             print(f"kill {killed} of {kills}", flush=True)
-        assert finish(start(*line)) == 0
+        train(*line, log=log)
         assert_same_run(folder / f"run{runs}", whole)
     return runs
 

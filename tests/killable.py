@@ -1,22 +1,45 @@
-"""main.py, killed inside the saving of a snapshot: KILL_INSIDE is `PLACE:N`, the N-th time it comes to that place.
+"""Lives of a training run, each in a process of its own, some of them ended by SIGKILL inside the saving of a snapshot.
 
-The model ends in dropout, so that random numbers matter.
+Processes are forked from one that has imported everything, and the model is the first half of a ResNet, so that lives
+are short; it ends in dropout, so that random numbers matter.
 """
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 from torch import nn
 
 import main
 import model_resnet50
 
 PLACES = ("written", "before rename", "after rename", "pruning")
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["preflight", "run_lr_finder", "sklearn.datasets", "torch._dynamo", "train"])
+
+
+def start(*arguments: object, log: Path, place: str = "", time: int = 1) -> ForkServerProcess:
+    """A process that runs main.py and prints to `log`; with a `place` it dies there the `time`-th time."""
+    process = _server.Process(target=_live, args=([str(argument) for argument in arguments], log, place, time))
+    process.start()
+    return process
+
+
+def _live(argv: list[str], log: Path, place: str, time: int) -> None:
+    torch.set_num_threads(1)
+    model_resnet50.build_model = small_with_dropout(model_resnet50.build_model)
+    if place:
+        die_inside(place, time)
+    with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = main.main(argv)
+    sys.exit(status)
 
 
 def die_inside(place: str, time: int) -> None:
@@ -49,18 +72,12 @@ def die_inside(place: str, time: int) -> None:
         os.replace = around(os.replace, lambda old, new: "step-" in str(new), after=place == "after rename")
 
 
-def with_dropout(build: Callable[..., Any]) -> Callable[..., Any]:
+def small_with_dropout(build: Callable[..., Any]) -> Callable[..., Any]:
     def built(*arguments: Any) -> Any:
         model = build(*arguments)
+        model.layer3, model.layer4 = nn.Identity(), nn.Identity()
         model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(0.1))
+        model.fc = nn.Linear(128, model.fc.out_features)
         return model
 
     return built
-
-
-if __name__ == "__main__":
-    model_resnet50.build_model = with_dropout(model_resnet50.build_model)
-    if "KILL_INSIDE" in os.environ:
-        where, _, which = os.environ["KILL_INSIDE"].partition(":")
-        die_inside(where, int(which))
-    sys.exit(main.main())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hub import Hub
-from kill_sweep import DIGITS, STREAMED, finish, start, sweep
+from kill_sweep import DIGITS, STREAMED, sweep, train
 from program import assert_same_run, cut, snapshot_path
 
 from snapshot import copy_to_host, encode, read
@@ -51,7 +51,7 @@ def without_scaler(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> N
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kill") / "whole"
-    assert finish(start(*DIGITS, "--keep_snapshots", 20, "--run_dir", folder)) == 0
+    train(*DIGITS, "--epochs", 2, "--keep_snapshots", 9, "--run_dir", folder, log=folder.with_name("log"))
     return folder
 
 
@@ -80,8 +80,9 @@ def test_what_is_left_out_of_a_snapshot_is_noticed(whole: Path, tmp_path: Path, 
 
 
 def test_a_scaler_that_is_left_out_of_a_snapshot_is_noticed(tmp_path: Path) -> None:
-    whole, few = tmp_path / "whole", ("--max_samples", 32, "--epochs", 2, "--snapshot_steps", 1, "--keep_snapshots", 9)
-    assert finish(start(*DIGITS, *few, "--amp", "--amp_dtype", "fp16", "--run_dir", whole)) == 0
+    few = ("--max_samples", 24, "--batch_size", 8, "--epochs", 1, "--snapshot_steps", 1, "--keep_snapshots", 9)
+    whole = tmp_path / "whole"
+    train(*DIGITS, *few, "--amp", "--amp_dtype", "fp16", "--run_dir", whole, log=tmp_path / "log")
     assert same(resume_without(lambda tensors, state: None, whole, 2, tmp_path / "with"), whole)
     assert not same(resume_without(without_scaler, whole, 2, tmp_path / "without"), whole)
 
@@ -94,5 +95,5 @@ def resume_without(leave_out: Edit, whole: Path, step: int, folder: Path) -> Pat
     leave_out(snapshot.tensors, snapshot.state)
     path.unlink()
     path.write_bytes(b"".join(encode(copy_to_host(snapshot.tensors), snapshot.state)))
-    assert finish(start("--resume_from", path)) == 0
+    train("--resume_from", path, log=folder / "log")
     return copy
