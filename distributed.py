@@ -25,11 +25,22 @@ def init(device_flag: str) -> torch.device:
     global _host_group
     device = _pick_device(device_flag)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo")
         _host_group = dist.new_group(backend="gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _join(backend: str) -> None:
+    """Form the process group, apart from what a group before a restart left in torchrun's store (pytorch #135712).
+
+    Of several nodes each counts its own restarts; torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    """
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
 def _pick_device(flag: str) -> torch.device:

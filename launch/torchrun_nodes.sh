@@ -23,6 +23,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # at most; --resume_from auto lets them go on. So when one machine was lost, giving its line again within ten minutes
 # (torchrun's join timeout) is enough; when HEAD was lost, where they meet, give all lines again.
 # --streams 16 because the ranks must divide it: two machines with eight GPUs have 16.
+# Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE the ranks may meet addresses from before the restart (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 exec torchrun --nnodes "$NODES" --nproc_per_node "${GPUS:-gpu}" --max_restarts 3 \
     --rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --rdzv_id imagenet1k \

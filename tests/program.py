@@ -70,9 +70,9 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | own | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | changes
 
 
-def start(*arguments: object, ranks: int = 0, **env: str) -> "subprocess.Popen[str]":
+def start(*arguments: object, ranks: int = 0, restarts: int = 0, **env: str) -> "subprocess.Popen[str]":
     """A process of its own, or with `ranks` torchrun with so many; whoever starts it must wait for it."""
-    launcher = [*TORCHRUN, str(ranks)] if ranks else []
+    launcher = [*TORCHRUN, str(ranks), "--max_restarts", str(restarts)] if ranks else []
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
@@ -93,9 +93,20 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     limit = time.monotonic() + TIMEOUT
     while not path.exists():
         if process.poll() is not None or time.monotonic() > limit:
-            process.kill()
+            for pid in (process.pid, *children(process)):
+                os.kill(pid, signal.SIGKILL)
             raise AssertionError(f"{path.name} never came: {process.communicate()}")
         time.sleep(0.005)
+
+
+def children(process: "subprocess.Popen[str]") -> list[int]:
+    """The ids of the processes that a process started, in their order."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            if path.read_text().rpartition(")")[2].split()[1] == str(process.pid):
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def snapshot_path(folder: Path, step: int) -> Path:

@@ -199,7 +199,7 @@ def test_a_revision_that_does_not_exist_is_named(hub_root: Path, hub_port: int, 
     ids=["offline", "unreachable"],
 )
 def test_a_hub_out_of_reach_is_one_line_of_a_real_process(tmp_path: Path, env: dict[str, str], word: str) -> None:
-    done = wait(start("--dataset", "imagenet1k", "--run_dir", tmp_path / "run", ranks=0, **env))
+    done = wait(start("--dataset", "imagenet1k", "--run_dir", tmp_path / "run", ranks=0, restarts=0, **env))
     assert_one_line(done, 3, word, "ILSVRC/imagenet-1k")
     assert not (tmp_path / "run").exists()
 

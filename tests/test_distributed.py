@@ -1,14 +1,19 @@
 """Ranks under torchrun see what one process sees: the same batches, the same counts, and each other's signals."""
 
+import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from program import (
     assert_same_run,
+    children,
     cut,
     ledger,
     results,
@@ -20,12 +25,15 @@ from program import (
     wait_for,
 )
 
+from stopping import ECHO_SECONDS
+
 pytestmark = pytest.mark.slow
 
 MODEL = ("--model", "resnet18", "--image_size", 33, "--epochs", 2, "--num_workers", 1)
 LOGS = ("--ledger", "--snapshot_steps", 3, "--keep_snapshots", 9)
 FLAGS = ("--batch_size", 12, "--streams", 6, "--block_mb", 1, *MODEL, *LOGS)
 FILES_KEPT = 4
+STEP_LINE = re.compile(r"^epoch (\d)/2  step (\d)/6", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +117,54 @@ def test_a_sigterm_to_torchrun_leaves_a_snapshot_to_go_on_from(
     assert [row["step"] for row in ledger(folder)] == list(range(1, stopped_at + 1))
     train("--resume_from", folder)
     assert ids(folder) == ids(one_rank)
+
+
+def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
+    data: tuple[object, ...], two_ranks: Path, tmp_path: Path
+) -> None:
+    folder, rng = tmp_path / "killed", random.Random(0)
+    line = (*data, *FLAGS, "--snapshot_steps", 1, "--run_dir", folder, "--resume_from", "auto")
+    process = start(*line, ranks=2, restarts=3)
+    for step in (2, 5, 8):
+        wait_for(snapshot_path(folder, step), process)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(rng.choice(children(process)), signal.SIGKILL)
+    done = wait(process)
+    assert done.status == 0, done.err
+    assert len(re.findall("^resumed ", done.out, re.MULTILINE)) == 3
+    assert_same_run(folder, two_ranks)
+
+
+def signal_torchrun(process: "subprocess.Popen[str]", folder: Path, rng: random.Random, in_a_save: bool) -> None:
+    """SIGTERM or SIGINT some steps from now, the run's beginning and end included, or while a snapshot is written."""
+    before, steps = {*folder.glob("snapshots/step-*")}, rng.randint(0, 4)
+    while process.poll() is None and len({*folder.glob("snapshots/step-*.safetensors")} - before) < steps:
+        time.sleep(0.002)
+    while in_a_save and process.poll() is None and not list(folder.glob("snapshots/*.tmp")):
+        time.sleep(0.0005)
+    time.sleep(0 if in_a_save else rng.uniform(0, 0.3))
+    process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
+
+
+def test_ten_signals_to_torchrun_repeat_no_step_and_change_nothing(
+    data: tuple[object, ...], two_ranks: Path, tmp_path: Path
+) -> None:
+    rng, folder = random.Random(0), tmp_path / "run0"
+    for number in range(10):
+        line = (*data, *FLAGS, "--snapshot_steps", 1, "--log_steps", 1, "--run_dir", folder, "--resume_from", "auto")
+        process = start(*line, ranks=2)
+        signal_torchrun(process, folder, rng, in_a_save=number % 4 == 1)
+        if number % 4 == 3:
+            time.sleep(ECHO_SECONDS + 0.2)
+            process.send_signal(signal.SIGTERM)
+        done = wait(process)
+        printed = [6 * (int(epoch) - 1) + int(step) for epoch, step in STEP_LINE.findall(done.out)]
+        assert max(printed, default=0) <= max(steps_kept(folder), default=0)
+        if "done " in done.out or number == 9:
+            train_on = wait(start(*line, ranks=2))
+            assert train_on.status == 0, train_on.err
+            assert_same_run(folder, two_ranks)
+            folder = tmp_path / f"run{number}"
 
 
 def test_ranks_that_cannot_share_the_streams_are_refused(tmp_path: Path) -> None:
