@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -72,10 +73,10 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if debug or error.errno not in DISK_ERRORS:
             raise
-        where = f" writing {error.filename}" if error.filename else ""
-        print(f"error: no room left on the disk{where}; free some and resume", file=sys.stderr)
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}; make room or mend the disk, and resume", file=sys.stderr)
         return SnapshotError.status
     finally:
         for signum, handler in handlers.items():

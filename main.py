@@ -154,7 +154,7 @@ def _fit(
     on_rank0 = distributed.rank() == 0
     tracker = Tracker(folder if on_rank0 else None, config.ledger)
     tracker.rewind(progress.step, progress.epoch)
-    store = SnapshotStore(folder / "snapshots", config.keep_snapshots) if on_rank0 else None
+    store = SnapshotStore(folder / "snapshots", config.keep_snapshots, tracker.logs) if on_rank0 else None
     dropped = store.rewind(progress.step) if store else []
     if snapshot is not None:
         print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")

@@ -9,6 +9,7 @@ import json
 import shutil
 import stat
 import struct
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,23 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from durable import write_durably
+from durable import sync, write_durably
 from errors import SnapshotError
 
 FORMAT = "imagenet1k-snapshot-2"
 SPARE_BYTES = 2**20
 _NO_DIGEST = "0" * 64
 _MARK = b'"sha256":"'
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -36,21 +47,36 @@ class Snapshot:
 
 
 def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> tuple[bytes | memoryview, ...]:
-    """The bytes of a snapshot file, in parts. `tensors` lie in host memory, contiguous; `state` must survive JSON."""
-    metadata = {"format": FORMAT, "sha256": _NO_DIGEST, "state": json.dumps(state)}
-    data = safetensors.torch.save(tensors, metadata)
-    at = data.index(_MARK + _NO_DIGEST.encode()) + len(_MARK)
-    return data[:at], hashlib.sha256(data).hexdigest().encode(), memoryview(data)[at + len(_NO_DIGEST) :]
+    """The bytes of a snapshot file, in parts. `tensors` lie in host memory, contiguous; `state` must survive JSON.
+
+    Not by safetensors' own writer, which makes a copy and keeps the interpreter to itself meanwhile: training would
+    stand still.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "sha256": _NO_DIGEST, "state": json.dumps(state)}}
+    data, end = [], 0
+    for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):  # so that each lies aligned
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+        data.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    text = struct.pack("<Q", len(text)) + text
+    digest = hashlib.sha256(text)
+    for part in data:
+        digest.update(part)
+    at = text.index(_MARK + _NO_DIGEST.encode()) + len(_MARK)
+    return text[:at], digest.hexdigest().encode(), text[at + len(_NO_DIGEST) :], *data
 
 
-def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies in host memory, which later steps do not change."""
-    copies = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(
-            tensor.detach(), non_blocking=True
-        )
-        for name, tensor in tensors.items()
-    }
+def copy_to_host(tensors: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies in host memory, which later steps do not change; in `buffers`, by name, as far as it goes."""
+    copies = {}
+    for name, tensor in tensors.items():
+        buffer = buffers.get(name)
+        if buffer is None:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copies
@@ -105,11 +131,13 @@ def step_files(folder: Path) -> list[Path]:
 
 
 class SnapshotStore:
-    """The `snapshots/` folder of one run. A thread writes, one snapshot at a time."""
+    """The `snapshots/` folder of one run. A thread writes, one snapshot at a time, the `logs` up to it first."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, logs: Sequence[Path] = ()) -> None:
         self.folder = folder
         self.keep = keep
+        self.logs = logs
+        self._copies: dict[str, torch.Tensor] = {}
         self._writer = ThreadPoolExecutor(1, "snapshot")
         self._writing: Future[None] | None = None
 
@@ -127,7 +155,7 @@ class SnapshotStore:
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> Path:
         """Copy to host memory, and write `step-<9 digits>.safetensors` from there in the background.
 
-        `best.safetensors` is written too if asked, then the older ones are pruned. Waits for the snapshot before this
+        A tensor has the same shape at every save. `best.safetensors` is written too if asked, then the older ones are pruned. Waits for the snapshot before this
         one. Raises SnapshotError when that one failed or there is no room; what was there is untouched.
         """
         self.wait()
@@ -140,7 +168,8 @@ class SnapshotStore:
                 f"cannot write {path}: {free / 1e6:,.0f} MB are free and {size * len(targets) / 1e6:,.0f} needed; "
                 "make room and resume, the older snapshots are intact"
             )
-        self._writing = self._writer.submit(self._write, targets, copy_to_host(tensors), state)
+        self._copies = copy_to_host(tensors, self._copies)
+        self._writing = self._writer.submit(self._write, targets, self._copies, state)
         return path
 
     def wait(self) -> None:
@@ -156,12 +185,15 @@ class SnapshotStore:
 
     def _write(self, targets: list[Path], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         parts = encode(tensors, state)
-        for target in targets:
-            try:
+        try:
+            for log in filter(Path.exists, self.logs):
+                sync(log)
+            sync(self.folder.parent)
+            for target in targets:
                 write_durably(target, *parts)
-            except OSError as error:
-                raise SnapshotError(
-                    f"cannot write {target}: {error.strerror}; make room and resume, the older snapshots are intact"
-                ) from error
+        except OSError as error:
+            raise SnapshotError(
+                f"cannot write {targets[0]}: {error.strerror}; make room and resume, the older snapshots are intact"
+            ) from error
         for old in step_files(self.folder)[: -self.keep]:
             old.unlink()

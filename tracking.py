@@ -32,7 +32,7 @@ RESULT_COLUMNS = (
     *("lr", "images_per_s", "seconds"),
 )
 
-
+LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")
 PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "numpy")
 
 
@@ -110,6 +110,7 @@ class Tracker:
     def __init__(self, folder: Path | None, ledger: bool) -> None:
         self.folder = folder
         self.ledger = ledger
+        self.logs = [folder / name for name in LOGS] if folder else []
         self._bar: tqdm[Any] | None = None
 
     def rewind(self, step: int, epoch: int) -> None:
@@ -212,6 +213,4 @@ def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
         with contextlib.suppress(ValueError):
             if line.endswith("\n") and keep(line):
                 kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_durably(path, "".join(kept).encode())

@@ -10,7 +10,7 @@ from hub import Hub
 from kill_sweep import DIGITS, STREAMED, sweep, train
 from program import assert_same_run, cut, snapshot_path
 
-from snapshot import copy_to_host, encode, read
+from snapshot import encode, read
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +94,6 @@ def resume_without(leave_out: Edit, whole: Path, step: int, folder: Path) -> Pat
     snapshot = read(path)
     leave_out(snapshot.tensors, snapshot.state)
     path.unlink()
-    path.write_bytes(b"".join(encode(copy_to_host(snapshot.tensors), snapshot.state)))
+    path.write_bytes(b"".join(encode(snapshot.tensors, snapshot.state)))
     train("--resume_from", path, log=folder / "log")
     return copy
