@@ -155,8 +155,9 @@ class SnapshotStore:
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> Path:
         """Copy to host memory, and write `step-<9 digits>.safetensors` from there in the background.
 
-        A tensor has the same shape at every save. `best.safetensors` is written too if asked, then the older ones are pruned. Waits for the snapshot before this
-        one. Raises SnapshotError when that one failed or there is no room; what was there is untouched.
+        A tensor has the same shape at every save. `best.safetensors` is written too if asked, then the older ones are
+        pruned. Waits for the snapshot before this one. Raises SnapshotError when that one failed or there is no room;
+        what was there is untouched.
         """
         self.wait()
         path = self.folder / f"step-{state['step']:09d}.safetensors"
