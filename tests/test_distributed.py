@@ -113,9 +113,9 @@ def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
     data: tuple[object, ...], two_ranks: Path, tmp_path: Path
 ) -> None:
     folder, rng = tmp_path / "killed", random.Random(0)
-    line = (*data, *FLAGS, "--snapshot_steps", 1, "--run_dir", folder, "--resume_from", "auto")
+    line = (*data, *FLAGS, "--snapshot_steps", 2, "--run_dir", folder, "--resume_from", "auto")
     process = start(*line, ranks=2, restarts=3)
-    for step in (2, 5, 8):
+    for step in (2, 4, 8):
         wait_for(snapshot_path(folder, step), process)
         time.sleep(rng.uniform(0, 0.1))
         os.kill(rng.choice(children(process)), signal.SIGKILL)
@@ -126,13 +126,13 @@ def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
 
 
 def signal_torchrun(process: "subprocess.Popen[str]", folder: Path, rng: random.Random, in_a_save: bool) -> None:
-    """SIGTERM or SIGINT some steps from now, the run's beginning and end included, or while a snapshot is written."""
-    before, steps = {*folder.glob("snapshots/step-*")}, rng.randint(0, 4)
-    while process.poll() is None and len({*folder.glob("snapshots/step-*.safetensors")} - before) < steps:
+    """SIGTERM or SIGINT at start-up, after some snapshots, or while one is written."""
+    before, enough = {*folder.glob("snapshots/step-*")}, rng.randint(0, 2)
+    while process.poll() is None and len({*folder.glob("snapshots/step-*.safetensors")} - before) < enough:
         time.sleep(0.002)
     while in_a_save and process.poll() is None and not list(folder.glob("snapshots/*.tmp")):
         time.sleep(0.0005)
-    time.sleep(0 if in_a_save else rng.uniform(0, 0.3))
+    time.sleep(0 if in_a_save else rng.uniform(0, 0.3 if enough else 6))
     process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
 
 
@@ -141,7 +141,7 @@ def test_ten_signals_to_torchrun_repeat_no_step_and_change_nothing(
 ) -> None:
     rng, folder = random.Random(0), tmp_path / "run0"
     for number in range(10):
-        line = (*data, *FLAGS, "--snapshot_steps", 1, "--log_steps", 1, "--run_dir", folder, "--resume_from", "auto")
+        line = (*data, *FLAGS, "--snapshot_steps", 2, "--log_steps", 1, "--run_dir", folder, "--resume_from", "auto")
         process = start(*line, ranks=2)
         signal_torchrun(process, folder, rng, in_a_save=number % 4 == 1)
         if number % 4 == 3:
