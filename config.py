@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from errors import UsageError
+from errors import SnapshotError, UsageError
 
 LINEAR_SCALING_BATCH = 256
 
@@ -142,6 +142,9 @@ class Config:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name} {value} is not a finite number")
+        for name, value in vars(self).items():
+            if isinstance(value, str) and "://" in value:
+                raise UsageError(f"--{name} is a URL; give a Hub id or something on this machine")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
                     "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
                     "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
@@ -299,11 +302,13 @@ def resolve(given: Mapping[str, Any]) -> Config:
     return Config(**values)
 
 
-def resume(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     """The saved settings with those given that cannot change the result, and those named by `--override`.
 
     Raises UsageError with a table of old and new when a given flag would change the result unasked.
     """
+    if not isinstance(saved, dict):
+        raise SnapshotError("the snapshot holds no settings of this program; give another")
     overrides = dict(_parse_override(text) for text in given.get("override", ()))
     changed = {name: given[name] for name in _names("fixed") & given.keys() if given[name] != saved.get(name)}
     changed = {name: value for name, value in changed.items() if overrides.get(name) != value}
@@ -314,7 +319,10 @@ def resume(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
         raise UsageError("\n".join([first, *rows]))
     kept = {name: value for name, value in saved.items() if name in _names("fixed", "kept")}
     new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
-    return resolve(kept | new | overrides)
+    try:
+        return resolve(kept | new | overrides)
+    except (LookupError, TypeError, ValueError) as error:
+        raise SnapshotError("the snapshot holds no settings of this program; give another") from error
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

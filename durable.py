@@ -1,7 +1,9 @@
 """Files that are whole or not there, whatever instant a process is killed or a disk fills."""
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -33,3 +35,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_small(path: Path, most: int = 2**26) -> bytes:
+    """A file's contents. Raises OSError, also for what is no file but a pipe or a device, or larger than `most`."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise OSError(errno.EINVAL, "it is no file, or too large a one", str(path))
+        return file.read()

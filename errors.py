@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -49,6 +50,13 @@ class Interrupted(Exception):
         self.status = 128 + signum
 
 
+def redact(text: str) -> str:
+    """Without the passwords in URLs, the queries of URLs, which may sign them, and the Hub's tokens."""
+    text = re.sub(r"(\w:/{1,2})[^/@\s]+@", r"\1", text)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1", text)
+    return re.sub(r"\bhf_\w{8,}", "hf_...", text)
+
+
 def _leave(signum: int, frame: FrameType | None) -> None:
     """What SIGTERM and SIGUSR1 do before there is anything to save."""
     sys.stderr.write(f"stopped by {signal.Signals(signum).name}\n")
@@ -65,7 +73,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error}\n")  # one write, for several ranks may be writing
+        sys.stderr.write(f"error: {redact(str(error))}\n")  # one write, for several ranks may be writing
         return error.status
     except Interrupted as stop:
         return stop.status

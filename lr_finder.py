@@ -6,6 +6,7 @@ Source: Smith 2017, Cyclical Learning Rates for Training Neural Networks; the sw
 import contextlib
 import copy
 import csv
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import distributed
+from durable import read_small, write_durably
 from errors import DivergedError, UsageError
 from loader import StreamingDataLoader
 from state import rng_state, set_rng_state
@@ -241,10 +243,11 @@ def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
     """Write lr_finder.json and lr_finder.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = {"lr": result.lr, "loss": result.loss, "smoothed_loss": result.smoothed_loss}
-    with open(folder / "lr_finder.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_durably(folder / "lr_finder.csv", table.getvalue().encode())
     report = {
         "suggested_lr": result.suggestions[result.method],
         "method": result.method,
@@ -253,14 +256,14 @@ def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
         "history": columns,
         "config": config,
     }
-    (folder / "lr_finder.json").write_text(json.dumps(report, indent=2))
+    write_durably(folder / "lr_finder.json", json.dumps(report, indent=2).encode())
 
 
 def load_suggestion(path: Path) -> float:
     """The suggested learning rate of an lr_finder.json. Raises UsageError when the file holds none."""
     try:
-        lr = json.loads(path.read_text())["suggested_lr"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        lr = json.loads(read_small(path))["suggested_lr"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"--lr_from {path} is not an lr_finder.json ({error}); run run_lr_finder.py first") from error
     if not isinstance(lr, float) or not 0 < lr < math.inf:
         raise UsageError(f"--lr_from {path} holds no suggestion; give --lr, or run run_lr_finder.py again")

@@ -75,7 +75,7 @@ def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
     snapshot, passed_over = find(source)
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
-    return configuration.resume(snapshot.state["config"], given), snapshot
+    return configuration.resume(snapshot.state.get("config"), given), snapshot
 
 
 def _resume_source(given: dict[str, object]) -> Path | None:
@@ -124,9 +124,16 @@ def _train(
     if progress.epoch >= config.epochs:
         print0(f"nothing left to do: all {config.epochs} epochs are done")
         return
-    with open_run_folder(config, snapshot.path.parent.parent if snapshot else None, argv) as folder:
+    with open_run_folder(config, _folder_of(snapshot), argv) as folder:
         _fit(config, data, training, progress, folder, snapshot)
         print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
+
+
+def _folder_of(snapshot: "Snapshot | None") -> Path | None:
+    """The run that a snapshot lies in; one that lies elsewhere goes on in a new folder."""
+    if snapshot is None or snapshot.path.parent.name != "snapshots":
+        return None
+    return snapshot.path.parent.parent
 
 
 def _fit(

@@ -4,7 +4,6 @@ import contextlib
 import email.utils
 import logging
 import random
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from errors import DataError
+from errors import DataError, UserError, redact
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,17 +86,16 @@ def _asked_delay(error: Exception) -> float:
 
 @contextlib.contextmanager
 def one_line_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turns what the Hub's clients, the disk, tarfile and pyarrow raise into a DataError that says what to do."""
+    """Turns what the Hub's clients, the disk, tarfile, pyarrow and json raise into a DataError that says what to do."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        message = _explain(error, source, file or source)
-        if message is None:
-            raise
-        raise DataError(message) from error
+        raise DataError(_explain(error, source, file or source)) from error
 
 
-def _explain(error: Exception, source: str, file: str) -> str | None:
+def _explain(error: Exception, source: str, file: str) -> str:
     url = f"{constants.ENDPOINT}/datasets/{source}"
     response = getattr(error, "response", None)
     code = response.status_code if response is not None else None
@@ -115,10 +113,8 @@ def _explain(error: Exception, source: str, file: str) -> str | None:
         return f"{source} does not exist on the Hub, nor is it a folder here; check the name"
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         return f"cannot reach {source} at {constants.ENDPOINT} ({_first_line(error)}); check the network, then resume"
-    if isinstance(error, OSError | ValueError | tarfile.TarError):
-        return f"cannot read {file}: {' '.join(str(error).split())}"
-    return None
+    return f"cannot read {file}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return redact((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -43,7 +43,8 @@ class ParquetShards:
         self._source = source
         self._files = files
         self._footers = _read_footers(source, files, keep)
-        known = Features.from_dict(features) if features else self._features_of_first_file()
+        with one_line_errors(source, files.names[0]):
+            known = Features.from_dict(features) if features else self._features_of_first_file()
         self.image_column = _find_column(known, Image, columns[0], "--image_column", source)
         self.label_column = _find_column(known, ClassLabel, columns[1], "--label_column", source)
         self.classes: list[str] = list(known[self.label_column].names)

@@ -18,6 +18,7 @@ import torch
 import distributed
 from config import Config
 from dummy import make_dummy_data
+from durable import read_small
 from errors import DataError, UsageError
 from loader import EncodedImage, ImageDataset, StreamingDataLoader
 from network import Network
@@ -107,7 +108,12 @@ class LocalDataset:
 
     def read(self, sample_id: int) -> tuple[EncodedImage, int]:
         image = self.images[sample_id]
-        return image.read_bytes() if isinstance(image, Path) else image, self.labels[sample_id]
+        if isinstance(image, Path):
+            try:
+                image = read_small(image)
+            except OSError:
+                image = b""  # not an image either: counted and replaced like any other
+        return image, self.labels[sample_id]
 
     def release(self, ids: np.ndarray) -> None:
         pass

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 import distributed
+from durable import read_small
 from network import Network, one_line_errors, patiently
 from store import FileStore
 
@@ -160,7 +161,12 @@ def resolve(source: str, revision: str, store: FileStore) -> Listing:
             return _ask_datasets(source, None)
     commit = revision if COMMIT.fullmatch(revision) else _pin(source, revision, store)
     kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit))).encode())
-    return Listing(**json.loads(bytes(kept)))
+    with one_line_errors(source, f"the kept listing of {source}"):
+        listing = Listing(**json.loads(bytes(kept)))
+        names = [name for names in listing.splits.values() for name in names]
+        if listing.commit != commit or any(".." in name.split("/") or name.startswith("/") for name in names):
+            raise ValueError("it has a file outside the dataset")
+        return listing
 
 
 def _pin(source: str, revision: str, store: FileStore) -> str:
@@ -211,13 +217,13 @@ def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> d
             if commit is None
             else Path(hf_hub_download(source, "_info.json", repo_type="dataset", revision=commit))
         )
-        told = json.loads(path.read_text())["splits"].values()
+        told = json.loads(read_small(path))["splits"].values()
         lengths = {
             name: int(length)
             for split in told
             for name, length in zip(split["filenames"], split["shard_lengths"], strict=True)
         }
-    except (EntryNotFoundError, FileNotFoundError, LookupError, TypeError, ValueError):
+    except (EntryNotFoundError, FileNotFoundError, LookupError, TypeError, ValueError, RecursionError):
         return {}
     return {tar: lengths[tar.rpartition("/")[2]] for tar in tars if tar.rpartition("/")[2] in lengths}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -96,7 +97,7 @@ def read(path: Path) -> Snapshot:
         metadata = header["__metadata__"]
         digest, state = metadata["sha256"], json.loads(metadata["state"])
         at = data.index(_MARK + digest.encode(), 0, 8 + length) + len(_MARK)
-        if metadata["format"] != FORMAT:
+        if metadata["format"] != FORMAT or not isinstance(state, dict):
             raise ValueError(metadata["format"])
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise SnapshotError(f"{path} is not a snapshot of this program, or it is damaged; give another") from None
@@ -105,7 +106,10 @@ def read(path: Path) -> Snapshot:
     zeroed.update(memoryview(data)[at + len(_NO_DIGEST) :])
     if zeroed.hexdigest() != digest:
         raise SnapshotError(f"{path} is damaged: its SHA-256 does not match; give an older one")
-    return Snapshot(path, safetensors.torch.load(data), state)
+    try:
+        return Snapshot(path, safetensors.torch.load(data), state)
+    except safetensors.SafetensorError as error:
+        raise SnapshotError(f"{path} is not a snapshot of this program ({error}); give another") from error
 
 
 def find(source: Path) -> tuple[Snapshot, list[str]]:

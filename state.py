@@ -58,6 +58,8 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
     for name, tensor in snapshot.tensors.items():
         part, _, rest = name.partition(".")
+        if part not in parts:
+            raise UsageError(f"{snapshot.path} holds {name}, which is no part of a run")
         parts[part][rest] = tensor
     try:
         model.load_state_dict(parts["model"])

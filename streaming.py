@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from errors import DataError
 from loader import DECODE_ERRORS, POLL_SECONDS, decode
-from network import Network
+from network import Network, one_line_errors
 from parquet import Block, ParquetShards
 from remote import HubFiles, open_files, resolve
 from store import FileStore
@@ -163,10 +163,12 @@ class HuggingFaceImageNetDataset:
         if self.cache is None:
             table = self._shards.read(block)
         else:
-            table = pa.ipc.open_stream(
-                self.cache.get(self.cache_name(number), lambda: self._serialise(block))
-            ).read_all()
-        images, labels = table["image"], table["label"]
+            kept = self.cache.get(self.cache_name(number), lambda: self._serialise(block))
+            with one_line_errors(self.source, self.cache_name(number)):
+                table = pa.ipc.open_stream(kept).read_all()
+                if table.num_rows != block.rows or table["image"].type not in (pa.binary(), pa.large_binary()):
+                    raise ValueError("it is another block")
+        images, labels = table["image"], table["label"].cast(pa.int64())
         if labels.null_count:
             self._check_labels(block, None, None)
         values = labels.to_numpy()

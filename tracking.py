@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
-from durable import write_durably
-from errors import UsageError
+from durable import read_small, write_durably
+from errors import UsageError, redact
 
 RESULT_COLUMNS = (
     *("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"),
@@ -51,7 +51,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
         raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 (closed below)
+        lock = open(folder / "lock", "a+", opener=_without_links)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
     with lock:
@@ -62,6 +62,10 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
             raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
         print(f"run       {folder}", flush=True)
         yield folder
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _claim(lock: IO[str], folder: Path) -> None:
@@ -79,7 +83,10 @@ def _claim(lock: IO[str], folder: Path) -> None:
 
 
 def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:
-    launches = json.loads(path.read_text())["launches"] if path.exists() else []
+    try:
+        launches = json.loads(read_small(path))["launches"] if os.path.lexists(path) else []
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"{path} is not a run's; move it away, or give another --run_dir") from error
     report = {"config": asdict(config), "launches": [*launches, _launch(argv)]}
     write_durably(path, json.dumps(report, indent=2).encode())
 
@@ -90,7 +97,7 @@ def _launch(argv: Sequence[str]) -> dict[str, Any]:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         revision = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
-        "command": f"{Path(sys.argv[0]).name} {shlex.join(argv)}",
+        "command": redact(f"{Path(sys.argv[0]).name} {shlex.join(argv)}"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": revision or None,
         "python": sys.version.split()[0],
@@ -206,11 +213,15 @@ def _append(path: Path, lines: Iterable[str]) -> None:
 
 def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
     """Rewrite a log with the lines to keep; what a kill left unfinished or a crash filled with rubbish is none."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    try:
+        text = read_small(path, most=2**32).decode(errors="replace")
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}); move it away, or give another --run_dir") from error
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             if line.endswith("\n") and keep(line):
                 kept.append(line)
     write_durably(path, "".join(kept).encode())

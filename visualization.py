@@ -1,6 +1,7 @@
 """Pictures of a run: its curves, the images it was fed, and the finder's curve."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from durable import write_durably
 
 DPI = 110
 
@@ -82,6 +85,8 @@ def plot_lr_finder(
 
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=DPI)
+    write_durably(path, image.getvalue())
     plt.close(figure)
     return path

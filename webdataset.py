@@ -45,6 +45,8 @@ class TarShards:
         highest = [shard.high for shard in self._shards if shard.high is not None]
         if num_classes is None and not highest:
             raise DataError(f"{source} does not tell how many classes it has; give --num_classes")
+        if num_classes is None and max(highest) >= sum(shard.rows for shard in self._shards):
+            raise DataError(f"{source} has the label {max(highest)}, more than it has images; give --num_classes")
         self.classes = [str(number) for number in range(num_classes or max(highest) + 1)]
 
     def blocks(self, most_bytes: int) -> list[Block]:
@@ -75,6 +77,8 @@ class TarShards:
             def make() -> bytes:
                 size = self._files.size(number)
                 if name in lengths:
+                    if not 0 <= lengths[name] <= size // tarfile.BLOCKSIZE:
+                        raise DataError(f"{name} cannot hold {lengths[name]} samples; the dataset's index is wrong")
                     return json.dumps(vars(Shard(size, lengths[name]))).encode()
                 with one_line_errors(self._source, name):
                     labels = [label for _, label in _samples(self._files.read(number, 0, size))]
@@ -95,6 +99,8 @@ def _samples(data: bytes | bytearray) -> Iterator[tuple[bytes, int | None]]:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         for member in archive:
             file = archive.extractfile(member)
+            if member.size < 0 or member.issparse():
+                raise tarfile.ReadError(f"{member.name} is no plain file")
             if file is not None:
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")

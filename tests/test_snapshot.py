@@ -1,6 +1,5 @@
 """A snapshot is exact or refused, and a write that fails costs nothing that was there before."""
 
-import ast
 import errno
 import os
 import random
@@ -335,20 +334,7 @@ def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert same_bits(find(tmp_path)[0].tensors["model.weight"], make_tensors(9)["model.weight"])
 
 
-# ---- no pickle, and random numbers -----------------------------------------------------------------------------------
-
-
-def test_no_module_can_unpickle_anything() -> None:
-    suspects = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    for path in ROOT.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                modules = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-                assert not suspects & {part for name in modules for part in name.split(".")}, path.name
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert "weights_only=True" in ast.unparse(node), path.name
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
-                assert "allow_pickle=True" not in ast.unparse(node), path.name
+# ---- random numbers --------------------------------------------------------------------------------------------------
 
 
 def draw_numbers() -> tuple[Any, ...]:
