@@ -142,7 +142,6 @@ class Config:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name} {value} is not a finite number")
-        for name, value in vars(self).items():
             if isinstance(value, str) and "://" in value:
                 raise UsageError(f"--{name} is a URL; give a Hub id or something on this machine")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,

@@ -38,8 +38,9 @@ def _join(backend: str) -> None:
     Of several nodes each counts its own restarts; torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 

@@ -37,6 +37,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_plain(path: str, flags: int) -> int:
+    """An opener for `open` that neither follows a link nor waits for a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def read_small(path: Path, most: int = 2**26) -> bytes:
     """A file's contents. Raises OSError, also for what is no file but a pipe or a device, or larger than `most`."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:

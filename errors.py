@@ -54,7 +54,7 @@ def redact(text: str) -> str:
     """Without the passwords in URLs, the queries of URLs, which may sign them, and the Hub's tokens."""
     text = re.sub(r"(\w:/{1,2})[^/@\s]+@", r"\1", text)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1", text)
-    return re.sub(r"\bhf_\w{8,}", "hf_...", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -89,7 +89,7 @@ def one_line_errors(source: str, file: str | None = None) -> Iterator[None]:
     """Turns what the Hub's clients, the disk, tarfile, pyarrow and json raise into a DataError that says what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         raise DataError(_explain(error, source, file or source)) from error

@@ -50,6 +50,12 @@ def capture(
     return tensors, asdict(progress) | {"scaler": scaler.state_dict(), "ranks": distributed.world_size()}
 
 
+def all_finite(model: nn.Module) -> bool:
+    """Whether every weight and statistic of a model is a finite number."""
+    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
+
+
 def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Progress:
     """Put back what `capture` took, and return where it stood. Raises UsageError for another model.
 

@@ -12,6 +12,8 @@ from typing import IO
 
 import xxhash
 
+from durable import open_plain
+
 log = logging.getLogger(__name__)
 
 HEADER = 64  # bytes: the XXH3-128 digest of what follows, and zeros, so that what follows is aligned
@@ -54,7 +56,7 @@ class FileStore:
         """What is kept under `name`, mapped from the disk, or None. What is damaged is thrown away."""
         path = self.folder / name
         try:
-            with open(path, "rb", opener=_plain) as file:
+            with open(path, "rb", opener=open_plain) as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError):
             return None
@@ -149,16 +151,11 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _plain(path: str, flags: int) -> int:
-    """Opens neither what a link points to nor, waiting, a pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
 def _lock(path: Path) -> IO[bytes]:
     """The file at `path`, made if need be and locked. One that was renamed or removed meanwhile is no longer it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "ab", buffering=0, opener=_plain)  # noqa: SIM115 (the caller closes it)
+        file = open(path, "ab", buffering=0, opener=open_plain)  # noqa: SIM115 (the caller closes it)
         fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):

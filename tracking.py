@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
-from durable import read_small, write_durably
+from durable import open_plain, read_small, write_durably
 from errors import UsageError, redact
 
 RESULT_COLUMNS = (
@@ -51,7 +51,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
         raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+", opener=_without_links)  # noqa: SIM115 (closed below)
+        lock = open(folder / "lock", "a+", opener=open_plain)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
     with lock:
@@ -62,10 +62,6 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
             raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
         print(f"run       {folder}", flush=True)
         yield folder
-
-
-def _without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _claim(lock: IO[str], folder: Path) -> None:
@@ -95,11 +91,12 @@ def _launch(argv: Sequence[str]) -> dict[str, Any]:
     revision = None
     if shutil.which("git"):
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        revision = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        told = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+        revision = told.strip() or None
     return {
         "command": redact(f"{Path(sys.argv[0]).name} {shlex.join(argv)}"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": revision or None,
+        "git": revision,
         "python": sys.version.split()[0],
         "packages": {name: version(name) for name in PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

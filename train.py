@@ -26,7 +26,7 @@ from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretr
 from optim import build_optimizer, build_scaler
 from preprocess import Data
 from snapshot import SnapshotStore
-from state import Progress, capture, seed_everything
+from state import Progress, all_finite, capture, seed_everything
 from stopping import StopRequest, batches_until
 from tracking import Stopwatch, Tracker
 from visualization import plot_curves, plot_samples
@@ -204,7 +204,7 @@ def flush_steps(run: Run) -> None:
     for row, row_ids, (loss, correct) in zip(rows, ids, distributed.mean_over_ranks(numbers).tolist(), strict=True):
         finite = math.isfinite(loss)
         progress.bad_steps = 0 if finite and not row["skipped"] else progress.bad_steps + 1
-        if progress.bad_steps == run.config.max_bad_steps:
+        if progress.bad_steps >= run.config.max_bad_steps and not diverged_at:
             diverged_at = row["step"] - progress.bad_steps + 1
         progress.last_loss = loss
         all_correct = round(correct * world)
@@ -314,14 +314,9 @@ def save_snapshot(run: Run, best: bool = False) -> Path | None:
     flush_steps(run)
     training = run.training
     tensors, state = capture(training.model, training.optimizer, training.scaler, run.progress)
-    if distributed.largest_over_ranks(int(not _all_finite(training.model))):
+    if distributed.largest_over_ranks(int(not all_finite(training.model))):
         raise _diverged(run, run.progress.step - max(0, run.progress.bad_steps - 1))
     return run.store.save(tensors, run.record | state, best) if run.store else None
-
-
-def _all_finite(model: nn.Module) -> bool:
-    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
 
 
 def _diverged(run: Run, first: int) -> DivergedError:

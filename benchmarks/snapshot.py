@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -25,10 +24,10 @@ from torch import nn
 from benchmarks.common import installed_versions, record
 from model_resnet50 import build_model
 from snapshot import SnapshotStore
-from state import Progress, capture
+from state import Progress, all_finite, capture
 
 IDLE_STEPS = 30
-OURS, ON_DISK = "ours: the pause, until save returns", "ours: until it is on the disk"
+OURS, ON_DISK = "ours: the pause, collecting and checking the state included", "ours: until it is on the disk"
 IN_ALL = "ours: the pause, and what the steps lose while it is written"
 SYNCED, CACHED = "torch.save, fsync of file and folder", "torch.save, no fsync"
 Times = dict[str, list[float]]
@@ -42,14 +41,22 @@ def main() -> None:
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors, state = resnet50(device)
+    model, optimizer = resnet50(device)
+    scaler = torch.amp.GradScaler(enabled=False)
+    tensors, _ = capture(model, optimizer, scaler, Progress())
     step = convolutions(device)
     pauses: Times = {name: [] for name in (OURS, IN_ALL, ON_DISK, SYNCED, CACHED)}
     steps: Times = {name: [] for name in ("idle", "writing", "slowest", "lost")}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         store = SnapshotStore(Path(folder), keep=1)
         for number in range(given.rounds + 1):
-            saved = lambda number=number: store.save(tensors, state | {"step": number})
+
+            def saved(number: int = number) -> None:
+                """As train.save_snapshot does it."""
+                held, state = capture(model, optimizer, scaler, Progress(step=number))
+                assert all_finite(model)
+                store.save(held, state)
+
             one_round(store, saved, tensors, Path(folder), pauses)
             steps_beside_a_save(store, saved, step, steps)
             pauses[IN_ALL].append(pauses[OURS][-1] + steps["lost"][-1])
@@ -67,14 +74,14 @@ def main() -> None:
     record("Snapshot of ResNet-50 and its momentum", set_up, table(pauses), installed_versions())
 
 
-def resnet50(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a run would save after its first step."""
+def resnet50(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimiser after their first step."""
     model = build_model(1000, 224, "resnet50").to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    return capture(model, optimizer, torch.amp.GradScaler(enabled=False), Progress())
+    return model, optimizer
 
 
 def convolutions(device: torch.device) -> Callable[[], float]:
@@ -98,7 +105,7 @@ def now() -> float:
 
 
 def one_round(
-    store: SnapshotStore, save: Callable[[], Path], tensors: dict[str, torch.Tensor], folder: Path, pauses: Times
+    store: SnapshotStore, save: Callable[[], None], tensors: dict[str, torch.Tensor], folder: Path, pauses: Times
 ) -> None:
     started = now()
     save()
@@ -125,7 +132,7 @@ def save_with_torch(tensors: dict[str, torch.Tensor], path: Path, sync: bool) ->
 
 
 def steps_beside_a_save(
-    store: SnapshotStore, save: Callable[[], Path], step: Callable[[], float], steps: Times
+    store: SnapshotStore, save: Callable[[], None], step: Callable[[], float], steps: Times
 ) -> None:
     """Times steps alone, and then for as long as the writer is at work."""
     usual = median(step() for _ in range(IDLE_STEPS))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shards import make_imagenet_like
+from shards import make_imagenet_like, make_small_set
 
 
 def _free_port() -> int:
@@ -50,6 +50,26 @@ def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def image_set(hub_root: Path) -> Path:
     return hub_root / "datasets" / "ILSVRC" / "imagenet-1k"
+
+
+@pytest.fixture(scope="session")
+def small_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hub with 8 images to train on and 8 for validation."""
+    root = tmp_path_factory.mktemp("small_hub")
+    make_small_set(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def small_model() -> Iterator[None]:
+    """Runs take a moment, and their snapshots no room."""
+    from killable import small_with_dropout
+
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_model", small_with_dropout(train.build_model))
+        yield
 
 
 @pytest.fixture

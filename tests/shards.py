@@ -61,6 +61,11 @@ def make_imagenet_like(
     return folder
 
 
+def make_small_set(root: Path, repo_id: str = REPO_ID) -> None:
+    """`make_imagenet_like` with 8 images to train on in one file and 8 for validation in another."""
+    make_imagenet_like(root, train=8, validation=8, test=0, files=1, rows_per_group=8, size=(20, 30), repo_id=repo_id)
+
+
 def draw(label: int, classes: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A (H, W, 3) uint8 BGR crop of a photograph: the class decides the photograph, roughly the place, and the tint."""
     photos = photographs()

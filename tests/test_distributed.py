@@ -5,16 +5,21 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from program import (
+    ROOT,
+    TIMEOUT,
     assert_same_run,
     children,
     cut,
+    environment,
     ledger,
     results,
     snapshot_path,
@@ -123,6 +128,24 @@ def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
     assert done.status == 0, done.err
     assert len(re.findall("^resumed ", done.out, re.MULTILINE)) == 3
     assert_same_run(folder, two_ranks)
+
+
+def test_ranks_that_another_launcher_started_find_each_other() -> None:
+    code = "import distributed as d; d.init('cpu'); print(d.rank(), d.world_size(), d.largest_over_ranks(d.rank()))"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment(**meeting, RANK=rank),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    assert [rank.communicate(timeout=TIMEOUT)[0] for rank in ranks] == ["0 2 1\n", "1 2 1\n"]
 
 
 def signal_torchrun(process: "subprocess.Popen[str]", folder: Path, rng: random.Random, in_a_save: bool) -> None:

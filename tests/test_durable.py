@@ -360,6 +360,20 @@ def test_a_disk_that_breaks_under_a_run_costs_no_more_than_the_steps_since_its_l
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_that_takes_no_more_logs_ends_a_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: Path, lines: Iterable[str]) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("tracking._append", fail)
+    done = run(*FLAGS, "--max_samples", 16, "--run_dir", tmp_path / "run")
+    where = tmp_path / "run" / "metrics.jsonl"
+    assert done.err == f"error: {os.strerror(number)} at {where}; make room or mend the disk, and resume\n"
+    assert done.status == 5
+
+
 # ---- many saves ------------------------------------------------------------------------------------------------------
 
 

@@ -16,39 +16,19 @@ from typing import Any
 import pytest
 from hub import Hub
 from huggingface_hub import constants
-from killable import small_with_dropout
 from program import ROOT, TIMEOUT, Outcome, environment, run
-from shards import REPO_ID, make_imagenet_like
+from shards import REPO_ID, make_small_set
 
 import network
 import remote
-import train as training
+from errors import redact
 from network import Network
+
+pytestmark = pytest.mark.usefixtures("small_model")
 
 DIGITS: tuple[object, ...] = ("--max_samples", 16, "--batch_size", 16, "--num_workers", 0, "--epochs", 2)
 IMAGES: tuple[object, ...] = ("--model", "resnet18", "--image_size", 16, "--batch_size", 8, "--epochs", 1)
 STREAMED = (*IMAGES, "--num_workers", 1, "--network_patience", 0.001, "--stall_timeout", 5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_model() -> Iterator[None]:
-    """Runs take a moment, and their snapshots no room."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_model", small_with_dropout(training.build_model))
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hub with a set of 8 training images in one file and 8 for validation in another."""
-    root = tmp_path_factory.mktemp("root")
-    make_small_set(root, REPO_ID)
-    return root
-
-
-def make_small_set(root: Path, repo_id: str) -> None:
-    counts: Any = {"train": 8, "validation": 8, "test": 0, "files": 1, "rows_per_group": 8}
-    make_imagenet_like(root, **counts, size=(20, 30), repo_id=repo_id)
 
 
 TOKEN = "hf_CANARYtokenCANARYtokenCANARYtoken00"
@@ -174,6 +154,11 @@ def test_no_secret_of_the_environment_or_the_git_remote_is_written_or_printed(
     assert len(launches[0]["git"].removesuffix("-dirty")) == 40
 
 
+@pytest.mark.parametrize("text", ["--run_dir runs/hf_resnet50_baseline", "someone@example.com", "a/b@c: no such file"])
+def test_names_that_look_like_secrets_are_left_alone(text: str) -> None:
+    assert redact(text) == text
+
+
 URL = "https://user:CANARYurl@example.invalid/set"
 ON_THE_LINE: list[tuple[object, ...]] = [
     ("--dataset", "hf", "--dataset_name", URL),
@@ -187,8 +172,8 @@ ON_THE_LINE: list[tuple[object, ...]] = [
     ("--run_dir", URL),
     ("--cache_dir", URL),
     ("--model", URL),
-    ("--hf_token", "hf_CANARYurlCANARYurl"),
-    ("--token=hf_CANARYurlCANARYurl",),
+    ("--hf_token", f"hf_{'CANARYurl' * 4}"),
+    (f"--token=hf_{'CANARYurl' * 4}",),
 ]
 
 
@@ -205,12 +190,12 @@ def test_a_secret_on_the_command_line_is_neither_repeated_nor_kept(
 
 @pytest.mark.parametrize("status", [None, 403, 500])
 def test_a_password_in_the_hubs_address_is_not_printed(
-    root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
+    small_hub: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
 ) -> None:
     monkeypatch.setattr(remote, "START_PATIENCE", 0.1)
     monkeypatch.setattr(network, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://user:CANARYurl@127.0.0.1:{hub_port}")
-    with Hub(root, port=hub_port, fault=lambda method, path: status) if status else contextlib.nullcontext():
+    with Hub(small_hub, port=hub_port, fault=lambda method, path: status) if status else contextlib.nullcontext():
         done = run("--dataset", "imagenet1k", *STREAMED, "--run_dir", tmp_path / "run")
     assert done.status == 3
     assert "CANARY" not in done.out + done.err

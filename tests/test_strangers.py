@@ -27,9 +27,8 @@ import pytest
 import torch
 import xxhash
 from hub import Hub
-from killable import small_with_dropout
 from program import ROOT, Outcome, cut, run, snapshot_path, train
-from shards import REPO_ID, encode, make_imagenet_like, photographs
+from shards import REPO_ID, encode, photographs
 from transformers import ResNetConfig
 
 import lr_finder
@@ -37,6 +36,8 @@ import snapshot
 import train as training
 from errors import DataError
 from streaming import Cache, HuggingFaceImageNetDataset
+
+pytestmark = pytest.mark.usefixtures("small_model")
 
 DIGITS: tuple[object, ...] = ("--max_samples", 16, "--batch_size", 16, "--num_workers", 0, "--epochs", 2)
 IMAGES: tuple[object, ...] = ("--model", "resnet18", "--image_size", 16, "--batch_size", 8, "--epochs", 1)
@@ -169,14 +170,6 @@ def survive(home: Path, statuses: tuple[int, ...], *arguments: object) -> Outcom
     assert not (home / "canary").exists()
     assert (home / "precious").read_bytes() == PRECIOUS
     return done
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_model() -> Iterator[None]:
-    """Runs take a moment, and their snapshots no room."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_model", small_with_dropout(training.build_model))
-        yield
 
 
 # ---- files and folders given to a flag -------------------------------------------------------------------------------
@@ -347,19 +340,6 @@ def test_cifar_files_that_are_not_the_published_ones_are_not_opened(
 # ---- folders of parquet and of tar files -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hub with a set of 8 training images in one file and 8 for validation in another."""
-    root = tmp_path_factory.mktemp("root")
-    make_small_set(root, REPO_ID)
-    return root
-
-
-def make_small_set(root: Path, repo_id: str) -> None:
-    counts: Any = {"train": 8, "validation": 8, "test": 0, "files": 1, "rows_per_group": 8}
-    make_imagenet_like(root, **counts, size=(20, 30), repo_id=repo_id)
-
-
 def card(text: str) -> Callable[[Path, Path], None]:
     """Replaces the YAML of the dataset's card."""
 
@@ -430,8 +410,8 @@ def framed(footer: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("evil", PARQUET)
-def test_a_strangers_parquet_folder_is_refused(root: Path, tmp_path: Path, evil: str) -> None:
-    folder = Path(shutil.copytree(root / "datasets" / REPO_ID, tmp_path / "set"))
+def test_a_strangers_parquet_folder_is_refused(small_hub: Path, tmp_path: Path, evil: str) -> None:
+    folder = Path(shutil.copytree(small_hub / "datasets" / REPO_ID, tmp_path / "set"))
     PARQUET[evil](folder, tmp_path)
     survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -546,7 +526,9 @@ def test_a_tar_member_of_impossible_size_ends_the_reading(tmp_path: Path, size: 
     header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
     header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:512]))
     good = (folder / "train-0.tar").read_bytes()
-    (folder / "train-0.tar").write_bytes(good[:1024] + header + good[1024:])
+    with tarfile.open(folder / "train-0.tar") as archive:
+        second = archive.getmembers()[1].offset
+    (folder / "train-0.tar").write_bytes(good[:second] + header + good[second:])
     split = {"filenames": ["train-0.tar"], "shard_lengths": [8]}
     (folder / "_info.json").write_text(json.dumps({"splits": {"all": split}}))
     dataset = HuggingFaceImageNetDataset(str(folder), split=["train"], num_classes=2)
@@ -586,15 +568,16 @@ def test_a_new_run_does_not_overwrite_a_config_json_of_something_else(tmp_path: 
     assert (tmp_path / "run" / "config.json").read_text() == '{"model_type": "resnet"}'
 
 
+@pytest.mark.parametrize("name", ["config.json", "other.json"])
 def test_a_snapshot_file_outside_a_run_changes_nothing_around_it(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A snapshot that was sent by mail is resumed from where downloads go, beside other programs' files."""
     theirs = {
         "notes.txt": b"mine\n",
         "metrics.jsonl": b'{"step": 7}\n',
         "results.csv": b"name\nx\n",
-        "config.json": b"{}",
+        name: b"{}",
         "downloads/half.tmp": b"mine\n",
         "downloads/step-000000009.safetensors": b"mine\n",
     }
@@ -623,11 +606,11 @@ def test_the_finder_does_not_write_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(small_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run leaves in --cache_dir."""
     folder = tmp_path_factory.mktemp("cache") / "cache"
     port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
-    with Hub(root, port=port):
+    with Hub(small_hub, port=port):
         for split in ("train", "validation"):
             HuggingFaceImageNetDataset(REPO_ID, split=[split], cache=Cache(folder)).read_block(0)
     return folder
@@ -686,10 +669,10 @@ def poisoned(cache: Path, home: Path, pattern: str) -> Path:
     return entry
 
 
-def read(home: Path, root: Path, port: int) -> list[int]:
+def read(home: Path, small_hub: Path, port: int) -> list[int]:
     """The labels of the training set through the cache, read as `survive` runs."""
     (home / "precious").write_bytes(PRECIOUS)
-    with Hub(root, port=port), watched_pipes(home) as waited_at, bounded_memory():
+    with Hub(small_hub, port=port), watched_pipes(home) as waited_at, bounded_memory():
         dataset = HuggingFaceImageNetDataset(REPO_ID, split=["train"], cache=Cache(home / "a" / "cache"))
         block = dataset.read_block(0)
     assert waited_at == []
@@ -707,19 +690,25 @@ def assert_unharmed(home: Path) -> None:
     ("pattern", "name", "content"), POISONS, ids=[f"{pattern} {name}" for pattern, name, _ in POISONS]
 )
 def test_a_poisoned_cache_entry_with_a_correct_checksum_is_refused(
-    root: Path, cache: Path, hub_port: int, tmp_path: Path, pattern: str, name: str, content: Callable[[Path], bytes]
+    small_hub: Path,
+    cache: Path,
+    hub_port: int,
+    tmp_path: Path,
+    pattern: str,
+    name: str,
+    content: Callable[[Path], bytes],
 ) -> None:
     """Made anew from the Hub, or put up with where it has the right form, it does no harm either."""
     poisoned(cache, tmp_path, pattern).write_bytes(sealed(content(tmp_path)))
     with contextlib.suppress(DataError):
-        read(tmp_path, root, hub_port)
+        read(tmp_path, small_hub, hub_port)
     assert_unharmed(tmp_path)
 
 
 @pytest.mark.parametrize("pattern", ["*train*.arrow", "*train*.footer", "listing", "main"])
 @pytest.mark.parametrize("kind", ["pickle", "pipe", "zeros", "link", "link beside", "pipe beside"])
 def test_a_cache_entry_that_is_no_file_of_ours_is_made_again(
-    root: Path, cache: Path, hub_port: int, tmp_path: Path, pattern: str, kind: str
+    small_hub: Path, cache: Path, hub_port: int, tmp_path: Path, pattern: str, kind: str
 ) -> None:
     entry = poisoned(cache, tmp_path, pattern)
     kind, _, beside = kind.partition(" ")
@@ -727,18 +716,18 @@ def test_a_cache_entry_that_is_no_file_of_ours_is_made_again(
         entry.unlink()
         entry = entry.with_name(f"{entry.name}.tmp")
     plant(entry, kind, tmp_path)
-    sound = pq.read_table(root / "datasets" / REPO_ID / "data" / "train-00000-of-00001.parquet")
-    assert read(tmp_path, root, hub_port) == sound["label"].to_pylist()
+    sound = pq.read_table(small_hub / "datasets" / REPO_ID / "data" / "train-00000-of-00001.parquet")
+    assert read(tmp_path, small_hub, hub_port) == sound["label"].to_pylist()
     assert_unharmed(tmp_path)
 
 
 @pytest.mark.parametrize(("pattern", "content"), [("*train*.arrow", b"x"), ("*train*.footer", DEEP), ("listing", DEEP)])
 def test_a_poisoned_cache_ends_a_run_in_one_line(
-    root: Path, cache: Path, hub_port: int, tmp_path: Path, pattern: str, content: bytes
+    small_hub: Path, cache: Path, hub_port: int, tmp_path: Path, pattern: str, content: bytes
 ) -> None:
     poisoned(cache, tmp_path, pattern).write_bytes(sealed(content))
     flags = (*STREAMED, "--cache_dir", tmp_path / "a" / "cache", "--run_dir", tmp_path / "run")
-    with Hub(root, port=hub_port):
+    with Hub(small_hub, port=hub_port):
         survive(tmp_path, (3,), "--dataset", "imagenet1k", *flags)
 
 

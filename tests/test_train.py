@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,11 @@ from torch import nn
 
 import config as configuration
 from config import Config
+from errors import DivergedError
 from preprocess import get_data_loaders
+from state import Progress
 from stopping import StopRequest
-from train import Training, build_training, evaluate, train_step
+from train import Training, build_training, evaluate, flush_steps, train_step
 
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0)
@@ -217,3 +220,26 @@ def test_the_weights_of_a_local_folder_are_evaluated(image_set: Path, tmp_path: 
 def test_digits_with_no_flags_pass_97_percent(tmp_path: Path) -> None:
     train("--run_dir", tmp_path / "run")
     assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.97
+
+
+def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks() -> None:
+    losses, model = [1.0, math.nan, math.nan, math.nan, 1.0], torch.nn.Linear(1, 1)
+    one, ids = torch.tensor(1), torch.zeros(1, dtype=torch.int64)
+    steps = [
+        {"step": step, "loss": torch.tensor(loss), "correct": one, "ids": ids, "skipped": False}
+        for step, loss in enumerate(losses, 1)
+    ]
+    logged: list[float] = []
+    training_run: Any = SimpleNamespace(
+        config=SimpleNamespace(ledger=False, max_bad_steps=3, batch_size=1),
+        progress=Progress(step=5),
+        store=None,
+        pending=steps,
+        data=SimpleNamespace(train=[0] * 9),
+        tracker=SimpleNamespace(log_steps=lambda rows, *_: logged.extend(row["loss"] for row in rows)),
+        training=SimpleNamespace(model=model, scaler=torch.amp.GradScaler(enabled=False)),
+    )
+    model(torch.ones(1)).backward()
+    with pytest.raises(DivergedError, match="diverged at step 2: at step 5"):
+        flush_steps(training_run)
+    assert len(logged) == 5
