@@ -180,20 +180,33 @@ def table(contest: Contest, extra: Mapping[str, Mapping[str, str]]) -> str:
     """Markdown: a row a system, the first one ours, with the ratio of each round; `extra` columns by title and name."""
     head = ["system", "images/s", "ours / its: median (min to max)", "target", "first batch, s", "peak MB", *extra]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    ours = contest.results[contest.systems[0].name].rates
+    ours = contest.systems[0]
     for system in contest.systems:
         result = contest.results[system.name]
         if result.note:
             cells = [system.title, result.note, *[""] * (len(head) - 2)]
         else:
-            ratios = [a / b for a, b in zip(ours, result.rates, strict=True)]
-            spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             rate = f"{median(result.rates):,.0f} ({min(result.rates):,.0f} to {max(result.rates):,.0f})"
-            cells = [system.title, rate, "" if system is contest.systems[0] else spread, verdict(system, ratios)]
+            ratio = spread(contest, ours.name, system.name)
+            cells = [system.title, rate, ratio, verdict(system, ratios(contest, ours.name, system.name))]
             cells += [f"{median(result.first_batches):.2f}", f"{result.peak_mb:,.0f}"]
             cells += [column.get(system.name, "") for column in extra.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ratios(contest: Contest, first: str, second: str) -> list[float]:
+    """Of each round, the speed of one system over that of another."""
+    rates = (contest.results[name].rates for name in (first, second))
+    return [a / b for a, b in zip(*rates, strict=True)]
+
+
+def spread(contest: Contest, first: str, second: str) -> str:
+    """Median and extremes of `ratios`; nothing for a system against itself, or one that did not run."""
+    if first == second or contest.results[second].note:
+        return ""
+    found = ratios(contest, first, second)
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def verdict(system: System, ratios: list[float]) -> str:

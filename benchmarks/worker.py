@@ -23,14 +23,15 @@ REPO_ID = "ILSVRC/imagenet-1k"
 JPEG_QUALITY = 96  # of the photographs in benchmarks/images.py
 
 
-def ours(source: str) -> Epoch:
-    """This repository's loader, as `main.py` puts it together, over a local folder or the Hub."""
+def ours(source: str, cache_dir: Path | None = None) -> Epoch:
+    """This repository's loader, as `main.py` puts it together, over a local folder or the Hub, with a cache or none."""
     from config import resolve
     from loader import StreamingDataLoader
     from preprocess import train_transform
-    from streaming import HuggingFaceImageNetDataset, epoch_order
+    from streaming import Cache, HuggingFaceImageNetDataset, epoch_order
 
-    dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES)
+    cache = Cache(cache_dir) if cache_dir else None
+    dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES, cache=cache)
     loader = StreamingDataLoader(
         dataset,
         train_transform(resolve({"dataset": "imagenet1k", "image_size": SIZE})),
@@ -97,6 +98,7 @@ def systems(folder: Path) -> dict[str, Callable[[], Epoch]]:
     return {
         "ours": partial(ours, str(folder / "datasets" / REPO_ID)),
         "ours, hub": partial(ours, REPO_ID),
+        "ours, cache": partial(ours, REPO_ID, folder / "cache"),
         "torchvision": partial(torchvision_reference, folder),
         "naive": naive_stream,
         "dali": partial(peers.dali, folder),
