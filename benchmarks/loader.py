@@ -11,10 +11,13 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import Contest, System, parser, report
+from benchmarks.common import Contest, System, parser, report, spread
 from benchmarks.images import make_images
 
-OURS = System("ours", "ours: uint8")
+OURS = [
+    System("ours", "ours: uint8"),
+    System("decoding alone", "our decode and transform alone, from memory: the most a loader around them can do"),
+]
 PEERS = [
     System("torchvision", "torchvision's reference: Pillow, float", target=3.5),
     System("dali", "DALI on the CPU: uint8", "dali", 1.2),
@@ -34,14 +37,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = make_images(folder, given.images, given.short_side)
-        systems = [OURS, *(PEERS_OF_SHRUNK if given.short_side else PEERS)]
+        systems = [*OURS, *(PEERS_OF_SHRUNK if given.short_side else PEERS)]
         with Contest(systems, folder, given.peers, {"HF_HOME": str(folder / "hf")}) as contest:
             contest.take_turns(given.rounds)
     ours = f", ours shrunk to a short side of {given.short_side}" if given.short_side else ""
     set_up = (
         f"{given.images} images{ours}, in our files {size / 1000:.0f} kB in the mean; {given.rounds} rounds in turn."
     )
-    report("Loader, from the local disk", set_up, contest)
+    alone = {system.name: spread(contest, "decoding alone", system.name) for system in systems}
+    report("Loader, from the local disk", set_up, contest, {"decoding alone / its": alone})
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Traffic:
             self._seen.setdefault(system.name, []).append((requests, sent, after - before))
 
     def columns(self) -> dict[str, dict[str, str]]:
-        """Requests, megabytes and the hub's own CPU seconds of an epoch, by the column's title and the system's name."""
+        """Requests, megabytes and CPU seconds of the hub in an epoch, by the column and the system."""
         medians = {name: [median(values) for values in zip(*seen, strict=True)] for name, seen in self._seen.items()}
         return {
             "requests": {name: f"{requests:.0f}" for name, (requests, _, _) in medians.items()},

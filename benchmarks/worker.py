@@ -52,6 +52,33 @@ def ours(source: str, cache_dir: Path | None = None) -> Epoch:
     return epoch
 
 
+def decoding_alone(source: str) -> Epoch:
+    """Our decode and transform in as many threads, of images in memory: what no loading around them can exceed."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from config import resolve
+    from loader import decode
+    from preprocess import train_transform
+    from streaming import HuggingFaceImageNetDataset
+
+    dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES)
+    blocks = map(dataset.read_block, range(len(dataset.blocks)))
+    images = [image.as_py() for block in blocks for image in block.images]
+    transform = train_transform(resolve({"dataset": "imagenet1k", "image_size": SIZE}))
+
+    def decode_batch(first: int) -> int:
+        batch = images[first : first + BATCH]
+        for number, image in enumerate(batch, first):
+            transform(decode(image), (0, 0, number))
+        return len(batch)
+
+    def epoch(number: int) -> Iterator[int]:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            yield from pool.map(decode_batch, range(0, len(images), BATCH))
+
+    return epoch
+
+
 def torchvision_reference(folder: Path) -> Epoch:
     """torchvision's reference: ImageFolder, Pillow and float tensors, in a DataLoader."""
     from torch.utils.data import DataLoader
@@ -99,6 +126,7 @@ def systems(folder: Path) -> dict[str, Callable[[], Epoch]]:
         "ours": partial(ours, str(folder / "datasets" / REPO_ID)),
         "ours, hub": partial(ours, REPO_ID),
         "ours, cache": partial(ours, REPO_ID, folder / "cache"),
+        "decoding alone": partial(decoding_alone, str(folder / "datasets" / REPO_ID)),
         "torchvision": partial(torchvision_reference, folder),
         "naive": naive_stream,
         "dali": partial(peers.dali, folder),
