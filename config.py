@@ -94,7 +94,9 @@ class Config:
     accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1)
     lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=_learning_rate, metavar="X|auto", short="by linear scaling of the batch")
     lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None)
-    momentum: float = flag("training", "SGD momentum, where OneCycle does not cycle it", 0.9)
+    optimizer: str = flag("training", "sgd with Nesterov momentum, or adamw", "sgd", choices=("sgd", "adamw"))
+    head_lr_scale: float = flag("training", "learning rate of the classifier over that of the rest, for fine-tuning", 1.0)
+    momentum: float = flag("training", "SGD momentum (AdamW: first beta), where OneCycle does not cycle it", 0.9)
     weight_decay: float = flag("training", "L2 penalty on weights; biases and norms have none", FROM_PRESET)
     label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0)
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping")
@@ -116,13 +118,15 @@ class Config:
     onecycle_base_momentum: float = flag("schedule", "momentum at the peak of the learning rate", 0.85)
     onecycle_max_momentum: float = flag("schedule", "momentum at both ends", 0.95)
     onecycle_fixed_momentum: bool = flag("schedule", "do not cycle the momentum: keep --momentum", False)
+    plot_schedule: bool = flag("schedule", "draw learning rate and momentum over the run into plots/schedule.png before it starts", False, on_resume="forgotten")
 
     find_lr: bool = flag("finder", "run the learning rate finder, then stop", False, on_resume="forgotten")
     lr_start: float = flag("finder", "first learning rate of the sweep", 1e-5, on_resume="kept")
     lr_end: float = flag("finder", "last learning rate of the sweep", 10.0, on_resume="kept")
-    lr_iter: int = flag("finder", "steps of the sweep", 100, on_resume="kept")
+    lr_iter: int = flag("finder", "steps in all, spent on sweeps of about 50 from the same weights", 100, on_resume="kept")
     lr_step_mode: str = flag("finder", "how the rate grows", "exp", choices=("exp", "linear"), on_resume="kept")
-    lr_smooth_f: float = flag("finder", "weight of the newest loss in the smoothed one, in (0, 1]", 0.05, on_resume="kept")
+    lr_smooth_f: float = flag("finder", "weight of the newest loss in the smoothed one, in (0, 1]", 0.2, on_resume="kept")
+    lr_val: int = flag("finder", "judge each step by the loss on the first N validation images, in whole batches, not by the training loss", 0, on_resume="kept")
     lr_diverge_th: float = flag("finder", "stop when the smoothed loss exceeds this many times its best", 5.0, on_resume="kept")
 
     run_dir: str | None = flag("run", "folder of the run", None, on_resume="forgotten", short="runs/DATASET-TIME")
@@ -145,7 +149,7 @@ class Config:
             if isinstance(value, str) and "://" in value:
                 raise UsageError(f"--{name} is a URL; give a Hub id or something on this machine")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
-                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2,
+                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2, "lr_val": 0,
                     "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
                     "cache_short_side": 1, "num_classes": 2}  # fmt: skip
         for name, least in at_least.items():
@@ -157,7 +161,7 @@ class Config:
         for name, (low, high) in between.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"--{name} {getattr(self, name)} is out of range; it must be from {low} to {high}")
-        for name in ("lr", "lr_start", "lr_smooth_f", "gamma", "onecycle_div_factor", "onecycle_final_div_factor",
+        for name in ("lr", "head_lr_scale", "lr_start", "lr_smooth_f", "gamma", "onecycle_div_factor", "onecycle_final_div_factor",
                      "max_grad_norm", "cache_limit_gb", "stall_timeout", "network_patience"):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, float) and value <= 0:

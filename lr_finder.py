@@ -15,31 +15,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch_lr_finder
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
 from durable import read_small, write_durably
 from errors import DivergedError, UsageError
-from loader import StreamingDataLoader
+from loader import Batch, StreamingDataLoader
+from lr_methods import FEWEST_POINTS, METHODS, WITNESSES, average, why_unreadable
 from state import rng_state, set_rng_state
 
-DEFAULT_METHOD = "minimum"
-FEWEST_POINTS = 16
-FIRST_POINTS = 8
-LEAST_FALL = 0.02
-SKIP_START = 10
+DEFAULT_METHOD = "lowest"
+SWEEP_STEPS = 50
+CONSTANT_SHARE = 0.25  # as in config.default_lr
+AGREE, DISAGREE = 2.0, 3.0  # ratios of learning rates
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """One sweep: learning rates, raw and smoothed losses of equal length, and each method's suggestion or None."""
+    """A range test: learning rates, losses (means over the sweeps, of equal length) and each method's suggestion.
+
+    `halves` are the default method's suggestions from every other sweep and from the rest; none after a single sweep.
+    Suggestions are OneCycle's `max_lr`, None where the curve shows none.
+    """
 
     lr: list[float]
     loss: list[float]
@@ -47,16 +51,51 @@ class RangeTest:
     suggestions: dict[str, float | None]
     method: str
     stopped: str
+    sweeps: int
+    halves: list[float | None]
 
     @property
     def suggested_lr(self) -> float:
-        """The default method's learning rate. Raises DivergedError when the curve shows none."""
+        """The chosen method's `max_lr`. Raises DivergedError when the curve shows none."""
         lr = self.suggestions[self.method]
         if lr is None:
             raise DivergedError(
                 f"the finder suggests no learning rate: {self.stopped}; give --lr, or mend the model or data"
             )
         return lr
+
+    @property
+    def constant_lr(self) -> float:
+        """What the schedules that start at their highest rate should start from; OneCycle only touches its peak."""
+        return self.suggested_lr * CONSTANT_SHARE
+
+    @property
+    def confidence(self) -> tuple[str, str]:
+        """high, medium or low, and in words why and what to do about it.
+
+        The halves must agree, and the methods: how far half of the others stay from the suggestion. `valley` and
+        `slide` look for the fall and not for its end; they are no witnesses.
+        """
+        lr = self.suggested_lr
+        if not self.halves:
+            return "low", f"one sweep cannot be checked against another; use --lr_iter {2 * SWEEP_STEPS} or more"
+        if None in self.halves:
+            return "low", "one half of the sweeps shows no learning rate; use a larger --lr_iter"
+        halves = _ratio([half for half in self.halves if half is not None])
+        witnesses = [value for name, value in self.suggestions.items() if name in WITNESSES and value is not None]
+        methods = _ratio([lr, *witnesses])
+        told = f"the halves of the sweeps agree within x{halves:.1f}, the methods within x{methods:.1f}"
+        if halves > DISAGREE:
+            return "low", f"{told}; use a larger --lr_iter"
+        if methods > DISAGREE**2:
+            return "low", f"{told}; look at the curve, and try a few rates around the suggestion"
+        if halves > AGREE or methods > DISAGREE:
+            return "medium", f"{told}; look at the curve, or use a larger --lr_iter"
+        return "high", told
+
+
+def _ratio(values: list[float]) -> float:
+    return max(values) / min(values)
 
 
 class _NotFinite(Exception):
@@ -90,34 +129,58 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         self._scaler_state = copy.deepcopy(grad_scaler.state_dict()) if grad_scaler else None
         self._rng = rng_state()
 
-    def range_test(self, train_loader: Any, *arguments: Any, smooth_f: float = 0.05, **options: Any) -> None:
-        """The sweep, as torch-lr-finder's `range_test`; also takes a `StreamingDataLoader`."""
+    def range_test(
+        self,
+        train_loader: Any,
+        val_loader: Any = None,
+        start_lr: float | None = None,
+        end_lr: float = 10.0,
+        num_iter: int = 100,
+        step_mode: str = "exp",
+        smooth_f: float = 0.05,
+        diverge_th: float = 5.0,
+        **options: Any,
+    ) -> None:
+        """One sweep, as torch-lr-finder's `range_test`; also takes a `StreamingDataLoader`.
+
+        An optimiser that a schedule was attached to is taken as well; `reset` gives its settings back.
+        """
         self._smooth_f = smooth_f or 1.0
         self._average = 0.0
         self._raw: list[float] = []
-        streaming = isinstance(train_loader, StreamingDataLoader)
-        batches = torch_lr_finder.TrainDataLoaderIter(train_loader) if streaming else train_loader
+        self._validating = val_loader is not None
+        for group in self.optimizer.param_groups:
+            group.pop("initial_lr", None)
+        batches = endless(train_loader)
         self.stopped = "the sweep reached its last learning rate"
+        torch_lr_finder.lr_finder.tqdm = partial(tqdm, disable=True if distributed.rank() else None, leave=False)
         try:
-            torch_lr_finder.lr_finder.tqdm = partial(tqdm, disable=True if distributed.rank() else None)
             with contextlib.redirect_stdout(None):
-                super().range_test(batches, *arguments, smooth_f=0, **options)
-            planned = options.get("num_iter", 100)
-            if len(self._raw) < planned:
+                super().range_test(batches, val_loader, start_lr, end_lr, num_iter, step_mode, 0, diverge_th, **options)
+            if len(self._raw) < num_iter:
                 self.stopped = "the loss diverged"
         except _NotFinite:
             self.stopped = "the loss stopped being a finite number"
         finally:
-            if streaming:
-                batches._iterator.close()
+            if batches is not train_loader and isinstance(batches, _StreamIterator):
+                batches.close()
         self.history["raw_loss"] = self._raw
 
     def _train_batch(self, train_iter: Iterator[Any], *arguments: Any, **options: Any) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
         if self.train_step is None:
             loss = float(super()._train_batch(train_iter, *arguments, **options))
         else:
             self.model.train()
             loss = float(self.train_step(*next(train_iter)))
+        return loss if self._validating and math.isfinite(loss) else self._note(loss)
+
+    def _validate(self, *arguments: Any, **options: Any) -> float:
+        return self._note(float(super()._validate(*arguments, **options)))
+
+    def _note(self, loss: float) -> float:
+        """The smoothed loss with this one. Raises _NotFinite."""
         if not math.isfinite(loss):
             raise _NotFinite
         self._raw.append(loss)
@@ -135,6 +198,35 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         set_rng_state(self._rng)
 
 
+class _StreamIterator(torch_lr_finder.TrainDataLoaderIter):  # type: ignore[misc]
+    """The batches of a `StreamingDataLoader`, epoch after epoch."""
+
+    _iterator: Iterator[Batch]
+
+    def __init__(self, loader: StreamingDataLoader) -> None:
+        super().__init__(loader)
+        self._stood_at = loader.epoch, loader.start
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = next(self._iterator, None)
+        if batch is None:
+            self.data_loader.set_epoch(self.data_loader.epoch + 1)
+            self._iterator = iter(self.data_loader)
+            batch = next(self._iterator)
+        return batch.images, batch.labels
+
+    def close(self) -> None:
+        self._iterator.close()  # type: ignore[attr-defined]  # a generator
+        self.data_loader.set_epoch(*self._stood_at)
+
+
+def endless(loader: Any) -> Any:
+    """Batches without end, in the form that torch-lr-finder takes; what has that form already is left as it is."""
+    if isinstance(loader, StreamingDataLoader):
+        return _StreamIterator(loader)
+    return torch_lr_finder.TrainDataLoaderIter(loader) if isinstance(loader, DataLoader) else loader
+
+
 def find_lr_advanced(
     model: nn.Module,
     optimizer: Optimizer,
@@ -147,96 +239,64 @@ def find_lr_advanced(
     end_lr: float = 10.0,
     num_iter: int = 100,
     step_mode: str = "exp",
-    smooth_f: float = 0.05,
+    smooth_f: float = 0.2,
     diverge_th: float = 5.0,
     method: str = DEFAULT_METHOD,
 ) -> RangeTest:
-    """Sweep the learning rate from `start_lr` to `end_lr` and return the curve with every method's suggestion.
+    """Sweep the learning rate from `start_lr` to `end_lr`, and return the curve with every method's suggestion.
 
+    The `num_iter` steps are spent on sweeps of about SWEEP_STEPS each, all from the same weights and on other batches,
+    whose losses are averaged. So more steps make the same curve clearer; a single longer sweep would be another curve,
+    for the model learns on the way. `train_step(images, labels) -> loss` does a step when given.
     Model, optimiser, scaler and random number generators are as before afterwards, also after an exception.
-    Raises UsageError for an unknown method or a sweep too short to tell anything.
+    Raises UsageError for an unknown method or too few steps to tell anything.
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method}; choose from {', '.join(METHODS)}")
     if num_iter < FEWEST_POINTS:
         raise UsageError(f"--lr_iter {num_iter} is too short a sweep to read; use {FEWEST_POINTS} or more")
+    count = max(1, num_iter // SWEEP_STEPS)
     finder = LRFinder(model, optimizer, criterion, train_step=train_step, grad_scaler=grad_scaler)
+    batches = endless(loader)
+    sweeps: list[dict[str, list[float]]] = []
     try:
-        finder.range_test(
-            loader,
-            start_lr=start_lr,
-            end_lr=end_lr,
-            num_iter=num_iter,
-            step_mode=step_mode,
-            smooth_f=smooth_f,
-            diverge_th=diverge_th,
-        )
+        for number in range(count):
+            finder.range_test(
+                batches,
+                start_lr=start_lr,
+                end_lr=end_lr,
+                num_iter=num_iter // count,
+                step_mode=step_mode,
+                smooth_f=smooth_f,
+                diverge_th=diverge_th,
+            )
+            sweeps.append(finder.history)
+            finder.reset()
+            torch.manual_seed(number + 1)  # each sweep drops out and shuffles otherwise
     finally:
         finder.reset()
-    history = finder.history
-    problem = _why_unreadable(np.array(history["raw_loss"]), np.array(history["loss"]), smooth_f, finder.stopped)
-    suggestions = {
-        name: None if problem else suggest(np.array(history["lr"]), np.array(history["loss"]))
-        for name, suggest in METHODS.items()
-    }
+        if isinstance(batches, _StreamIterator):
+            batches.close()
+    curve = average(sweeps)
+    problem = why_unreadable(curve, smooth_f, finder.stopped)
+    suggestions = {name: None if problem else suggest(curve) for name, suggest in METHODS.items()}
+    parts = [average(sweeps[first::2]) for first in range(2)] if count > 1 else []
+    halves = [None if why_unreadable(part, smooth_f, "") else METHODS[method](part) for part in parts]
     return RangeTest(
-        history["lr"], history["raw_loss"], history["loss"], suggestions, method, problem or finder.stopped
+        lr=curve.lr.tolist(),
+        loss=curve.loss.tolist(),
+        smoothed_loss=curve.smoothed.tolist(),
+        suggestions=suggestions,
+        method=method,
+        stopped=problem or finder.stopped,
+        sweeps=count,
+        halves=halves,
     )
 
 
 def find_lr(model: nn.Module, optimizer: Optimizer, criterion: nn.Module, loader: Any, **options: Any) -> float:
     """One learning rate for OneCycle's `max_lr`; options as `find_lr_advanced`. Raises DivergedError without one."""
     return find_lr_advanced(model, optimizer, criterion, loader, **options).suggested_lr
-
-
-def _why_unreadable(loss: np.ndarray, smoothed: np.ndarray, smooth_f: float, stopped: str) -> str | None:
-    """Why this curve shows no learning rate, if so: it is short, or its fall is small, or within three deviations of
-    the noise, that of the first few losses' mean and of an exponential average (2 - f) / f losses wide together.
-    """
-    if len(loss) < FEWEST_POINTS:
-        return f"{stopped} after {len(loss)} of the {FEWEST_POINTS} steps that a curve needs"
-    first, lowest = loss[:FIRST_POINTS].mean(), smoothed[FIRST_POINTS:].min()
-    falling = loss[: max(FIRST_POINTS, smoothed.argmin() + 1)]
-    noise = np.diff(falling).std() / math.sqrt(2)
-    width = min(len(falling), (2 - smooth_f) / smooth_f) if smooth_f else 1
-    if first - lowest < max(LEAST_FALL * abs(first), 3 * noise * math.sqrt(1 / FIRST_POINTS + 1 / width)):
-        return f"the loss never fell clearly: {first:.4g} at first, {lowest:.4g} at best, {noise:.2g} of noise"
-    return None
-
-
-def steepest(lr: np.ndarray, loss: np.ndarray) -> float:
-    """Where the smoothed loss falls fastest against log10(lr), left of its minimum.
-
-    The first points are left out as noise (after torch-lr-finder).
-    """
-    part = slice(SKIP_START, max(int(loss.argmin()), SKIP_START + 1) + 1)
-    return float(lr[part][np.gradient(loss[part], np.log10(lr[part])).argmin()])
-
-
-def minimum(lr: np.ndarray, loss: np.ndarray) -> float:
-    """Half a decade below the learning rate with the lowest smoothed loss."""
-    return float(lr[loss.argmin()]) / math.sqrt(10)
-
-
-def valley(lr: np.ndarray, loss: np.ndarray) -> float:
-    """Half way, in log lr, along the longest falling subsequence of the smoothed loss (after fastai's rule)."""
-    length, previous = np.ones(len(loss), int), np.full(len(loss), -1)
-    for i in range(1, len(loss)):
-        above = np.flatnonzero(loss[:i] > loss[i])
-        if len(above):
-            previous[i] = above[length[above].argmax()]
-            length[i] = length[previous[i]] + 1
-    path = [int(length.argmax())]
-    while previous[path[-1]] >= 0:
-        path.append(int(previous[path[-1]]))
-    return float(np.sqrt(lr[path[0]] * lr[path[-1]]))
-
-
-METHODS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "steepest": steepest,
-    "minimum": minimum,
-    "valley": valley,
-}
 
 
 def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
@@ -248,21 +308,29 @@ def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     write_durably(folder / "lr_finder.csv", table.getvalue().encode())
+    found = result.suggestions[result.method] is not None
     report = {
         "suggested_lr": result.suggestions[result.method],
+        "constant_lr": result.constant_lr if found else None,
+        "confidence": result.confidence[0] if found else None,
         "method": result.method,
         "suggestions": result.suggestions,
         "stopped": result.stopped,
+        "sweeps": result.sweeps,
+        "halves": result.halves,
         "history": columns,
         "config": config,
     }
     write_durably(folder / "lr_finder.json", json.dumps(report, indent=2).encode())
 
 
-def load_suggestion(path: Path) -> float:
-    """The suggested learning rate of an lr_finder.json. Raises UsageError when the file holds none."""
+def load_suggestion(path: Path, constant: bool = False) -> float:
+    """The suggested `max_lr` of an lr_finder.json, or its rate for the other schedules when `constant`.
+
+    Raises UsageError when the file holds none.
+    """
     try:
-        lr = json.loads(read_small(path))["suggested_lr"]
+        lr = json.loads(read_small(path))["constant_lr" if constant else "suggested_lr"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"--lr_from {path} is not an lr_finder.json ({error}); run run_lr_finder.py first") from error
     if not isinstance(lr, float) or not 0 < lr < math.inf:

@@ -151,14 +151,17 @@ def _fit(
     from stopping import StopRequest
     from tracking import Tracker
     from train import Run, fit
+    from visualization import plot_schedule
 
     stop = StopRequest.listening(data.train, data.val)
     if snapshot is None and config.lr == "auto":
-        progress.lr = run_lr_finder.search(config, data, training, folder, stop).suggested_lr
+        progress.lr = run_lr_finder.search(config, data, training, folder, stop)
         print0(f"lr        {progress.lr:.4g} from the finder")
     schedule = build_schedule(training.optimizer, config, progress.lr, len(data.train), progress.step)
     print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
     on_rank0 = distributed.rank() == 0
+    if config.plot_schedule and on_rank0:
+        print0(f"schedule  {plot_schedule(config, progress.lr, len(data.train), folder / 'plots' / 'schedule.png')}")
     tracker = Tracker(folder if on_rank0 else None, config.ledger)
     tracker.rewind(progress.step, progress.epoch)
     store = SnapshotStore(folder / "snapshots", config.keep_snapshots, tracker.logs) if on_rank0 else None
@@ -224,7 +227,7 @@ def _known_lr(config: Config) -> float:
     if config.lr_from is not None:
         from lr_finder import load_suggestion
 
-        lr = load_suggestion(Path(config.lr_from))
+        lr = load_suggestion(Path(config.lr_from), constant=config.scheduler != "onecycle")
         why = f"{lr:.4g} from {config.lr_from}"
     elif config.lr is not None:
         lr, why = float(config.lr), f"{config.lr:g} as given"

@@ -1,4 +1,4 @@
-"""Parameter groups, SGD and the learning rate schedules. All of it counts in optimiser steps."""
+"""Parameter groups, optimisers and the learning rate schedules. All of it counts in optimiser steps."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from config import Config
@@ -20,15 +20,38 @@ PLAN = (
 PLAN_ROWS = 9
 
 
-def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:
-    """SGD with Nesterov momentum; tensors of rank 1 (biases, BatchNorm) are not decayed.
+def build_optimizer(
+    model: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    kind: str = "sgd",
+    head_lr_scale: float = 1.0,
+) -> Optimizer:
+    """SGD with Nesterov momentum, or AdamW with `momentum` as its first beta.
 
-    Source: He et al. 2018, Bag of Tricks, section 3.1.
+    Tensors of rank 1 (biases, BatchNorm) are not decayed (He et al. 2018, Bag of Tricks, section 3.1). The classifier
+    `fc` learns at `head_lr_scale` times the rate of the rest: groups carry that factor as `lr_scale`.
     """
-    decayed = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
-    others = [(name, p) for name, p in model.named_parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = []
+    for head in (False, True):
+        for decay in (True, False):
+            named = [
+                (name, p)
+                for name, p in model.named_parameters()
+                if name.startswith("fc.") == head and (p.ndim > 1) == decay
+            ]
+            scale = head_lr_scale if head else 1.0
+            groups.append({"params": named, "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale})
+    groups = [group for group in groups if group["params"]]
+    if kind == "adamw":
+        return AdamW(groups, lr=lr, betas=(momentum, 0.999))
     return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """The momentum of a parameter group, which is Adam's first beta."""
+    return float(group["betas"][0] if "betas" in group else group["momentum"])
 
 
 def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_epoch: int, step: int = 0) -> LRScheduler:
@@ -40,7 +63,7 @@ def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_ep
     """
     total = config.epochs * steps_per_epoch
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
     def build(last_epoch: int) -> LRScheduler:
         if config.scheduler == "onecycle":
@@ -64,7 +87,7 @@ def _factor(done: int, config: Config, steps_per_epoch: int) -> float:
 def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last_epoch: int) -> OneCycleLR:
     return OneCycleLR(
         optimizer,
-        max_lr=[lr] * len(optimizer.param_groups),
+        max_lr=[lr * group["lr_scale"] for group in optimizer.param_groups],
         total_steps=total,
         pct_start=config.pct_start,
         anneal_strategy=config.onecycle_anneal_strategy,  # type: ignore[arg-type]
@@ -76,6 +99,13 @@ def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last
         three_phase=config.onecycle_three_phase,
         last_epoch=last_epoch,
     )
+
+
+def schedule_at(config: Config, lr: float, steps_per_epoch: int, step: int) -> tuple[float, float]:
+    """Learning rate and momentum of the step that follows `step` others."""
+    optimizer = build_optimizer(nn.BatchNorm1d(1), lr, config.momentum, 0.0, config.optimizer)
+    build_schedule(optimizer, config, lr, steps_per_epoch, step)
+    return optimizer.param_groups[0]["lr"], momentum_of(optimizer.param_groups[0])
 
 
 def describe_schedule(config: Config, total: int) -> str:
@@ -98,9 +128,7 @@ def compare_plans(
     def rate(plan: Config, peak: float, at: int) -> str:
         if at >= plan.epochs * steps_per_epoch:
             return "-"
-        optimizer = SGD([torch.zeros(1)], lr=peak)
-        build_schedule(optimizer, plan, peak, steps_per_epoch, at)
-        return f"{optimizer.param_groups[0]['lr']:.3g}"
+        return f"{schedule_at(plan, peak, steps_per_epoch, at)[0]:.3g}"
 
     last = max(before.epochs, config.epochs) * steps_per_epoch - 1
     lines = ["replanned the learning rate:", f"  {'epoch':>7} {'before':>10} {'now':>10}"]

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,7 @@ from config import Config
 from errors import Interrupted, UsageError, run_front_door
 
 if TYPE_CHECKING:
-    import torch
-
-    from lr_finder import RangeTest
+    from loader import Batch
     from preprocess import Data
     from stopping import StopRequest
     from train import Training
@@ -52,7 +51,7 @@ def _run(argv: list[str]) -> None:
         distributed.print0(*describe_data(config, data), sep="\n")
         training = build_training(config, len(data.classes), device)
         with open_run_folder(config, None, argv) as folder:
-            lr = search(config, data, training, folder, StopRequest.listening(data.train)).suggested_lr
+            lr = search(config, data, training, folder, StopRequest.listening(data.train, data.val))
         kept = shlex.join(argument for argument in argv if argument != "--find_lr")
         distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
         distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
@@ -60,21 +59,31 @@ def _run(argv: list[str]) -> None:
         distributed.cleanup()
 
 
-def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> "RangeTest":
-    """Run the range test as training will step, and write and draw what it found. Nothing else is changed.
+def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> float:
+    """Run the range test as training will step, write and draw what it found, and return the schedule's rate.
 
-    Raises Interrupted on all ranks when one of them was told to stop.
+    Nothing else is changed. Raises Interrupted on all ranks when one of them was told to stop, and DivergedError when
+    the curve shows no learning rate.
     """
+    import torch
+
     import lr_finder
-    from distributed import mean_over_ranks, print0, rank
-    from train import train_step
+    from distributed import mean_over_ranks, print0, rank, world_size
+    from train import evaluate, train_step
     from visualization import plot_lr_finder
 
-    def step(images: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+    judges: list[Batch] = []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         stop.check()
-        return mean_over_ranks(train_step(training, images, labels)[0])
+        loss = mean_over_ranks(train_step(training, images, labels)[0])
+        return torch.tensor(evaluate(training, judges, stop)["val_loss"]) if config.lr_val else loss
 
     try:
+        if config.lr_val:
+            batches = iter(data.val)
+            judges += islice(batches, -(-config.lr_val // (data.val.batch_size * world_size())))
+            batches.close()  # type: ignore[attr-defined]  # a generator
         result = lr_finder.find_lr_advanced(
             training.model,
             training.optimizer,
@@ -105,8 +114,12 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
             folder / "lr_finder" / "lr_finder.png",
         )
     values = "  ".join(f"{name} {'none' if lr is None else f'{lr:.3g}'}" for name, lr in result.suggestions.items())
-    print0(f"finder    {len(result.lr)} steps, {result.stopped}; suggestions: {values} (using {result.method})")
-    return result
+    print0(f"finder    {result.sweeps} x {len(result.lr)} steps, {result.stopped}; {values}")
+    lr = result.suggested_lr if config.scheduler == "onecycle" else result.constant_lr
+    sure, why = result.confidence
+    print0(f"finder    {result.method} is used; confidence {sure}: {why}")
+    print0(f"finder    max_lr {result.suggested_lr:.3g} for onecycle, lr {result.constant_lr:.3g} for cosine and step")
+    return lr
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import distributed
 from errors import UsageError
 from snapshot import Snapshot
 
+OPTIMIZER_STATE = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")  # of SGD, and of AdamW
+
 
 @dataclass
 class Progress:
@@ -73,9 +75,11 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
     except RuntimeError as error:
         raise UsageError(f"{snapshot.path} holds another model than the one asked for") from error
     for name, parameter in model.named_parameters():
-        buffer = parts["optimizer"].get(f"{name}.momentum_buffer")
-        if buffer is not None:
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffer)
+        for key in OPTIMIZER_STATE:
+            saved = parts["optimizer"].get(f"{name}.{key}")
+            if saved is not None:
+                like = parameter.detach() if saved.ndim else torch.empty(())  # Adam counts its steps on the CPU
+                optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
     if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
         scaler.load_state_dict(snapshot.state["scaler"])
     set_rng_state({name: ranks[distributed.rank() % len(ranks)].clone() for name, ranks in parts["rng"].items()})

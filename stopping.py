@@ -49,7 +49,7 @@ class StopRequest:
             raise Interrupted(worst)
 
 
-def batches_until(stop: StopRequest, loader: StreamingDataLoader, every_step: bool) -> Iterator[Batch]:
+def batches_until(stop: StopRequest, loader: StreamingDataLoader | list[Batch], every_step: bool) -> Iterator[Batch]:
     """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
 
     Ranks that step together ask each other at `every_step`, others only when they have no batch left.

@@ -21,9 +21,9 @@ from augment import Normalize
 from config import Config
 from distributed import print0
 from errors import DataError, DivergedError, Interrupted
-from loader import UNREADABLE, StreamingDataLoader
+from loader import UNREADABLE, Batch, StreamingDataLoader
 from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
-from optim import build_optimizer, build_scaler
+from optim import build_optimizer, build_scaler, momentum_of
 from preprocess import Data
 from snapshot import SnapshotStore
 from state import Progress, all_finite, capture, seed_everything
@@ -90,7 +90,9 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
     ddp: nn.Module = model
     if distributed.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = build_optimizer(model, 0.1, config.momentum, config.weight_decay)
+    optimizer = build_optimizer(
+        model, 0.1, config.momentum, config.weight_decay, config.optimizer, config.head_lr_scale
+    )
     training = Training(
         model=model,
         ddp=ddp,
@@ -168,7 +170,7 @@ def train_epoch(run: Run) -> None:
         if progress.step == 0 and run.folder is not None:
             plot_samples(images.numpy(), labels.tolist(), run.data.classes, run.folder / "plots" / "samples.png")
         group, applied = training.optimizer.param_groups[0], training.steps_applied
-        row = {"lr": group["lr"], "momentum": group["momentum"], "ids": ids}
+        row = {"lr": group["lr"], "momentum": momentum_of(group), "ids": ids}
         row["loss"], row["correct"] = train_step(training, images, labels)
         progress.step += 1
         progress.last_lr = group["lr"]
@@ -221,7 +223,7 @@ def flush_steps(run: Run) -> None:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: StreamingDataLoader, stop: StopRequest) -> dict[str, float]:
+def evaluate(training: Training, loader: StreamingDataLoader | list[Batch], stop: StopRequest) -> dict[str, float]:
     """Loss and top-1 and top-5 accuracy (fractions of 1) over a whole dataset, and the integer counts behind them.
 
     Every image counts once and every batch is the same on any number of ranks; unreadable images do not count.

@@ -13,9 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from config import Config
 from durable import write_durably
+from optim import describe_schedule, schedule_at
 
 DPI = 110
+SCHEDULE_POINTS = 500
 
 
 def plot_curves(run_dir: Path) -> Path:
@@ -43,6 +46,26 @@ def plot_curves(run_dir: Path) -> Path:
         axes.legend()
         axes.grid(alpha=0.3)
     return _save(figure, run_dir / "plots" / "curves.png")
+
+
+def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -> Path:
+    """Draw the learning rate and the momentum over the whole run, as the schedule plans them."""
+    total = config.epochs * steps_per_epoch
+    steps = np.unique(np.linspace(0, total - 1, SCHEDULE_POINTS).astype(int)).tolist()
+    rates, momenta = zip(*(schedule_at(config, lr, steps_per_epoch, step) for step in steps), strict=True)
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    axes.plot(steps, rates, "C2")
+    axes.set(title=describe_schedule(config, total), xlabel="step", ylim=(0, 1.05 * max(rates)))
+    axes.set_ylabel("learning rate", color="C2")
+    axes.grid(alpha=0.3)
+    to_epochs = lambda steps: np.asarray(steps) / steps_per_epoch
+    to_steps = lambda epochs: np.asarray(epochs) * steps_per_epoch
+    epochs = axes.secondary_xaxis("top", (to_epochs, to_steps))
+    epochs.set_xlabel("epoch")
+    momentum = axes.twinx()
+    momentum.plot(steps, momenta, "C3--")
+    momentum.set_ylabel("momentum (dashed)", color="C3")
+    return _save(figure, path)
 
 
 def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> Path:

@@ -1,36 +1,56 @@
 """What following the learning rate finder costs: regret, in points of accuracy, of each method's suggestion.
 
-    uv run python benchmarks/lr_regret.py            # the table in RESULTS.md, about half an hour on two cores
+    uv run python benchmarks/lr_regret.py                # the tables in RESULTS.md, about half an hour on two cores
+    uv run python benchmarks/lr_regret.py --seeds 1 --most_seeds 1    # a quick look
 
-A cell is a small model, data and a batch size. For every seed of a cell the finder sweeps once, and the model is
-trained by OneCycle for the same few epochs at each rate of a grid and at each method's suggestion. Regret is the best
-grid rate's mean accuracy less the mean accuracy at the suggestions. Seeds are added until the standard error of every
-method's mean is small enough, or there are too many of them.
+A cell is a small model, data and a batch size. For every seed of a cell the finder is run with 100 steps, and the model
+is trained by OneCycle for the same few epochs at each rate of a grid and at each method's suggestion. Regret is the
+accuracy at the rate of the grid that is best in the mean, less that at the suggestion. Seeds are added until the
+standard error of the default method's regret is 0.2 points, or there are --most_seeds of them. "torch-lr-finder" is its
+own sweep of 100 steps and the suggestion of its `plot`.
+
+Then the schedules: for each length of training, OneCycle, cosine and step at the best of a few rates, on digits.
 """
 
+import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean, median, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch_lr_finder
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from augment import Normalize
+from benchmarks.common import PINNED, installed_versions, record
 from config import resolve
-from lr_finder import RangeTest, find_lr_advanced
+from lr_finder import DEFAULT_METHOD, METHODS, RangeTest, find_lr_advanced
 from model_resnet50 import BasicBlock, conv1x1, conv3x3
 from optim import build_optimizer, build_scaler, build_schedule
 from train import Training, train_step
 
 GRID = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 CPU = torch.device("cpu")
+PEER = "torch-lr-finder"
+LARGEST_ERROR = 0.2
+LONG_SWEEPS = 3  # seeds whose finder is also given 1,000 steps
+SCHEDULES = ("onecycle", "cosine", "step")
+LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)
+TARGETS = (97.0, 98.0, 98.5)
+SCHEDULE_RATES = (0.03, 0.1, 0.3, 1.0)
+SCHEDULE_SEEDS = 3
 
 Split = tuple[torch.Tensor, torch.Tensor]
 
@@ -171,7 +191,7 @@ def train(cell: Cell, seed: int, lr: float, scheduler: str = "onecycle", epochs:
     epochs = epochs or cell.epochs
     config = resolve({"scheduler": scheduler, "epochs": epochs, "step_size": max(1, epochs // 3), "lr": lr})
     schedule = build_schedule(training.optimizer, config, lr, len(loader))
-    accuracies = []
+    accuracies: list[float] = []
     for epoch in range(epochs):
         training.model.train()
         for number, (x, y) in enumerate(loader, 1):
@@ -185,3 +205,151 @@ def train(cell: Cell, seed: int, lr: float, scheduler: str = "onecycle", epochs:
             hits = (training.model(training.normalize(images)).argmax(1) == labels).sum().item()
         accuracies.append(100 * hits / len(labels))
     return accuracies
+
+
+def peers_suggestion(cell: Cell, seed: int) -> float | None:
+    """What torch-lr-finder itself suggests after a sweep of 100 steps; None where it breaks or gives NaN."""
+    training, loader, _ = prepare(cell, seed)
+    model = nn.Sequential(training.normalize, training.model)
+    finder = torch_lr_finder.LRFinder(model, training.optimizer, training.criterion)
+    finder.range_test(loader, start_lr=1e-5, end_lr=10, num_iter=100)
+    figure, axes = plt.subplots()
+    try:
+        _, lr = finder.plot(ax=axes, suggest_lr=True)
+    except ValueError:
+        return None
+    finally:
+        plt.close(figure)
+    return float(lr)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One seed of a cell: accuracies at the grid's rates, and each method's rate with the accuracy there, if any."""
+
+    grid: list[float]
+    methods: dict[str, tuple[float, float] | None]
+    confidence: str
+    long: float | None  # the default's suggestion after 1,000 steps
+
+
+def try_out(number: int, seed: int) -> Trial:
+    torch.set_num_threads(1)
+    cell = CELLS[number]
+    found = sweep(cell, seed)
+    rates = {**found.suggestions, PEER: peers_suggestion(cell, seed)}
+    sure = found.suggestions[DEFAULT_METHOD] is not None
+    return Trial(
+        grid=[train(cell, seed, lr)[-1] for lr in GRID],
+        methods={name: (lr, train(cell, seed, lr)[-1]) if lr else None for name, lr in rates.items()},
+        confidence=found.confidence[0] if sure else "none",
+        long=sweep(cell, seed, 1000).suggestions[DEFAULT_METHOD] if seed < LONG_SWEEPS else None,
+    )
+
+
+def regrets(trials: list[Trial], method: str) -> list[float]:
+    """Of each seed that has a suggestion; in points."""
+    best = int(np.mean([trial.grid for trial in trials], 0).argmax())
+    return [trial.grid[best] - found[1] for trial in trials if (found := trial.methods[method])]
+
+
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def measure_regret(pool: ProcessPoolExecutor, seeds: int, most: int) -> str:
+    trials: list[list[Trial]] = [[] for _ in CELLS]
+    unsure = list(range(len(CELLS)))
+    while unsure:
+        jobs = {n: [pool.submit(try_out, n, len(trials[n]) + seed) for seed in range(seeds)] for n in unsure}
+        for n, futures in jobs.items():
+            trials[n] += [future.result() for future in futures]
+            print(f"{CELLS[n].name}: {len(trials[n])} seeds", file=sys.stderr)
+        unsure = [
+            n
+            for n in unsure
+            if len(trials[n]) < most and standard_error(regrets(trials[n], DEFAULT_METHOD)) > LARGEST_ERROR
+        ]
+    return "\n\n".join([regret_table(trials), stability_table(trials)])
+
+
+def regret_table(trials: list[list[Trial]]) -> str:
+    names = [*METHODS, PEER]
+    rows = [
+        f"| cell | seeds | best rate: accuracy | error of {DEFAULT_METHOD} | {' | '.join(names)} |",
+        "|" + " --- |" * (4 + len(names)),
+    ]
+    for cell, found in zip(CELLS, trials, strict=True):
+        accuracy = np.mean([trial.grid for trial in found], 0)
+        best = f"{GRID[int(accuracy.argmax())]:g}: {accuracy.max():.1f} %"
+        cells = []
+        for name in names:
+            values = regrets(found, name)
+            lost = len(found) - len(values)
+            cells.append((f"{mean(values):.2f}" if values else "") + (f" ({lost} without)" if lost else ""))
+        error = standard_error(regrets(found, DEFAULT_METHOD))
+        rows.append(f"| {cell.name} | {len(found)} | {best} | {error:.2f} | {' | '.join(cells)} |")
+    summaries: list[tuple[str, Callable[[list[float]], float]]] = [("median", median), ("worst", max)]
+    for title, summary in summaries:
+        means = [[mean(values) for found in trials if (values := regrets(found, name))] for name in names]
+        rows.append(f"| **{title}** | | | | {' | '.join(f'**{summary(column):.2f}**' for column in means)} |")
+    return "\n".join(rows)
+
+
+def stability_table(trials: list[list[Trial]]) -> str:
+    """How the default's suggestion after 100 steps differs from that after 1,000, and what the finder said of it."""
+    rows = ["| cell | after 1,000 steps / after 100, each seed | confidence after 100 |", "| --- | --- | --- |"]
+    for cell, found in zip(CELLS, trials, strict=True):
+        both = [(trial.methods[DEFAULT_METHOD], trial.long) for trial in found[:LONG_SWEEPS]]
+        ratios = ", ".join(f"{long / short[0]:.2f}" if short and long else "none" for short, long in both)
+        levels = [trial.confidence for trial in found]
+        counts = ", ".join(f"{level} {levels.count(level)}" for level in dict.fromkeys(sorted(levels)))
+        rows.append(f"| {cell.name} | {ratios} | {counts} |")
+    return "\n".join(rows)
+
+
+def final_accuracy(scheduler: str, epochs: int, lr: float, seed: int) -> float:
+    torch.set_num_threads(1)
+    return train(CELLS[0], seed, lr, scheduler, epochs)[-1]
+
+
+def compare_schedules(pool: ProcessPoolExecutor) -> str:
+    """Accuracy after trainings of several lengths, and the shortest that reaches each target."""
+    jobs = {
+        (scheduler, epochs, lr): [
+            pool.submit(final_accuracy, scheduler, epochs, lr, seed) for seed in range(SCHEDULE_SEEDS)
+        ]
+        for scheduler in SCHEDULES
+        for epochs in LENGTHS
+        for lr in SCHEDULE_RATES
+    }
+    found = {key: mean(future.result() for future in futures) for key, futures in jobs.items()}
+    head = [*(f"{epochs} epochs" for epochs in LENGTHS), *(f"epochs to {target:g} %" for target in TARGETS)]
+    rows = ["| schedule | " + " | ".join(head) + " |", "|" + " --- |" * (1 + len(head))]
+    for scheduler in SCHEDULES:
+        best = {epochs: max((found[scheduler, epochs, lr], lr) for lr in SCHEDULE_RATES) for epochs in LENGTHS}
+        cells = [f"{accuracy:.2f} % at {lr:g}" for accuracy, lr in best.values()]
+        for target in TARGETS:
+            reached = [epochs for epochs, (accuracy, _) in best.items() if accuracy >= target]
+            cells.append(str(min(reached)) if reached else f"more than {LENGTHS[-1]}")
+        rows.append(f"| {scheduler} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--seeds", type=int, default=8, help="seeds of each cell, and of a cell that needs more")
+    flags.add_argument("--most_seeds", type=int, default=40, help="seeds of a cell at most")
+    given = flags.parse_args()
+    os.environ.update(PINNED)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        rows = measure_regret(pool, given.seeds, given.most_seeds)
+        set_up = "Regret in points of validation accuracy; seeds without a suggestion are left out."
+        record("Regret of the finder's suggestions", set_up, rows, installed_versions())
+        set_up = f"{CELLS[0].name}; validation accuracy at the end, {SCHEDULE_SEEDS} seeds, at the best of the rates "
+        set_up += f"{', '.join(f'{lr:g}' for lr in SCHEDULE_RATES)}. Step falls tenfold after each third."
+        record("Schedules at equal budgets", set_up, compare_schedules(pool), installed_versions())
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = [
-    *("main", "run_lr_finder", "train", "lr_finder", "preflight", "preprocess", "dummy", "streaming", "webdataset"),
+    *(
+        "main",
+        "run_lr_finder",
+        "train",
+        "lr_finder",
+        "lr_methods",
+        "preflight",
+        "preprocess",
+        "dummy",
+        "streaming",
+        "webdataset",
+    ),
     *("parquet", "remote", "network", "store", "stopping", "loader", "visualization", "tracking", "state"),
     *("snapshot", "durable", "augment", "optim", "model_resnet50", "distributed", "config", "errors"),
 ]

@@ -23,11 +23,9 @@ from lr_finder import (
     find_lr,
     find_lr_advanced,
     load_suggestion,
-    minimum,
     save,
-    steepest,
-    valley,
 )
+from lr_methods import Curve, lowest, minimum, slide, steepest, valley
 from optim import build_optimizer
 from preprocess import LocalDataset
 from state import rng_state
@@ -329,23 +327,26 @@ V_SHAPE = np.array([4.0, 4.0, 3.0, 1.0, 2.0, 8.0, 9.0])
         (steepest, np.concatenate([NOISE, V_SHAPE]), 1e-1),  # slopes of 4, 4, 3, 1 by np.gradient: 0, -0.5, -1.5, -2
         (steepest, np.concatenate([NOISE, [5.0, 5.0, 1.0, 0.9, 0.8, 9.0, 9.0]]), 1e-2),  # slopes 0, -2, -2.05, -0.1
         (steepest, np.concatenate([NOISE, [5.0, 3.0, 2.0, 0.9, 9.0, 9.0, 1.0]]), 1e-4),  # the last is the steepest
-        (minimum, V_SHAPE, 10**-1.5),
-        (minimum, np.array([3.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.2]), 10**1.5),
+        (minimum, V_SHAPE, 10**-2),
+        (minimum, np.array([3.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.2]), 10**1),
+        (lowest, V_SHAPE, 10**-1),
+        (lowest, np.array([3.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.2]), 10**2),
+        (slide, np.concatenate([np.linspace(9, 3, 20), np.full(20, 3.0)]), 10 ** (-4 + 0.1 * 24)),
         (valley, V_SHAPE, 10**-2.5),  # 4 at 1e-4, 3, 1 at 1e-1
         (valley, np.array([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]), 1e-1),
         (valley, np.array([1.0, 2.0, 3.0, 2.5, 2.0, 1.5, 9.0]), 10**-0.5),  # 3 at 1e-2 to 1.5 at 1e1
     ],
 )
 def test_each_method_reads_a_known_curve_as_its_formula_says(method: Any, loss: np.ndarray, expected: float) -> None:
-    lr = LR if len(loss) == len(LR) else LR_AFTER_NOISE
-    assert method(lr, loss) == pytest.approx(expected, rel=1e-12)
+    lr = {len(LR): LR, len(LR_AFTER_NOISE): LR_AFTER_NOISE}.get(len(loss), 10 ** (-4 + 0.1 * np.arange(len(loss))))
+    assert method(Curve(lr, loss, loss)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_survives_the_shortest_curve_there_is(method: str) -> None:
     lr = np.logspace(-4, 0, FEWEST_POINTS)
     for loss in (np.linspace(2, 1, FEWEST_POINTS), np.linspace(1, 2, FEWEST_POINTS), np.ones(FEWEST_POINTS)):
-        assert 0 < METHODS[method](lr, loss) <= 1
+        assert 0 < METHODS[method](Curve(lr, loss, loss)) <= 1
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

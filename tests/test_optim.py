@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from config import Config, resolve
@@ -19,7 +19,7 @@ from optim import build_optimizer, build_scaler, build_schedule, describe_schedu
 PEAK = 0.37
 
 
-def make_optimizer(momentum: float = 0.9) -> SGD:
+def make_optimizer(momentum: float = 0.9) -> Optimizer:
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     optimizer = build_optimizer(model, 0.1, momentum, 5e-4)
     for parameter in model.parameters():
@@ -27,7 +27,7 @@ def make_optimizer(momentum: float = 0.9) -> SGD:
     return optimizer
 
 
-def rates(optimizer: SGD) -> list[tuple[float, float]]:
+def rates(optimizer: Optimizer) -> list[tuple[float, float]]:
     return [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
 
 

@@ -595,9 +595,8 @@ def test_a_snapshot_file_outside_a_run_changes_nothing_around_it(
 def test_the_finder_does_not_write_through_a_link(tmp_path: Path) -> None:
     for name in ("lr_finder.json", "lr_finder.csv"):
         plant(tmp_path / "lr_finder" / name, "link", tmp_path)
-    lr_finder.save(
-        lr_finder.RangeTest([0.1], [1.0], [1.0], {"minimum": 0.1}, "minimum", ""), tmp_path / "lr_finder", {}
-    )
+    found = lr_finder.RangeTest([0.1], [1.0], [1.0], {"minimum": 0.1}, "minimum", "", 1, [])
+    lr_finder.save(found, tmp_path / "lr_finder", {})
     assert (tmp_path / "precious").read_bytes() == PRECIOUS
     assert lr_finder.load_suggestion(tmp_path / "lr_finder" / "lr_finder.json") == 0.1
 

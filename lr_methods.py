@@ -1,0 +1,108 @@
+"""Reading the curve of a learning rate range test: whether it shows a learning rate, and which."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+FEWEST_POINTS = 16
+FIRST_POINTS = 8
+LEAST_FALL = 0.02
+SKIP_START = 10
+SLIDE_POINTS, SLIDE_SLOPE = 15, 0.005
+WIDTH = 0.3  # decades
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Learning rates, rising, and for each the raw and the smoothed loss."""
+
+    lr: np.ndarray
+    loss: np.ndarray
+    smoothed: np.ndarray
+
+
+def average(sweeps: list[dict[str, list[float]]]) -> Curve:
+    """The mean of several sweeps as far as all of them came."""
+    length = min(len(sweep["lr"]) for sweep in sweeps)
+    columns = (np.mean([sweep[name][:length] for sweep in sweeps], 0) for name in ("lr", "raw_loss", "loss"))
+    return Curve(*columns)
+
+
+def why_unreadable(curve: Curve, smooth_f: float, stopped: str) -> str | None:
+    """Why this curve shows no learning rate, if so: it is short, or its fall is small, or within three deviations of
+    the noise, that of the first few losses' mean and of an exponential average (2 - f) / f losses wide together.
+    """
+    loss, smoothed = curve.loss, curve.smoothed
+    if len(loss) < FEWEST_POINTS:
+        return f"{stopped} after {len(loss)} of the {FEWEST_POINTS} steps that a curve needs"
+    first, lowest = loss[:FIRST_POINTS].mean(), smoothed[FIRST_POINTS:].min()
+    falling = loss[: max(FIRST_POINTS, smoothed.argmin() + 1)]
+    noise = np.diff(falling).std() / math.sqrt(2)
+    width = min(len(falling), (2 - smooth_f) / smooth_f) if smooth_f else 1
+    if first - lowest < max(LEAST_FALL * abs(first), 3 * noise * math.sqrt(1 / FIRST_POINTS + 1 / width)):
+        return f"the loss never fell clearly: {first:.4g} at first, {lowest:.4g} at best, {noise:.2g} of noise"
+    return None
+
+
+def lowest(curve: Curve) -> float:
+    """The learning rate of the lowest loss, smoothed by a Gaussian of WIDTH decades in log10(lr).
+
+    Such a mean looks both ways, so it has no lag, and near the end of the fall it sees the rise coming. Losses of a
+    sweep that has blown up count as three times the first ones.
+    """
+    decades = np.log10(curve.lr)
+    weights = np.exp(-0.5 * ((decades[:, None] - decades) / WIDTH) ** 2)
+    loss = np.minimum(curve.loss, 3 * curve.loss[:FIRST_POINTS].mean())
+    return float(curve.lr[(weights @ loss / weights.sum(1)).argmin()])
+
+
+def steepest(curve: Curve) -> float:
+    """Where the smoothed loss falls fastest against log10(lr), left of its minimum.
+
+    The first points are left out as noise (after torch-lr-finder).
+    """
+    part = slice(SKIP_START, max(int(curve.smoothed.argmin()), SKIP_START + 1) + 1)
+    return float(curve.lr[part][np.gradient(curve.smoothed[part], np.log10(curve.lr[part])).argmin()])
+
+
+def minimum(curve: Curve) -> float:
+    """A tenth of the learning rate with the lowest smoothed loss (after fastai's rule)."""
+    return float(curve.lr[curve.smoothed.argmin()]) / 10
+
+
+def valley(curve: Curve) -> float:
+    """Half way, in log lr, along the longest falling subsequence of the smoothed loss (after fastai's rule)."""
+    loss = curve.smoothed
+    length, previous = np.ones(len(loss), int), np.full(len(loss), -1)
+    for i in range(1, len(loss)):
+        above = np.flatnonzero(loss[:i] > loss[i])
+        if len(above):
+            previous[i] = above[length[above].argmax()]
+            length[i] = length[previous[i]] + 1
+    path = [int(length.argmax())]
+    while previous[path[-1]] >= 0:
+        path.append(int(previous[path[-1]]))
+    return float(np.sqrt(curve.lr[path[0]] * curve.lr[path[-1]]))
+
+
+def slide(curve: Curve) -> float:
+    """Where, coming from the right, two slopes SLIDE_POINTS apart first differ by no more than SLIDE_SLOPE (after
+    fastai's rule of that name; slopes are loss a step).
+    """
+    slopes = np.gradient(curve.smoothed)
+    left = len(slopes) - 1 - SLIDE_POINTS
+    while left > 0 and abs(slopes[left + SLIDE_POINTS] - slopes[left]) > SLIDE_SLOPE:
+        left -= 1
+    return float(curve.lr[left])
+
+
+METHODS: dict[str, Callable[[Curve], float]] = {
+    "lowest": lowest,
+    "steepest": steepest,
+    "minimum": minimum,
+    "valley": valley,
+    "slide": slide,
+}
+WITNESSES = ("steepest", "minimum")
