@@ -32,7 +32,8 @@ from state import rng_state, set_rng_state
 DEFAULT_METHOD = "lowest"
 SWEEP_STEPS = 50
 CONSTANT_SHARE = 0.25  # as in config.default_lr
-AGREE, DISAGREE = 2.0, 3.0  # ratios of learning rates
+HALVES_AGREE = {"high": 2.0, "medium": 3.0}  # the largest ratio of learning rates for each confidence
+METHODS_AGREE = {"high": 6.0, "medium": 10.0}
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -73,8 +74,7 @@ class RangeTest:
     def confidence(self) -> tuple[str, str]:
         """high, medium or low, and in words why and what to do about it.
 
-        The halves must agree, and the methods: how far half of the others stay from the suggestion. `valley` and
-        `slide` look for the fall and not for its end; they are no witnesses.
+        The halves must agree, and the methods that look for the end of the fall as this one does (see WITNESSES).
         """
         lr = self.suggested_lr
         if not self.halves:
@@ -84,14 +84,13 @@ class RangeTest:
         halves = _ratio([half for half in self.halves if half is not None])
         witnesses = [value for name, value in self.suggestions.items() if name in WITNESSES and value is not None]
         methods = _ratio([lr, *witnesses])
-        told = f"the halves of the sweeps agree within x{halves:.1f}, the methods within x{methods:.1f}"
-        if halves > DISAGREE:
+        told = f"the halves of the sweeps agree within x{halves:.1f}, {', '.join(WITNESSES)} within x{methods:.1f}"
+        for level in ("high", "medium"):
+            if halves <= HALVES_AGREE[level] and methods <= METHODS_AGREE[level]:
+                return level, told if level == "high" else f"{told}; look at the curve, or use a larger --lr_iter"
+        if halves > HALVES_AGREE["medium"]:
             return "low", f"{told}; use a larger --lr_iter"
-        if methods > DISAGREE**2:
-            return "low", f"{told}; look at the curve, and try a few rates around the suggestion"
-        if halves > AGREE or methods > DISAGREE:
-            return "medium", f"{told}; look at the curve, or use a larger --lr_iter"
-        return "high", told
+        return "low", f"{told}; look at the curve, and try a few rates around the suggestion"
 
 
 def _ratio(values: list[float]) -> float:

@@ -105,4 +105,4 @@ METHODS: dict[str, Callable[[Curve], float]] = {
     "valley": valley,
     "slide": slide,
 }
-WITNESSES = ("steepest", "minimum")
+WITNESSES = ("steepest", "minimum")  # valley and slide look for the fall, and say far less

@@ -1,0 +1,138 @@
+"""Runs the finder as main.py does, in every precision and through every mishap, and tells what it left changed.
+
+As a program, which torchrun may start, it takes the flags of the data and prints a line for each case.
+"""
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distributed
+import lr_finder
+import run_lr_finder
+import train
+from config import Config, parse, resolve
+from errors import Interrupted
+from preprocess import get_data_loaders
+from state import rng_state
+from stopping import SIGNALS, StopRequest
+
+SMALL = ("--batch_size", "16", "--num_workers", "1", "--model", "resnet18", "--lr_iter", "32", "--lr_start", "1e-4")
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "fp32": (),
+    "bf16": ("--amp", "--amp_dtype", "bf16"),
+    "fp16": ("--amp", "--amp_dtype", "fp16"),
+}
+EVENTS = ("none", "nan", "exception", "interrupt")
+EVENT_STEP = 21
+
+
+class MishapError(Exception):
+    """What a step raises in the case of that name."""
+
+
+def everything(training: train.Training, data: Any) -> dict[str, Any]:
+    """All that a later training step can depend on."""
+    optimizer, state = training.optimizer, {}
+    for name, tensor in training.model.state_dict().items():
+        state[f"model.{name}"] = tensor.clone()
+    for name, parameter in training.model.named_parameters():
+        state[f"gradient.{name}"] = parameter.grad is None
+        for key, value in optimizer.state[parameter].items():
+            state[f"optimizer.{name}.{key}"] = value.clone() if isinstance(value, torch.Tensor) else value
+    for number, group in enumerate(optimizer.param_groups):
+        state |= {f"group.{number}.{name}": value for name, value in group.items() if name != "params"}
+    state |= {f"rng.{name}": tensor.clone() for name, tensor in rng_state().items()}
+    state |= {f"scaler.{name}": value for name, value in training.scaler.state_dict().items()}
+    state["modes"] = [module.training for module in training.model.modules()]
+    state["position"] = (data.train.epoch, data.train.start, data.val.epoch, data.val.start)
+    return state
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    def same(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+    return [name for name in before.keys() | after.keys() if not same(before.get(name), after.get(name))]
+
+
+@contextmanager
+def mishap(event: str) -> Iterator[list[int]]:
+    """Patches the training step so that the event comes at EVENT_STEP, on the last rank alone where one is enough."""
+    steps: list[int] = []
+    real = train.train_step
+    last = distributed.rank() == distributed.world_size() - 1
+
+    def step(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, correct = real(*arguments)
+        steps.append(1)
+        if len(steps) == EVENT_STEP:
+            if event == "nan" and last:
+                loss = loss * math.nan
+            if event == "exception":
+                raise MishapError
+            if event == "interrupt" and last:
+                os.kill(os.getpid(), signal.SIGINT)
+        return loss, correct
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        patch.setattr(lr_finder, "SWEEP_STEPS", 16)
+        yield steps
+
+
+def run_case(config: Config, data: Any, event: str, folder: Path) -> tuple[list[str], int]:
+    """What differs after the finder from before it, and how many steps it took."""
+    training = train.build_training(config, len(data.classes), torch.device("cpu"))
+    for batch, _ in zip(data.train, range(2), strict=False):  # so that there is momentum, and a scale that has moved
+        train.train_step(training, batch.images, batch.labels)
+    training.optimizer.zero_grad(set_to_none=True)
+    before = everything(training, data)
+    with mishap(event) as steps:
+        try:
+            run_lr_finder.search(config, data, training, folder, StopRequest.listening(data.train))
+        except MishapError:
+            assert event == "exception"
+        except Interrupted:
+            assert event == "interrupt"
+        except lr_finder.DivergedError:
+            assert event == "nan"
+    return differences(before, everything(training, data)), len(steps)
+
+
+def run_cases(flags: list[str], folder: Path) -> list[tuple[str, str, list[str], int]]:
+    """Precision, event, differences and steps of each case, after one another on the same data."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    found = []
+    try:
+        for precision, more in PRECISIONS.items():
+            config = resolve(parse("", "", [*flags, *SMALL, *more]))
+            data = get_data_loaders(config, torch.device("cpu"))
+            for event in EVENTS:
+                found.append((precision, event, *run_case(config, data, event, folder)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, *flags = sys.argv[1:]
+    distributed.init("cpu")
+    for precision, event, changed, steps in run_cases(flags, Path(folder)):
+        print(f"case {distributed.rank()} {precision} {event} {steps} {','.join(changed) or 'pure'}", flush=True)
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The finder leaves no trace: in any precision, on one rank or two, from disk or stream, whatever interrupts it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import ROOT, TIMEOUT, TORCHRUN, environment
+from purity import EVENT_STEP, EVENTS, PRECISIONS, differences, run_cases
+from shards import REPO_ID
+
+from state import rng_state
+
+pytestmark = pytest.mark.slow
+
+DIGITS = ["--dataset", "digits", "--max_samples", "160"]
+STREAM = ["--dataset", "hf", "--dataset_name", REPO_ID, "--image_size", "32", "--max_samples", "60"]
+STEPS = {"none": 32, "nan": EVENT_STEP, "exception": EVENT_STEP, "interrupt": EVENT_STEP}
+
+
+@pytest.mark.parametrize("flags", [DIGITS, STREAM], ids=["digits", "stream"])
+def test_one_rank_is_left_as_it_was(flags: list[str], small_hub: Path, tmp_path: Path) -> None:
+    found = run_cases(flags, tmp_path)
+    assert [(precision, event) for precision, event, _, _ in found] == [(p, e) for p in PRECISIONS for e in EVENTS]
+    assert [changed for _, _, changed, _ in found] == [[]] * len(found)
+    for _, event, _, steps in found:
+        assert steps == STEPS[event] if event != "nan" else EVENT_STEP <= steps <= 32
+
+
+@pytest.mark.parametrize("flags", [DIGITS, STREAM], ids=["digits", "stream"])
+def test_two_ranks_are_left_as_they_were_and_stop_at_the_same_step(
+    flags: list[str], small_hub: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, *TORCHRUN, "2", str(ROOT / "tests" / "purity.py"), str(tmp_path), *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line.split() for line in done.stdout.splitlines() if line.startswith("case "))
+    assert len(lines) == 2 * len(PRECISIONS) * len(EVENTS)
+    assert {line[5] for line in lines} == {"pure"}
+    first, second = ([line[2:] for line in lines if line[1] == rank] for rank in "01")
+    assert first == second
+
+
+def test_a_difference_would_be_seen() -> None:
+    state = rng_state()
+    changed = dict(state, torch=state["torch"] + 1)
+    assert differences(state, changed) == ["torch"]
