@@ -189,6 +189,8 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
     def reset(self) -> None:
         """Put back everything as it was when this finder was made."""
         super().reset()
+        optimizer = copy.deepcopy(self.state_cacher.retrieve("optimizer"))  # which takes these very tensors for its own
+        self.optimizer.load_state_dict(optimizer)
         for module, was_training in self._was_training.items():
             module.training = was_training
         self.optimizer.zero_grad(set_to_none=True)
