@@ -149,7 +149,7 @@ class Config:
             if isinstance(value, str) and "://" in value:
                 raise UsageError(f"--{name} is a URL; give a Hub id or something on this machine")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
-                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 2, "lr_val": 0,
+                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 16, "lr_val": 0,
                     "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
                     "cache_short_side": 1, "num_classes": 2}  # fmt: skip
         for name, least in at_least.items():

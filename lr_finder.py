@@ -149,7 +149,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         self._raw: list[float] = []
         self._validating = val_loader is not None
         for group in self.optimizer.param_groups:
-            group.pop("initial_lr", None)
+            group.pop("initial_lr", None)  # of a schedule; the sweep's own would take it for its own
         batches = endless(train_loader)
         self.stopped = "the sweep reached its last learning rate"
         torch_lr_finder.lr_finder.tqdm = partial(tqdm, disable=True if distributed.rank() else None, leave=False)
@@ -164,6 +164,9 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
             if batches is not train_loader and isinstance(batches, _StreamIterator):
                 batches.close()
         self.history["raw_loss"] = self._raw
+
+    def _check_for_scheduler(self) -> None:
+        """An optimiser with a schedule is welcome."""
 
     def _train_batch(self, train_iter: Iterator[Any], *arguments: Any, **options: Any) -> float:
         for group in self.optimizer.param_groups:

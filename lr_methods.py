@@ -26,8 +26,8 @@ class Curve:
 def average(sweeps: list[dict[str, list[float]]]) -> Curve:
     """The mean of several sweeps as far as all of them came."""
     length = min(len(sweep["lr"]) for sweep in sweeps)
-    columns = (np.mean([sweep[name][:length] for sweep in sweeps], 0) for name in ("lr", "raw_loss", "loss"))
-    return Curve(*columns)
+    loss, smoothed = (np.mean([sweep[name][:length] for sweep in sweeps], 0) for name in ("raw_loss", "loss"))
+    return Curve(np.array(sweeps[0]["lr"][:length]), loss, smoothed)
 
 
 def why_unreadable(curve: Curve, smooth_f: float, stopped: str) -> str | None:

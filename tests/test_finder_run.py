@@ -7,7 +7,18 @@ from typing import Any
 
 import cv2
 import pytest
-from program import assert_same_tensors, ledger, metrics, results, run, snapshot_path, tensors, train
+from program import (
+    assert_same_run,
+    assert_same_tensors,
+    cut,
+    ledger,
+    metrics,
+    results,
+    run,
+    snapshot_path,
+    tensors,
+    train,
+)
 
 import run_lr_finder
 
@@ -69,6 +80,62 @@ def test_training_after_the_finder_is_training_without_it(found: Path, tmp_path:
     assert results(auto) == results(by_file) == results(given)
     for other in (by_file, given):
         assert_same_tensors(tensors(snapshot_path(auto, 3)), tensors(snapshot_path(other, 3)))
+
+
+@pytest.mark.slow
+def test_a_constant_schedule_is_given_its_own_rate(found: Path, tmp_path: Path) -> None:
+    source = found / "lr_finder" / "lr_finder.json"
+    train(*SMALL, "--epochs", 1, "--scheduler", "cosine", "--lr_from", source, "--run_dir", tmp_path / "run")
+    told = report(found)
+    assert metrics(tmp_path / "run")[0]["lr"] == told["constant_lr"] < told["suggested_lr"]
+    train(*SMALL, "--epochs", 1, "--scheduler", "cosine", "--lr", "auto", "--run_dir", tmp_path / "auto")
+    assert metrics(tmp_path / "auto")[0]["lr"] == told["constant_lr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [16, 17])
+def test_the_shortest_sweeps_run_and_shorter_ones_are_refused(steps: int, tmp_path: Path) -> None:
+    done = run(*SMALL, "--lr_iter", steps, "--run_dir", tmp_path / "run", entry=run_lr_finder.main)
+    assert done.status in (0, 4), done.err
+    assert len(report(tmp_path / "run")["history"]["lr"]) <= steps
+    refused = run(*SMALL, "--lr_iter", 15, "--run_dir", tmp_path / "none", entry=run_lr_finder.main)
+    assert (refused.status, (tmp_path / "none").exists()) == (2, False)
+    assert "--lr_iter 15" in refused.err
+
+
+@pytest.mark.slow
+def test_validation_losses_judge_the_steps_when_asked_for(tmp_path: Path) -> None:
+    flags = (*SMALL, "--lr_val", 20, "--run_dir")
+    one = run(*flags, tmp_path / "one", entry=run_lr_finder.main)
+    assert one.status in (0, 4), one.err
+    run(*flags, tmp_path / "two", entry=run_lr_finder.main)
+    assert report(tmp_path / "one")["history"] == report(tmp_path / "two")["history"]
+    first = report(tmp_path / "one")["history"]["loss"]
+    run(*SMALL, "--run_dir", tmp_path / "train", entry=run_lr_finder.main)
+    assert first != report(tmp_path / "train")["history"]["loss"]
+    assert abs(first[0] - first[1]) < 0.05  # the same images, at rates of 1e-4
+
+
+@pytest.mark.slow
+def test_the_plan_is_drawn_and_training_is_as_without_it(tmp_path: Path) -> None:
+    flags = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0, "--epochs", 1, "--ledger")
+    drawn = train(*flags, "--plot_schedule", "--run_dir", tmp_path / "drawn")
+    train(*flags, "--run_dir", tmp_path / "plain")
+    image = cv2.imread(str(tmp_path / "drawn" / "plots" / "schedule.png"))
+    assert image is not None
+    assert image.std() > 1
+    assert "plots/schedule.png" in drawn.out
+    assert ledger(tmp_path / "drawn") == ledger(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_adamw_resumes_to_the_bit_and_its_beta_cycles(tmp_path: Path) -> None:
+    flags = ("--max_samples", 64, "--batch_size", 16, "--num_workers", 0, "--epochs", 2, "--optimizer", "adamw")
+    more = (*flags, "--lr", 0.002, "--head_lr_scale", 3, "--ledger", "--snapshot_steps", 1, "--keep_snapshots", 20)
+    train(*more, "--run_dir", tmp_path / "whole")
+    train("--resume_from", cut(tmp_path / "whole", 3, tmp_path / "cut"))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert len({row["momentum"] for row in metrics(tmp_path / "whole")}) > 3
 
 
 def test_a_curve_that_never_falls_is_no_answer(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import torch_lr_finder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from config import default_lr, resolve
 from errors import DivergedError, UsageError
 from loader import StreamingDataLoader
 from lr_finder import (
     FEWEST_POINTS,
     METHODS,
+    SWEEP_STEPS,
     LRFinder,
     RangeTest,
     find_lr,
@@ -26,7 +28,7 @@ from lr_finder import (
     save,
 )
 from lr_methods import Curve, lowest, minimum, slide, steepest, valley
-from optim import build_optimizer
+from optim import build_optimizer, build_schedule
 from preprocess import LocalDataset
 from state import rng_state
 
@@ -313,6 +315,155 @@ def test_torch_lr_finders_own_interface_still_works() -> None:
     assert len(finder.history["lr"]) == len(finder.history["loss"]) == len(finder.history["raw_loss"]) == 25
 
 
+def test_steps_beyond_a_sweep_repeat_it_from_the_same_weights_on_other_batches() -> None:
+    model, optimizer, criterion, loader = make()
+    weights, seen, rates = [], [], []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weights.append(float(sum(p.detach().sum() for p in model.parameters())))
+        seen.append(float(images.sum()))
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        loss: torch.Tensor = criterion(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    result = find_lr_advanced(model, optimizer, criterion, loader, train_step=step, num_iter=150, diverge_th=1e9)
+    assert (result.sweeps, len(result.lr), len(seen)) == (3, SWEEP_STEPS, 150)
+    assert weights[0] == weights[50] == weights[100] != weights[1]
+    assert rates[:50] == rates[50:100] == rates[100:] == result.lr
+    assert seen[:50] != seen[50:100] != seen[100:]
+
+
+def sweeps(*curves: list[float]) -> RangeTest:
+    """A range test of as many sweeps as there are curves, each SWEEP_STEPS long."""
+    return sweep([loss for curve in curves for loss in curve], num_iter=SWEEP_STEPS * len(curves))
+
+
+def v_shape(at: int) -> list[float]:
+    """A fall to a minimum at that step, and a rise."""
+    steps = np.arange(SWEEP_STEPS)
+    loss: list[float] = (2 + 1 / (1 + np.exp((steps - at + 6) / 2)) + 0.2 * np.maximum(0, steps - at)).tolist()
+    return loss
+
+
+def test_the_curve_is_the_mean_of_the_sweeps_as_far_as_all_of_them_came() -> None:
+    whole, broken = v_shape(30), [*v_shape(34)[:40], math.nan]
+    result = sweeps(whole, broken)
+    assert result.loss == pytest.approx([(a + b) / 2 for a, b in zip(whole[:40], broken[:40], strict=True)])
+    assert len(result.lr) == len(result.loss) == 40
+    assert result.stopped == "the loss stopped being a finite number"
+
+
+@pytest.mark.parametrize(
+    ("minima", "level"), [((30, 30), "high"), ((30, 32), "high"), ((29, 32), "medium"), ((22, 38), "low")]
+)
+def test_halves_that_disagree_lower_the_confidence(minima: tuple[int, int], level: str) -> None:
+    result = sweeps(*(v_shape(at) for at in minima))
+    assert result.halves == [sweeps(v_shape(at)).suggestions["lowest"] for at in minima]
+    assert result.confidence[0] == level
+    assert result.confidence[1]
+
+
+def test_one_sweep_is_never_more_than_low_confidence() -> None:
+    result = sweeps(v_shape(30))
+    assert (result.halves, result.confidence[0]) == ([], "low")
+    assert "--lr_iter 100" in result.confidence[1]
+
+
+def test_a_half_without_an_answer_is_low_confidence() -> None:
+    result = sweeps(v_shape(40), [2.0 - 1e-4 * step for step in range(SWEEP_STEPS)])
+    assert result.suggested_lr > 0
+    assert None in result.halves
+    assert result.confidence[0] == "low"
+
+
+def test_methods_that_disagree_lower_the_confidence() -> None:
+    fall_first = [3.0] * 10 + [2.0] + [2.0 - 0.001 * step for step in range(SWEEP_STEPS - 11)]
+    result = sweeps(fall_first, fall_first)
+    assert result.halves[0] == result.halves[1]
+    assert result.confidence[0] == "low"
+
+
+def test_the_rate_for_a_constant_schedule_is_the_share_that_the_default_has() -> None:
+    onecycle, cosine = (default_lr(resolve({"scheduler": name}))[0] for name in ("onecycle", "cosine"))
+    result = sweeps(v_shape(30))
+    assert result.constant_lr / result.suggested_lr == pytest.approx(cosine / onecycle)
+
+
+@pytest.mark.parametrize("attached", ["now", "in a snapshot"])
+def test_an_optimiser_with_a_schedule_is_swept_and_given_back(attached: str) -> None:
+    model, optimizer, criterion, loader = make()
+    build_schedule(optimizer, resolve({"epochs": 2}), 0.3, 10, step=4)
+    if attached == "in a snapshot":
+        saved = optimizer.state_dict()
+        model, optimizer, criterion, loader = make()
+        optimizer.load_state_dict(saved)
+    before = everything(model, optimizer)
+    assert "group.0.initial_lr" in before
+    result = find_lr_advanced(model, optimizer, criterion, loader, num_iter=20)
+    assert result.lr[0] == pytest.approx(1e-5)
+    assert_no_trace(before, everything(model, optimizer))
+
+
+@pytest.mark.parametrize("smooth_f", [0.25, 1.0])
+def test_a_validation_loader_judges_the_steps_in_its_place_and_is_walked_again_each_time(smooth_f: float) -> None:
+    model, optimizer, criterion, loader = make()
+    held_out = DataLoader(TensorDataset(*next(iter(loader))), batch_size=4)
+    finder = LRFinder(model, optimizer, criterion)
+    finder.range_test(loader, val_loader=held_out, end_lr=1.0, num_iter=18, smooth_f=smooth_f, diverge_th=1e9)
+    judged = list(finder.history["raw_loss"])
+    finder.reset()
+    theirs = torch_lr_finder.LRFinder(model, optimizer, criterion)
+    torch.set_rng_state(finder._rng["torch"])
+    theirs.range_test(loader, val_loader=held_out, end_lr=1.0, num_iter=18, smooth_f=0, diverge_th=1e9)
+    assert judged == theirs.history["loss"]
+    assert (finder.history["loss"] == judged) == (smooth_f == 1.0)
+
+
+def test_groups_are_swept_at_their_share_of_the_rate() -> None:
+    model, optimizer, criterion, loader = make()
+    optimizer.param_groups[1]["lr_scale"] = 10.0
+    seen = []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return torch.tensor(3.0 / len(seen))
+
+    result = find_lr_advanced(model, optimizer, criterion, loader, train_step=step, num_iter=20)
+    assert seen == [[lr, pytest.approx(10 * lr)] for lr in result.lr]
+
+
+def test_a_stream_shorter_than_the_sweep_goes_on_in_its_next_epoch_and_is_put_back() -> None:
+    loader = StreamingDataLoader(
+        LocalDataset(np.zeros((32, 4, 4, 3), np.uint8), list(range(32)), ["a"] * 32),
+        lambda image, seed: image,
+        lambda epoch: [np.random.default_rng(epoch).permutation(32)],
+        batch_size=8,
+        image_size=4,
+        train=True,
+        seed=0,
+        num_workers=0,
+        max_bad_fraction=0.0,
+        pin_memory=False,
+    )
+    loader.set_epoch(2, 3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32))
+    seen: list[int] = []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.extend(labels.tolist())
+        return torch.tensor(3.0 - 0.001 * len(seen))
+
+    optimizer = build_optimizer(model, 0.1, 0.9, 0.0)
+    optimizer.step()
+    find_lr_advanced(model, optimizer, nn.CrossEntropyLoss(), loader, train_step=step, num_iter=17)
+    orders = [np.random.default_rng(epoch).permutation(32) for epoch in (2, 3, 4, 5, 6)]
+    assert seen == np.concatenate([orders[0][24:], *orders[1:]])[: 17 * 8].tolist()
+    assert (loader.epoch, loader.start) == (2, 3)
+
+
 # ---- reading a curve -------------------------------------------------------------------------------------------------
 
 LR = 10.0 ** np.arange(-4, 3)
@@ -358,7 +509,9 @@ def test_a_saved_suggestion_is_loaded_to_the_bit_and_the_report_has_its_names(tm
     path = tmp_path / "lr_finder" / "lr_finder.json"
     assert load_suggestion(path) == result.suggested_lr
     report = json.loads(path.read_text())
+    assert load_suggestion(path, constant=True) == result.constant_lr
     assert report.keys() >= {"suggested_lr", "method", "suggestions", "history", "config"}
+    assert report.keys() >= {"constant_lr", "confidence", "halves"}
     assert report["history"] == {"lr": result.lr, "loss": result.loss, "smoothed_loss": result.smoothed_loss}
     assert (report["suggestions"], report["config"]) == (result.suggestions, {"dataset": "digits"})
     lines = (tmp_path / "lr_finder" / "lr_finder.csv").read_text().splitlines()

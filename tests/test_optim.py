@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from config import Config, resolve
 from errors import UsageError
 from model_resnet50 import build_model
-from optim import build_optimizer, build_scaler, build_schedule, describe_schedule
+from optim import build_optimizer, build_scaler, build_schedule, describe_schedule, momentum_of, schedule_at
 
 PEAK = 0.37
 
@@ -216,3 +216,32 @@ def test_the_gradient_scaler_works_for_float16_only() -> None:
 )
 def test_the_schedule_line_says_which_momentum_is_in_force(given: dict[str, Any], line: str) -> None:
     assert describe_schedule(settings(**given), 1234) == line
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("scheduler", ["onecycle", "cosine", "step"])
+def test_the_head_keeps_its_share_of_the_rate_at_every_step(kind: str, scheduler: str) -> None:
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(3, 3))
+    model.add_module("fc", nn.Linear(3, 2))
+    optimizer = build_optimizer(model, 0.1, 0.9, 5e-4, kind, head_lr_scale=4.0)
+    config = settings(epochs=3, scheduler=scheduler, step_size=1)
+    schedule = build_schedule(optimizer, config, PEAK, 10)
+    heads = {id(p) for p in model.fc.parameters()}  # type: ignore[union-attr]
+    seen = []
+    for _ in range(29):
+        lrs = {group["lr"] for group in optimizer.param_groups if id(group["params"][0]) not in heads}
+        head_lrs = {group["lr"] for group in optimizer.param_groups if id(group["params"][0]) in heads}
+        assert len(lrs) == 1
+        assert [lr / 4 for lr in head_lrs] == [pytest.approx(lrs.pop())]
+        seen.append(momentum_of(optimizer.param_groups[0]))
+        schedule.step()
+    assert (min(seen), max(seen)) == ((pytest.approx(0.85, abs=1e-3), 0.95) if scheduler == "onecycle" else (0.9, 0.9))
+
+
+def test_a_point_of_the_plan_is_what_training_has_there_and_draws_no_random_numbers() -> None:
+    config = settings(epochs=3)
+    state = torch.get_rng_state()
+    planned = [schedule_at(config, PEAK, 10, step) for step in range(30)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert planned == [groups[0] for groups in walk(config, 10)]
