@@ -89,7 +89,7 @@ def plot_lr_finder(
     stopped: str,
     path: Path,
 ) -> Path:
-    """Draw a range test on a logarithmic axis, with each method's suggestion and why the sweep ended."""
+    """Draw a range test on a logarithmic axis, with each method's suggestion, the end of the sweeps and its reason."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(lr, loss, color="C0", alpha=0.3, label="loss")
     axes.plot(lr, smoothed, color="C0", label="smoothed loss")
@@ -97,6 +97,7 @@ def plot_lr_finder(
         if value is not None:
             axes.axvline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3g}")
     if smoothed:
+        axes.axvline(lr[-1], color="k", linewidth=0.8, label="end of the sweeps")
         low, high = min(loss), max(smoothed[: max(1, len(smoothed) // 2)])
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.5 * (high - low) + 1e-3)
     axes.set_xscale("log")

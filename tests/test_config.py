@@ -278,11 +278,13 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
     kinds: dict[str, set[str]] = {"fixed": set(), "kept": set(), "forgotten": set()}
     for item in dataclasses.fields(Config):
         kinds[item.metadata["on_resume"]].add(item.name)
-    assert kinds["forgotten"] == {"num_workers", "find_lr", "run_dir", "resume_from", "override", "evaluate", "debug"}
+    assert kinds["forgotten"] == {
+        *("num_workers", "find_lr", "plot_schedule", "run_dir", "resume_from", "override", "evaluate", "debug")
+    }
     assert kinds["kept"] == {
         *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),
         *("cache_dir", "cache_limit_gb", "stall_timeout", "network_patience", "max_bad_steps"),
-        *("ledger", "lr_start", "lr_end", "lr_iter", "lr_step_mode", "lr_smooth_f", "lr_diverge_th"),
+        *("ledger", "lr_start", "lr_end", "lr_iter", "lr_step_mode", "lr_smooth_f", "lr_diverge_th", "lr_val"),
     }
 
 
