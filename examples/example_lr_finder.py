@@ -1,6 +1,6 @@
 """The learning rate finder from Python: find a rate for digits, then see what a tenth and three times of it would do.
 
-    uv run python examples/example_lr_finder.py       # offline, about a minute on two cores
+    uv run python examples/example_lr_finder.py       # offline, less than a minute on two cores
 
 A model, an optimiser, a criterion and a DataLoader are all that `find_lr_advanced` needs; this repository's own parts
 are used here for brevity.
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    config = resolve({"dataset": "digits", "epochs": 3})
+    config = resolve({"dataset": "digits", "epochs": 2})
     data = get_data_loaders(config, CPU)
     training = build_training(config, len(data.classes), CPU)
     result = find_lr_advanced(
