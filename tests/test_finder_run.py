@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import cv2
 import pytest
+from hub import Hub
 from program import (
     assert_same_run,
     assert_same_tensors,
@@ -20,6 +22,7 @@ from program import (
     train,
 )
 
+import lr_finder
 import run_lr_finder
 
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0, "--lr_iter", 40, "--lr_start", 1e-4)
@@ -114,6 +117,35 @@ def test_validation_losses_judge_the_steps_when_asked_for(tmp_path: Path) -> Non
     run(*SMALL, "--run_dir", tmp_path / "train", entry=run_lr_finder.main)
     assert first != report(tmp_path / "train")["history"]["loss"]
     assert abs(first[0] - first[1]) < 0.05  # the same images, at rates of 1e-4
+
+
+@pytest.mark.slow
+def test_a_sweep_over_a_stream_fetches_each_block_once_and_only_those_it_needs(hub_root: Path, tmp_path: Path) -> None:
+    """32 steps of 8 images are 13 of 30 blocks of 20; on top come two windows of 20 and 8 blocks ahead."""
+    flags = ("--dataset", "imagenet1k", "--image_size", 32, "--batch_size", 8, "--streams", 2, "--shuffle_window", 40)
+    finder = (
+        "--model",
+        "resnet18",
+        "--lr_iter",
+        32,
+        "--lr_start",
+        1e-4,
+        "--block_mb",
+        1,
+        "--run_dir",
+        tmp_path / "run",
+    )
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Hub(hub_root, port=int(os.environ["HF_ENDPOINT"].rpartition(":")[2])) as hub,
+    ):
+        patch.setattr(lr_finder, "SWEEP_STEPS", 16)
+        done = run(*flags, *finder, entry=run_lr_finder.main)
+        asked = [request for request in hub.requests if request.range and "/train-" in request.path]
+    assert done.status in (0, 4), done.err
+    blocks = [(request.path, request.range) for request in asked if not str(request.range).startswith("bytes=-")]
+    assert len(blocks) == len(set(blocks))
+    assert 13 <= len(blocks) <= 13 + 4 + 8
 
 
 @pytest.mark.slow

@@ -243,8 +243,9 @@ def test_no_smoothing_leaves_the_losses_as_they_are(smooth_f: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_number_ends_the_sweep_and_stays_out_of_the_curve(bad: float) -> None:
-    result = sweep([*falling(20), bad, *falling(20)])
+@pytest.mark.parametrize("after", [20, 0])
+def test_a_loss_that_is_no_number_ends_the_sweep_and_stays_out_of_the_curve(bad: float, after: int) -> None:
+    result = sweep([*falling(20), bad, *falling(20)[:after]])
     assert len(result.lr) == len(result.loss) == len(result.smoothed_loss) == 20
     assert result.stopped == "the loss stopped being a finite number"
     assert result.loss == falling(20)
