@@ -42,7 +42,7 @@ TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class RangeTest:
     """A range test: learning rates, losses (means over the sweeps, of equal length) and each method's suggestion.
 
-    `halves` are the default method's suggestions from every other sweep and from the rest; none after a single sweep.
+    `halves` are what the same method says of every other sweep and of the rest; there are none after a single sweep.
     Suggestions are OneCycle's `max_lr`, None where the curve shows none.
     """
 
