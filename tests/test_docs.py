@@ -1,6 +1,5 @@
 """The documents' commands run as they are written; of those that need the Hub or more machines the flags are real."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -41,7 +40,7 @@ def test_every_offline_command_runs_as_written(document: str, tmp_path: Path) ->
         done = subprocess.run(
             [sys.executable, *shlex.split(command.removeprefix("uv run python "))],
             cwd=tmp_path,
-            env=environment(OMP_NUM_THREADS=str(os.cpu_count())),
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
