@@ -12,6 +12,8 @@ from typing import Any
 from errors import SnapshotError, UsageError
 
 LINEAR_SCALING_BATCH = 256
+CONSTANT_SHARE = 0.25  # of OneCycle's peak, for the schedules that start at their highest rate
+FEWEST_LR_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Config:
             if isinstance(value, str) and "://" in value:
                 raise UsageError(f"--{name} is a URL; give a Hub id or something on this machine")
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
-                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": 16, "lr_val": 0,
+                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": FEWEST_LR_STEPS, "lr_val": 0,
                     "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
                     "cache_short_side": 1, "num_classes": 2}  # fmt: skip
         for name, least in at_least.items():
@@ -345,6 +347,6 @@ def default_lr(config: Config) -> tuple[float, str]:
     The constant schedules start at the rate that OneCycle only peaks at, so they get a quarter of it: for ImageNet
     0.1 per 256 images (Goyal et al.) against 0.4 (ffcv-imagenet trains at 1.7 for 1,024).
     """
-    base = PRESETS[config.dataset].lr * (1.0 if config.scheduler == "onecycle" else 0.25)
+    base = PRESETS[config.dataset].lr * (1.0 if config.scheduler == "onecycle" else CONSTANT_SHARE)
     lr = base * config.batch_size / LINEAR_SCALING_BATCH
     return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} (linear scaling of the batch)"

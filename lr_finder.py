@@ -23,15 +23,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
+from config import CONSTANT_SHARE, FEWEST_LR_STEPS
 from durable import read_small, write_durably
 from errors import DivergedError, UsageError
 from loader import Batch, StreamingDataLoader
-from lr_methods import FEWEST_POINTS, METHODS, WITNESSES, average, why_unreadable
+from lr_methods import METHODS, WITNESSES, average, why_unreadable
 from state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "lowest"
 SWEEP_STEPS = 50
-CONSTANT_SHARE = 0.25  # as in config.default_lr
 HALVES_AGREE = {"high": 2.0, "medium": 3.0}  # the largest ratio of learning rates for each confidence
 METHODS_AGREE = {"high": 6.0, "medium": 10.0}
 
@@ -257,14 +257,17 @@ def find_lr_advanced(
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method}; choose from {', '.join(METHODS)}")
-    if num_iter < FEWEST_POINTS:
-        raise UsageError(f"--lr_iter {num_iter} is too short a sweep to read; use {FEWEST_POINTS} or more")
+    if num_iter < FEWEST_LR_STEPS:
+        raise UsageError(f"--lr_iter {num_iter} is too short a sweep to read; use {FEWEST_LR_STEPS} or more")
     count = max(1, num_iter // SWEEP_STEPS)
     finder = LRFinder(model, optimizer, criterion, train_step=train_step, grad_scaler=grad_scaler)
     batches = endless(loader)
     sweeps: list[dict[str, list[float]]] = []
+    endings: list[str] = []
     try:
         for number in range(count):
+            if number:
+                torch.manual_seed(number)  # each sweep drops out and shuffles otherwise
             finder.range_test(
                 batches,
                 start_lr=start_lr,
@@ -275,14 +278,15 @@ def find_lr_advanced(
                 diverge_th=diverge_th,
             )
             sweeps.append(finder.history)
+            endings.append(finder.stopped)
             finder.reset()
-            torch.manual_seed(number + 1)  # each sweep drops out and shuffles otherwise
     finally:
         finder.reset()
         if isinstance(batches, _StreamIterator):
             batches.close()
     curve = average(sweeps)
-    problem = why_unreadable(curve, smooth_f, finder.stopped)
+    stopped = min(zip(sweeps, endings, strict=True), key=lambda sweep: len(sweep[0]["lr"]))[1]
+    problem = why_unreadable(curve, smooth_f, stopped)
     suggestions = {name: None if problem else suggest(curve) for name, suggest in METHODS.items()}
     parts = [average(sweeps[first::2]) for first in range(2)] if count > 1 else []
     halves = [None if why_unreadable(part, smooth_f, "") else METHODS[method](part) for part in parts]
@@ -292,7 +296,7 @@ def find_lr_advanced(
         smoothed_loss=curve.smoothed.tolist(),
         suggestions=suggestions,
         method=method,
-        stopped=problem or finder.stopped,
+        stopped=problem or stopped,
         sweeps=count,
         halves=halves,
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEWEST_POINTS = 16
+from config import FEWEST_LR_STEPS
+
 FIRST_POINTS = 8
 LEAST_FALL = 0.02
 SKIP_START = 10
@@ -35,8 +36,8 @@ def why_unreadable(curve: Curve, smooth_f: float, stopped: str) -> str | None:
     the noise, that of the first few losses' mean and of an exponential average (2 - f) / f losses wide together.
     """
     loss, smoothed = curve.loss, curve.smoothed
-    if len(loss) < FEWEST_POINTS:
-        return f"{stopped} after {len(loss)} of the {FEWEST_POINTS} steps that a curve needs"
+    if len(loss) < FEWEST_LR_STEPS:
+        return f"{stopped} after {len(loss)} of the {FEWEST_LR_STEPS} steps that a curve needs"
     first, lowest = loss[:FIRST_POINTS].mean(), smoothed[FIRST_POINTS:].min()
     falling = loss[: max(FIRST_POINTS, smoothed.argmin() + 1)]
     noise = np.diff(falling).std() / math.sqrt(2)

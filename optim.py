@@ -33,17 +33,12 @@ def build_optimizer(
     Tensors of rank 1 (biases, BatchNorm) are not decayed (He et al. 2018, Bag of Tricks, section 3.1). The classifier
     `fc` learns at `head_lr_scale` times the rate of the rest: groups carry that factor as `lr_scale`.
     """
-    groups = []
-    for head in (False, True):
-        for decay in (True, False):
-            named = [
-                (name, p)
-                for name, p in model.named_parameters()
-                if name.startswith("fc.") == head and (p.ndim > 1) == decay
-            ]
-            scale = head_lr_scale if head else 1.0
-            groups.append({"params": named, "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale})
-    groups = [group for group in groups if group["params"]]
+    named: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        scale = head_lr_scale if name.startswith("fc.") else 1.0
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        named.setdefault((scale, decay), []).append((name, parameter))
+    groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in named.items()]
     if kind == "adamw":
         return AdamW(groups, lr=lr, betas=(momentum, 0.999))
     return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)

@@ -22,6 +22,7 @@ from errors import Interrupted, UsageError, run_front_door
 
 if TYPE_CHECKING:
     from loader import Batch
+    from lr_finder import RangeTest
     from preprocess import Data
     from stopping import StopRequest
     from train import Training
@@ -70,14 +71,15 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
     import lr_finder
     from distributed import mean_over_ranks, print0, rank, world_size
     from train import evaluate, train_step
-    from visualization import plot_lr_finder
 
     judges: list[Batch] = []
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         stop.check()
         loss = mean_over_ranks(train_step(training, images, labels)[0])
-        return torch.tensor(evaluate(training, judges, stop)["val_loss"]) if config.lr_val else loss
+        if not config.lr_val or not loss.isfinite():
+            return loss
+        return torch.tensor(evaluate(training, judges, stop)["val_loss"])
 
     try:
         if config.lr_val:
@@ -104,15 +106,7 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
             stop.check()
         raise
     if rank() == 0:
-        lr_finder.save(result, folder / "lr_finder", asdict(config))
-        plot_lr_finder(
-            result.lr,
-            result.loss,
-            result.smoothed_loss,
-            result.suggestions,
-            result.stopped,
-            folder / "lr_finder" / "lr_finder.png",
-        )
+        _write(result, config, folder / "lr_finder")
     values = "  ".join(f"{name} {'none' if lr is None else f'{lr:.3g}'}" for name, lr in result.suggestions.items())
     print0(f"finder    {result.sweeps} x {len(result.lr)} steps, {result.stopped}; {values}")
     lr = result.suggested_lr if config.scheduler == "onecycle" else result.constant_lr
@@ -120,6 +114,15 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
     print0(f"finder    {result.method} is used; confidence {sure}: {why}")
     print0(f"finder    max_lr {result.suggested_lr:.3g} for onecycle, lr {result.constant_lr:.3g} for cosine and step")
     return lr
+
+
+def _write(result: "RangeTest", config: Config, folder: Path) -> None:
+    import lr_finder
+    from visualization import plot_lr_finder
+
+    lr_finder.save(result, folder, asdict(config))
+    picture = folder / "lr_finder.png"
+    plot_lr_finder(result.lr, result.loss, result.smoothed_loss, result.suggestions, result.stopped, picture)
 
 
 if __name__ == "__main__":

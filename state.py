@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import distributed
 from errors import UsageError
 from snapshot import Snapshot
 
-OPTIMIZER_STATE = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")  # of SGD, and of AdamW
+OPTIMIZER_STATE = {SGD: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_avg_sq")}
 
 
 @dataclass
@@ -75,10 +75,10 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
     except RuntimeError as error:
         raise UsageError(f"{snapshot.path} holds another model than the one asked for") from error
     for name, parameter in model.named_parameters():
-        for key in OPTIMIZER_STATE:
+        for key in OPTIMIZER_STATE[type(optimizer)]:  # an --override may have changed the optimiser: it starts anew
             saved = parts["optimizer"].get(f"{name}.{key}")
             if saved is not None:
-                like = parameter.detach() if saved.ndim else torch.empty(())  # Adam counts its steps on the CPU
+                like = torch.empty(()) if key == "step" else parameter.detach()  # Adam counts its steps on the CPU
                 optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
     if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
         scaler.load_state_dict(snapshot.state["scaler"])

@@ -203,7 +203,7 @@ def ratios(contest: Contest, first: str, second: str) -> list[float]:
 
 def spread(contest: Contest, first: str, second: str) -> str:
     """Median and extremes of `ratios`; nothing for a system against itself, or one that did not run."""
-    if first == second or contest.results[second].note:
+    if first == second or contest.results[first].note or contest.results[second].note:
         return ""
     found = ratios(contest, first, second)
     return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"

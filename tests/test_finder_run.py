@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from program import (
     tensors,
     train,
 )
+from purity import mishap
 
 import lr_finder
 import run_lr_finder
@@ -120,7 +120,16 @@ def test_validation_losses_judge_the_steps_when_asked_for(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_sweep_over_a_stream_fetches_each_block_once_and_only_those_it_needs(hub_root: Path, tmp_path: Path) -> None:
+def test_a_training_loss_that_is_no_number_ends_the_sweep_whoever_judges(tmp_path: Path) -> None:
+    with mishap("nan"):
+        run(*SMALL, "--lr_val", 20, "--run_dir", tmp_path / "run", entry=run_lr_finder.main)
+    assert "finite number" in report(tmp_path / "run")["stopped"]
+
+
+@pytest.mark.slow
+def test_a_sweep_over_a_stream_fetches_each_block_once_and_only_those_it_needs(
+    hub_root: Path, hub_port: int, tmp_path: Path
+) -> None:
     """32 steps of 8 images are 13 of 30 blocks of 20; on top come two windows of 20 and 8 blocks ahead."""
     flags = ("--dataset", "imagenet1k", "--image_size", 32, "--batch_size", 8, "--streams", 2, "--shuffle_window", 40)
     finder = (
@@ -137,7 +146,7 @@ def test_a_sweep_over_a_stream_fetches_each_block_once_and_only_those_it_needs(h
     )
     with (
         pytest.MonkeyPatch.context() as patch,
-        Hub(hub_root, port=int(os.environ["HF_ENDPOINT"].rpartition(":")[2])) as hub,
+        Hub(hub_root, port=hub_port) as hub,
     ):
         patch.setattr(lr_finder, "SWEEP_STEPS", 16)
         done = run(*flags, *finder, entry=run_lr_finder.main)
@@ -168,6 +177,16 @@ def test_adamw_resumes_to_the_bit_and_its_beta_cycles(tmp_path: Path) -> None:
     train("--resume_from", cut(tmp_path / "whole", 3, tmp_path / "cut"))
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     assert len({row["momentum"] for row in metrics(tmp_path / "whole")}) > 3
+
+
+@pytest.mark.slow
+def test_another_optimiser_starts_its_moments_anew_on_a_resume(tmp_path: Path) -> None:
+    flags = ("--max_samples", 64, "--batch_size", 16, "--num_workers", 0, "--epochs", 2, "--snapshot_steps", 1)
+    for first, then in (("sgd", "adamw"), ("adamw", "sgd")):
+        train(*flags, "--keep_snapshots", 20, "--optimizer", first, "--run_dir", tmp_path / first)
+        copy = cut(tmp_path / first, 3, tmp_path / f"{first} cut")
+        train("--resume_from", copy, "--override", f"optimizer={then}")
+        assert len(metrics(copy)) == len(metrics(tmp_path / first))
 
 
 def test_a_curve_that_never_falls_is_no_answer(tmp_path: Path) -> None:

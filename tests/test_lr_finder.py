@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import torch_lr_finder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from config import default_lr, resolve
+from config import FEWEST_LR_STEPS, default_lr, resolve
 from errors import DivergedError, UsageError
 from loader import StreamingDataLoader
 from lr_finder import (
-    FEWEST_POINTS,
     METHODS,
     SWEEP_STEPS,
     LRFinder,
@@ -146,20 +146,25 @@ def test_the_scaler_is_put_back() -> None:
     assert scaler.state_dict() == before
 
 
-def test_a_streaming_loader_is_read_on_into_its_next_epoch_and_closed() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), np.uint8)
-    streaming = StreamingDataLoader(
-        LocalDataset(images, [0, 1] * 16, ["a", "b"]),
+def stream(images: np.ndarray, labels: list[int], order: Callable[[int], np.ndarray], num_workers: int = 0) -> Any:
+    """A loader of one stream of 4x4 images in batches of 8."""
+    return StreamingDataLoader(
+        LocalDataset(images, labels, [str(label) for label in sorted(set(labels))]),
         lambda image, seed: image,
-        lambda epoch: [np.arange(32)],
+        lambda epoch: [order(epoch)],
         batch_size=8,
         image_size=4,
         train=True,
         seed=0,
-        num_workers=2,
+        num_workers=num_workers,
         max_bad_fraction=0.0,
         pin_memory=False,
     )
+
+
+def test_a_streaming_loader_is_read_on_into_its_next_epoch_and_closed() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 3), np.uint8)
+    streaming = stream(images, [0, 1] * 16, lambda epoch: np.arange(32), num_workers=2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     optimizer = build_optimizer(model, 0.1, 0.9, 0.0)
     seen = []
@@ -252,7 +257,7 @@ def test_a_loss_that_is_no_number_ends_the_sweep_and_stays_out_of_the_curve(bad:
     assert all(lr is not None and lr <= result.lr[-1] for lr in result.suggestions.values())
 
 
-@pytest.mark.parametrize("at", [0, 1, FEWEST_POINTS - 1])
+@pytest.mark.parametrize("at", [0, 1, FEWEST_LR_STEPS - 1])
 def test_a_sweep_that_breaks_early_suggests_nothing(at: int) -> None:
     result = sweep([*falling(40)[:at], math.nan, *falling(40)])
     assert result.suggestions == dict.fromkeys(METHODS)
@@ -295,7 +300,7 @@ def test_a_diverging_loss_ends_the_sweep_and_is_told_apart_from_a_whole_one() ->
     assert len(sweep(raw, smooth_f=1.0, diverge_th=1000.0).lr) == 60
 
 
-@pytest.mark.parametrize("options", [{"method": "best"}, {"num_iter": FEWEST_POINTS - 1}])
+@pytest.mark.parametrize("options", [{"method": "best"}, {"num_iter": FEWEST_LR_STEPS - 1}])
 def test_a_sweep_that_could_tell_nothing_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         sweep(falling(40), **options)
@@ -337,6 +342,21 @@ def test_steps_beyond_a_sweep_repeat_it_from_the_same_weights_on_other_batches()
     assert seen[:50] != seen[50:100] != seen[100:]
 
 
+def test_each_sweep_draws_other_random_numbers() -> None:
+    loader = stream(np.zeros((32, 4, 4, 3), np.uint8), list(range(32)), lambda epoch: np.arange(32))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32))
+    drawn: list[float] = []
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.rand(()).item())
+        return torch.tensor(3.0 - 0.001 * len(drawn))
+
+    optimizer = build_optimizer(model, 0.1, 0.9, 0.0)
+    optimizer.step()
+    find_lr_advanced(model, optimizer, nn.CrossEntropyLoss(), loader, train_step=step, num_iter=150)
+    assert len(set(drawn)) == 150
+
+
 def sweeps(*curves: list[float]) -> RangeTest:
     """A range test of as many sweeps as there are curves, each SWEEP_STEPS long."""
     return sweep([loss for curve in curves for loss in curve], num_iter=SWEEP_STEPS * len(curves))
@@ -349,9 +369,10 @@ def v_shape(at: int) -> list[float]:
     return loss
 
 
-def test_the_curve_is_the_mean_of_the_sweeps_as_far_as_all_of_them_came() -> None:
+@pytest.mark.parametrize("first", ["whole", "broken"])
+def test_the_curve_is_the_mean_of_the_sweeps_as_far_as_all_of_them_came(first: str) -> None:
     whole, broken = v_shape(30), [*v_shape(34)[:40], math.nan]
-    result = sweeps(whole, broken)
+    result = sweeps(whole, broken) if first == "whole" else sweeps(broken, whole)
     assert result.loss == pytest.approx([(a + b) / 2 for a, b in zip(whole[:40], broken[:40], strict=True)])
     assert len(result.lr) == len(result.loss) == 40
     assert result.stopped == "the loss stopped being a finite number"
@@ -437,18 +458,8 @@ def test_groups_are_swept_at_their_share_of_the_rate() -> None:
 
 
 def test_a_stream_shorter_than_the_sweep_goes_on_in_its_next_epoch_and_is_put_back() -> None:
-    loader = StreamingDataLoader(
-        LocalDataset(np.zeros((32, 4, 4, 3), np.uint8), list(range(32)), ["a"] * 32),
-        lambda image, seed: image,
-        lambda epoch: [np.random.default_rng(epoch).permutation(32)],
-        batch_size=8,
-        image_size=4,
-        train=True,
-        seed=0,
-        num_workers=0,
-        max_bad_fraction=0.0,
-        pin_memory=False,
-    )
+    order = lambda epoch: np.random.default_rng(epoch).permutation(32)
+    loader = stream(np.zeros((32, 4, 4, 3), np.uint8), list(range(32)), order)
     loader.set_epoch(2, 3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32))
     seen: list[int] = []
@@ -494,10 +505,18 @@ def test_each_method_reads_a_known_curve_as_its_formula_says(method: Any, loss: 
     assert method(Curve(lr, loss, loss)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_blow_up_at_the_end_does_not_move_the_lowest_loss() -> None:
+    lr, loss = np.geomspace(1e-5, 10, 50), np.array([*v_shape(40)[:49], 0.0])
+    loss[-1] = 3 * loss[:8].mean()
+    expected = lowest(Curve(lr, loss, loss))
+    loss[-1] = 1e30
+    assert lowest(Curve(lr, loss, loss)) == expected
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_survives_the_shortest_curve_there_is(method: str) -> None:
-    lr = np.logspace(-4, 0, FEWEST_POINTS)
-    for loss in (np.linspace(2, 1, FEWEST_POINTS), np.linspace(1, 2, FEWEST_POINTS), np.ones(FEWEST_POINTS)):
+    lr = np.logspace(-4, 0, FEWEST_LR_STEPS)
+    for loss in (np.linspace(2, 1, FEWEST_LR_STEPS), np.linspace(1, 2, FEWEST_LR_STEPS), np.ones(FEWEST_LR_STEPS)):
         assert 0 < METHODS[method](Curve(lr, loss, loss)) <= 1
 
 

@@ -1,6 +1,5 @@
 """The finder leaves no trace: in any precision, on one rank or two, from disk or stream, whatever interrupts it."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ STREAM = ["--dataset", "imagenet1k", "--image_size", "32"]
 STEPS = {"none": 32, "nan": EVENT_STEP, "exception": EVENT_STEP, "interrupt": EVENT_STEP}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hub(hub_root: Path) -> Iterator[None]:
-    with Hub(hub_root, port=int(os.environ["HF_ENDPOINT"].rpartition(":")[2])):
+@pytest.fixture(autouse=True)
+def hub(hub_root: Path, hub_port: int) -> Iterator[None]:
+    with Hub(hub_root, port=hub_port):
         yield
 
 
