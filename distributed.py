@@ -1,9 +1,10 @@
 """torchrun: one process a device, and the few collective operations the program needs.
 
-Numbers of the training step are reduced on the device; everything else (signals, ids, evaluation counts) goes through
-a gloo group on the host, which never makes the device wait.
+Numbers of the training step are reduced where they are; everything else (signals, ids, evaluation counts) goes through
+a gloo group on the host, which never makes a GPU wait.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +19,7 @@ _host_group: Any = None
 
 
 def init(device_flag: str) -> torch.device:
-    """Join torchrun's processes, if there are any, and return this process's device.
+    """Join torchrun's processes, if there are any, until this one ends, and return this process's device.
 
     Raises UsageError for a device that this machine does not have.
     """
@@ -27,6 +28,7 @@ def init(device_flag: str) -> torch.device:
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         _join("nccl" if device.type == "cuda" else "gloo")
         _host_group = dist.new_group(backend="gloo")
+        atexit.register(_leave)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -57,10 +59,13 @@ def _pick_device(flag: str) -> torch.device:
         ) from error
 
 
-def cleanup() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _leave() -> None:
+    """Leave the process groups. The threads of the host's end with the last reference to it: one of them that frees
+    a tensor of Python's while the interpreter is taken down would abort the process.
+    """
+    global _host_group
+    _host_group = None
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -79,11 +84,16 @@ def print0(*values: Any, sep: str = " ") -> None:
         print(*values, sep=sep, flush=True)
 
 
+def _group_of(tensor: torch.Tensor) -> Any:
+    """The host's group for a tensor there; DDP keeps the other one, and its threads, to the end of the process."""
+    return _host_group if tensor.is_cpu else None
+
+
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The mean of a float tensor over ranks; the tensor itself on one rank."""
     if world_size() > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_group_of(values))
         values /= world_size()
     return values
 
@@ -119,7 +129,7 @@ def copy_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite these tensors with rank 0's."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=_group_of(tensor))
 
 
 def from_rank0(value: Any) -> Any:

@@ -51,16 +51,13 @@ def _run(argv: list[str]) -> None:
 
     config, snapshot = _settings(given)
     device = distributed.init(config.device)
-    try:
-        data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
-        distributed.print0(*describe_data(config, data), sep="\n")
-        training = build_training(config, len(data.classes), device)
-        if config.evaluate:
-            _evaluate(data, training, snapshot, config)
-        else:
-            _train(config, data, training, snapshot, argv)
-    finally:
-        distributed.cleanup()
+    data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
+    distributed.print0(*describe_data(config, data), sep="\n")
+    training = build_training(config, len(data.classes), device)
+    if config.evaluate:
+        _evaluate(data, training, snapshot, config)
+    else:
+        _train(config, data, training, snapshot, argv)
 
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":

@@ -47,17 +47,14 @@ def _run(argv: list[str]) -> None:
     from train import build_training
 
     device = distributed.init(config.device)
-    try:
-        data = get_data_loaders(config, device)
-        distributed.print0(*describe_data(config, data), sep="\n")
-        training = build_training(config, len(data.classes), device)
-        with open_run_folder(config, None, argv) as folder:
-            lr = search(config, data, training, folder, StopRequest.listening(data.train, data.val))
-        kept = shlex.join(argument for argument in argv if argument != "--find_lr")
-        distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
-        distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
-    finally:
-        distributed.cleanup()
+    data = get_data_loaders(config, device)
+    distributed.print0(*describe_data(config, data), sep="\n")
+    training = build_training(config, len(data.classes), device)
+    with open_run_folder(config, None, argv) as folder:
+        lr = search(config, data, training, folder, StopRequest.listening(data.train, data.val))
+    kept = shlex.join(argument for argument in argv if argument != "--find_lr")
+    distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
+    distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
 
 
 def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> float:

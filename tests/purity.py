@@ -135,7 +135,6 @@ def main() -> None:
     distributed.init("cpu")
     for precision, event, changed, steps in run_cases(flags, Path(folder)):
         print(f"case {distributed.rank()} {precision} {event} {steps} {','.join(changed) or 'pure'}", flush=True)
-    distributed.cleanup()
 
 
 if __name__ == "__main__":

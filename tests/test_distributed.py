@@ -130,8 +130,8 @@ def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
     assert_same_run(folder, two_ranks)
 
 
-def test_ranks_that_another_launcher_started_find_each_other() -> None:
-    code = "import distributed as d; d.init('cpu'); print(d.rank(), d.world_size(), d.largest_over_ranks(d.rank()))"
+def two_processes(code: str) -> list[str]:
+    """What two processes that another launcher than torchrun started print."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -145,7 +145,27 @@ def test_ranks_that_another_launcher_started_find_each_other() -> None:
         )
         for rank in "01"
     ]
-    assert [rank.communicate(timeout=TIMEOUT)[0] for rank in ranks] == ["0 2 1\n", "1 2 1\n"]
+    return [rank.communicate(timeout=TIMEOUT)[0] for rank in ranks]
+
+
+def test_ranks_that_another_launcher_started_find_each_other() -> None:
+    code = "import distributed as d; d.init('cpu'); print(d.rank(), d.world_size(), d.largest_over_ranks(d.rank()))"
+    assert two_processes(code) == ["0 2 1\n", "1 2 1\n"]
+
+
+def test_no_thread_of_gloo_is_left_to_abort_a_process_that_ends() -> None:
+    code = """
+import atexit, pathlib, torch, distributed as d
+
+def threads():
+    return sum(path.read_text().startswith("pt_gloo") for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+atexit.register(lambda: print(threads()))
+d.init("cpu")
+d.largest_over_ranks(d.rank()), d.mean_over_ranks(torch.ones(1)), d.copy_from_rank0([torch.ones(1)])
+print(threads() > 0)
+"""
+    assert two_processes(code) == ["True\n0\n", "True\n0\n"]
 
 
 def signal_torchrun(process: "subprocess.Popen[str]", folder: Path, rng: random.Random, in_a_save: bool) -> None:
