@@ -1,10 +1,15 @@
-"""What is done to a whole batch on the device."""
+"""What is done to a whole batch on the device: crop, flip and cutout, drawn for each sample, and normalisation."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DRAWS = 5  # for a sample: flip, two for the crop, two for the cutout
 
 
 class Normalize(nn.Module):
@@ -23,3 +28,69 @@ class Normalize(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of uint8 images (N, H, W, 3) that keep their size, each a function of (seed, epoch, sample id).
+
+    `padding` pixels of black on every side before a crop to the old size, `flip` left to right in half of the cases,
+    and a grey square of `cutout` pixels around a random centre (DeVries and Taylor 2017), in this order.
+    """
+
+    seed: int
+    flip: bool = False
+    padding: int = 0
+    cutout: int = 0
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """`images` on any device, their `ids` (int64) on the host."""
+        draws = torch.from_numpy(sample_bits(self.seed, epoch, ids.numpy())).to(images.device, non_blocking=True)
+        if self.padding:
+            images = crop(images, self.padding, _below(draws[:, 1:3], 2 * self.padding + 1))
+        if self.flip:
+            images = torch.where(_below(draws[:, :1], 2).bool()[:, :, None, None], images.flip(2), images)
+        if self.cutout:
+            centres = torch.cat([_below(draws[:, 3 + i : 4 + i], images.shape[1 + i]) for i in range(2)], dim=1)
+            images = cut_out(images, self.cutout, centres)
+        return images
+
+
+def sample_bits(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """DRAWS random int64 in 0..2^32 - 1 for each sample, (N, DRAWS): outputs DRAWS * id and on of one SplitMix64.
+
+    Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators.
+    """
+    start = np.random.SeedSequence((seed, epoch, DRAWS)).generate_state(1, np.uint64)
+    index = ids.astype(np.uint64)[:, None] * np.uint64(DRAWS) + np.arange(1, DRAWS + 1, dtype=np.uint64)
+    bits: np.ndarray = start + index * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(32)).astype(np.int64)
+
+
+def _below(bits: torch.Tensor, limit: int) -> torch.Tensor:
+    """Numbers of 32 random bits -> int64 in 0..limit - 1, evenly."""
+    return bits * limit >> 32
+
+
+def crop(images: torch.Tensor, padding: int, corners: torch.Tensor) -> torch.Tensor:
+    """Images (N, H, W, 3) padded with zeros on every side, cut back to (H, W) from `corners` (N, 2) in 0..2 padding."""
+    count, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    rows = corners[:, 0, None] + torch.arange(height, device=images.device)
+    columns = corners[:, 1, None] + torch.arange(width, device=images.device)
+    which = torch.arange(count, device=images.device)
+    return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def cut_out(images: torch.Tensor, side: int, centres: torch.Tensor) -> torch.Tensor:
+    """Images (N, H, W, 3) with a square of `side` pixels around `centres` (N, 2) in the mean colour of ImageNet."""
+    masks = []
+    for axis in range(2):
+        first = centres[:, axis, None] - side // 2
+        place = torch.arange(images.shape[1 + axis], device=images.device)
+        masks.append((place >= first) & (place < first + side))
+    mask = masks[0][:, :, None] & masks[1][:, None, :]
+    grey = (torch.tensor(IMAGENET_MEAN, device=images.device) * 255).round().to(torch.uint8)
+    return torch.where(mask[..., None], grey, images)

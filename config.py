@@ -75,6 +75,7 @@ class Config:
     image_size: int = flag("data", "height and width of a training image, pixels", FROM_PRESET)
     eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size")
     crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
+    cutout: int = flag("data", "side of the grey square that is put into each training image, pixels", 0)
     dummy_data: bool = flag("data", "imagenet1k: try everything on generated images in its schema; no token needed", False)
     cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept")
     cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept")
@@ -104,6 +105,7 @@ class Config:
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping")
     amp: bool = flag("training", "mixed precision", False)
     amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has it")
+    compile: bool = flag("training", "compile the model with torch.compile: about a minute at the start, then faster steps on a GPU", False)
     device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is")
     seed: int = flag("training", "decides weights, order and augmentation", 0)
     deterministic: bool = flag("training", "only deterministic GPU kernels (slower)", False)
@@ -141,6 +143,7 @@ class Config:
     max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept")
     log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept")
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
+    profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 
@@ -153,7 +156,7 @@ class Config:
         at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
                     "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": FEWEST_LR_STEPS, "lr_val": 0,
                     "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
-                    "cache_short_side": 1, "num_classes": 2}  # fmt: skip
+                    "cache_short_side": 1, "num_classes": 2, "cutout": 0, "profile": 0}  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -203,6 +206,11 @@ class Config:
             raise UsageError(
                 f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"
             )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the dataset fits into the memory of any device, and is kept there."""
+        return self.dataset in ("digits", "cifar10", "cifar100")
 
     @property
     def dataset_id(self) -> str:

@@ -1,11 +1,13 @@
-"""StreamingDataLoader: images fetched and decoded in parallel, straight into whole uint8 batches."""
+"""Batches in the order of an epoch, and StreamingDataLoader, which fetches and decodes images in parallel."""
 
 import io
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from augment import Augment
 from errors import DataError
 
 cv2.setNumThreads(0)
@@ -61,45 +64,37 @@ class Batch(NamedTuple):
     ids: torch.Tensor
 
 
-class StreamingDataLoader:
-    """Batches of `(images, labels, ids)` in an order that is a function of the epoch alone.
+class Loader(ABC):
+    """Batches of `(images, labels, ids)` on `device`, in an order that is a function of the epoch alone.
 
     `order(epoch)` gives this process's streams as int64 arrays of sample ids. In training a batch takes an equal share
-    of each stream and the incomplete last batch is dropped; a sample that cannot be read is replaced by the next
-    readable one of its stream. Without `train` nothing is dropped or replaced, and an unreadable image has label -1.
+    of each stream and the incomplete last batch is dropped; otherwise nothing is dropped. `augment` is applied to whole
+    batches on the device. Ids stay on the host.
 
-    Iterating yields the epoch given to `set_epoch`, from its step `start` on; no other state exists.
-    Raises DataError when more than `max_bad_fraction` of the dataset cannot be read, and InterruptedError when it had
-    to wait and `should_stop()` is true.
+    Iterating yields the epoch given to `set_epoch`, from its step `start` on; no other state exists. On a GPU a batch
+    is copied and augmented in a stream of its own, beside the step of the one before.
     """
 
     def __init__(
         self,
-        dataset: ImageDataset,
-        transform: Transform,
+        dataset: Any,
         order: Callable[[int], list[np.ndarray]],
         *,
         batch_size: int,
-        image_size: int,
         train: bool,
-        seed: int,
-        num_workers: int,
-        max_bad_fraction: float,
-        pin_memory: bool,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+        augment: Augment | None = None,
     ) -> None:
         self.dataset = dataset
-        self.transform = transform
         self.order = order
         self.batch_size = batch_size
-        self.image_size = image_size
         self.train = train
-        self.seed = seed
-        self.num_workers = num_workers
-        self.max_bad = int(max_bad_fraction * len(dataset))
-        self.pin_memory = pin_memory
+        self.device = device
+        self.augment = augment
         self.should_stop: Callable[[], bool] = lambda: False
         self.epoch = 0
         self.start = 0
+        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         streams = order(0)
         self._share = batch_size // max(1, len(streams))
         lengths = [len(stream) for stream in streams]
@@ -114,12 +109,68 @@ class StreamingDataLoader:
         self.epoch = epoch
         self.start = start
 
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def _spans(self, streams: list[np.ndarray]) -> list[list[tuple[int, int]]]:
+        """The part of each stream that goes into each batch from `start` on."""
+        return [
+            [(step * self._share, min((step + 1) * self._share, len(stream))) for stream in streams]
+            for step in range(self.start, self._steps)
+        ]
+
+    def _on_device(self, batch: Batch, epoch: int) -> Batch:
+        with torch.cuda.stream(self._copies):  # no stream at all on a CPU
+            images = batch.images.to(self.device, non_blocking=True)
+            labels = batch.labels.to(self.device, non_blocking=True)
+            if self.augment is not None:
+                images = self.augment(images, batch.ids, epoch)
+        if self._copies is not None:
+            user = torch.cuda.current_stream(self.device)
+            user.wait_stream(self._copies)
+            images.record_stream(user)
+            labels.record_stream(user)
+        return Batch(images, labels, batch.ids)
+
+
+def ids_of(streams: list[np.ndarray], spans: list[tuple[int, int]]) -> np.ndarray:
+    """The sample ids of a batch."""
+    return np.concatenate([stream[first:end] for stream, (first, end) in zip(streams, spans, strict=True)])
+
+
+class StreamingDataLoader(Loader):
+    """A `Loader` whose threads read, decode and transform images while others are trained on.
+
+    A training sample that cannot be read is replaced by the next readable one of its stream; otherwise an unreadable
+    image has label -1. `read_seconds` adds up the time that the threads have spent waiting for encoded images.
+    Raises DataError when more than `max_bad_fraction` of the dataset cannot be read, and InterruptedError when it had
+    to wait and `should_stop()` is true.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Transform,
+        order: Callable[[int], list[np.ndarray]],
+        *,
+        image_size: int,
+        seed: int,
+        num_workers: int,
+        max_bad_fraction: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, order, **options)
+        self.transform = transform
+        self.image_size = image_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.max_bad = int(max_bad_fraction * len(dataset))
+        self.read_seconds = 0.0
+
     def __iter__(self) -> Iterator[Batch]:
         streams = self.order(self.epoch)
-        if not streams:
-            return
-        positions = [self._positions(step, streams) for step in range(self.start, self._steps)]
-        batches = [np.concatenate([s[a:b] for s, (a, b) in zip(streams, spans, strict=True)]) for spans in positions]
+        spans = self._spans(streams) if streams else []
+        batches = [ids_of(streams, parts) for parts in spans]
         if not batches:
             return
         reader = self.dataset.reader(np.concatenate(batches))
@@ -128,19 +179,16 @@ class StreamingDataLoader:
         pool = ThreadPoolExecutor(self.num_workers, "decode") if self.num_workers else _CallingThread()
         ahead: deque[_Pending] = deque()
         try:
-            for spans, ids in zip(positions, batches, strict=True):
-                ahead.append(_Pending(epoch, pool, spans, ids))
+            for parts, ids in zip(spans, batches, strict=True):
+                ahead.append(_Pending(epoch, pool, parts, ids))
                 if len(ahead) > (BATCHES_AHEAD if self.num_workers else 0):
-                    yield ahead.popleft().wait()
+                    yield self._on_device(ahead.popleft().wait(), epoch.number)
             while ahead:
-                yield ahead.popleft().wait()
+                yield self._on_device(ahead.popleft().wait(), epoch.number)
         finally:
             epoch.cancelled = True
             reader.close()
             pool.shutdown(cancel_futures=True)
-
-    def _positions(self, step: int, streams: list[np.ndarray]) -> list[tuple[int, int]]:
-        return [(step * self._share, min((step + 1) * self._share, len(stream))) for stream in streams]
 
 
 class _Epoch:
@@ -160,7 +208,10 @@ class _Epoch:
         order = self.streams[stream]
         for offset in range(len(order)):
             sample_id = int(order[(position + offset) % len(order)])
+            asked = perf_counter()
             encoded, label = self.reader.read(sample_id)
+            with self._lock:
+                self.loader.read_seconds += perf_counter() - asked
             try:
                 image = decode(encoded)
             except DECODE_ERRORS as error:
@@ -192,7 +243,7 @@ class _Pending:
         size = epoch.loader.image_size
         self.epoch = epoch
         self.scheduled = ids
-        pin = epoch.loader.pin_memory
+        pin = epoch.loader.device.type == "cuda"  # from PyTorch's cache of pinned memory, which uses it again
         self.images = torch.empty((len(ids), size, size, 3), dtype=torch.uint8, pin_memory=pin)
         self.labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=pin)
         self.ids = torch.empty(len(ids), dtype=torch.int64)

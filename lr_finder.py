@@ -26,7 +26,7 @@ import distributed
 from config import CONSTANT_SHARE, FEWEST_LR_STEPS
 from durable import read_small, write_durably
 from errors import DivergedError, UsageError
-from loader import Batch, StreamingDataLoader
+from loader import Batch, Loader
 from lr_methods import METHODS, WITNESSES, average, why_unreadable
 from state import rng_state, set_rng_state
 
@@ -140,7 +140,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         diverge_th: float = 5.0,
         **options: Any,
     ) -> None:
-        """One sweep, as torch-lr-finder's `range_test`; also takes a `StreamingDataLoader`.
+        """One sweep, as torch-lr-finder's `range_test`; also takes one of our `Loader`s.
 
         An optimiser that a schedule was attached to is taken as well; `reset` gives its settings back.
         """
@@ -203,11 +203,11 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
 
 
 class _StreamIterator(torch_lr_finder.TrainDataLoaderIter):  # type: ignore[misc]
-    """The batches of a `StreamingDataLoader`, epoch after epoch."""
+    """The batches of a `Loader`, epoch after epoch."""
 
     _iterator: Iterator[Batch]
 
-    def __init__(self, loader: StreamingDataLoader) -> None:
+    def __init__(self, loader: Loader) -> None:
         super().__init__(loader)
         self._stood_at = loader.epoch, loader.start
 
@@ -226,7 +226,7 @@ class _StreamIterator(torch_lr_finder.TrainDataLoaderIter):  # type: ignore[misc
 
 def endless(loader: Any) -> Any:
     """Batches without end, in the form that torch-lr-finder takes; what has that form already is left as it is."""
-    if isinstance(loader, StreamingDataLoader):
+    if isinstance(loader, Loader):
         return _StreamIterator(loader)
     return torch_lr_finder.TrainDataLoaderIter(loader) if isinstance(loader, DataLoader) else loader
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from preprocess import Data
     from snapshot import Snapshot
     from state import Progress
-    from train import Training
+    from step import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data
     from preprocess import get_data_loaders
-    from train import build_training
+    from step import build_training
 
     config, snapshot = _settings(given)
     device = distributed.init(config.device)
@@ -109,6 +109,7 @@ def _train(
 ) -> None:
     from distributed import print0
     from state import Progress, restore
+    from step import within_memory
     from tracking import open_run_folder
 
     config.check_schedule(len(data.train))
@@ -122,7 +123,7 @@ def _train(
         print0(f"nothing left to do: all {config.epochs} epochs are done")
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
-        _fit(config, data, training, progress, folder, snapshot)
+        within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot))
         print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
 
 
@@ -144,6 +145,7 @@ def _fit(
     import distributed
     from distributed import print0
     from optim import build_schedule, describe_schedule
+    from profiling import StepProfiler, TimeSpent
     from snapshot import SnapshotStore
     from stopping import StopRequest
     from tracking import Tracker
@@ -159,6 +161,9 @@ def _fit(
     on_rank0 = distributed.rank() == 0
     if config.plot_schedule and on_rank0:
         print0(f"schedule  {plot_schedule(config, progress.lr, len(data.train), folder / 'plots' / 'schedule.png')}")
+    profiler = None
+    if config.profile and on_rank0:
+        profiler = StepProfiler(config.profile, folder / "profile" / "trace.json", training.device)
     tracker = Tracker(folder if on_rank0 else None, config.ledger)
     tracker.rewind(progress.step, progress.epoch)
     store = SnapshotStore(folder / "snapshots", config.keep_snapshots, tracker.logs) if on_rank0 else None
@@ -183,6 +188,8 @@ def _fit(
             "steps_per_epoch": len(data.train),
         },
         stop=stop,
+        spent=TimeSpent(training.device),
+        profiler=profiler,
     )
     fit(run)
 

@@ -40,8 +40,8 @@ def build_optimizer(
         named.setdefault((scale, decay), []).append((name, parameter))
     groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in named.items()]
     if kind == "adamw":
-        return AdamW(groups, lr=lr, betas=(momentum, 0.999))
-    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        return AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:

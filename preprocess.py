@@ -10,18 +10,21 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
 import distributed
+from augment import Augment
 from config import Config
 from dummy import make_dummy_data
 from durable import read_small
 from errors import DataError, UsageError
-from loader import EncodedImage, ImageDataset, StreamingDataLoader
+from loader import EncodedImage, ImageDataset, Loader, StreamingDataLoader
 from network import Network
+from resident import ResidentLoader
 from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -56,27 +59,23 @@ class AlbumentationsAdapter:
 
 
 def train_transform(config: Config) -> AlbumentationsAdapter:
-    """Random crop and flip to (image_size, image_size): padded crops for CIFAR and digits (which are not flipped)."""
+    """A random crop to (image_size, image_size); flips are left to the device, see `batch_augment`."""
     size = config.image_size
-    if config.dataset in ("digits", "cifar10", "cifar100"):
-        padded = size + max(2, size // 8)
-        flip = [] if config.dataset == "digits" else [A.HorizontalFlip(p=0.5)]
-        return AlbumentationsAdapter(
-            A.Resize(size, size), A.PadIfNeeded(padded, padded, border_mode=0), A.RandomCrop(size, size), *flip
-        )
     if config.crop == "fixed":
-        crop = [_resize_short_side(size), A.RandomCrop(size, size)]
-    else:
-        crop = [A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))]
-    return AlbumentationsAdapter(*crop, A.HorizontalFlip(p=0.5))
+        return AlbumentationsAdapter(_resize_short_side(size), A.RandomCrop(size, size))
+    return AlbumentationsAdapter(A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)))
 
 
 def eval_transform(config: Config) -> AlbumentationsAdapter:
     """The middle of the image: short side to 256/224 of eval_size, with antialiasing, then a centre crop."""
     size = config.eval_size
-    if config.dataset in ("digits", "cifar10", "cifar100"):
-        return AlbumentationsAdapter(A.Resize(size, size))
     return AlbumentationsAdapter(_resize_short_side(size), A.CenterCrop(size, size))
+
+
+def batch_augment(config: Config) -> Augment:
+    """What the device does to training batches: flips (not of digits), padded crops of small sets, cutout if asked."""
+    padding = config.image_size // 8 if config.is_small else 0
+    return Augment(config.seed, flip=config.dataset != "digits", padding=padding, cutout=config.cutout)
 
 
 def _resize_short_side(size: int) -> A.SmallestMaxSize:
@@ -89,7 +88,9 @@ class LocalDataset:
     `images` are uint8 arrays (H, W, 3) or the paths of image files.
     """
 
-    def __init__(self, images: "np.ndarray | list[Path]", labels: list[int], classes: list[str]) -> None:
+    def __init__(
+        self, images: "np.ndarray | list[np.ndarray] | list[Path]", labels: list[int], classes: list[str]
+    ) -> None:
         self.images = images
         self.labels = labels
         self.classes = classes
@@ -175,8 +176,8 @@ def load_image_folder(folder: Path) -> tuple[LocalDataset, LocalDataset]:
 class Data:
     """The loaders of one process, the class names, and the commit of the Hub dataset they are read from."""
 
-    train: StreamingDataLoader
-    val: StreamingDataLoader
+    train: Loader
+    val: Loader
     classes: list[str]
     revision: str | None
 
@@ -191,26 +192,43 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
     train, val, window = _load(config, revision)
     if len(train.classes) < 2:
         raise DataError(f"{config.dataset_id} has one class; a classifier needs two")
-    order = partial(_rank_order, train.block_rows, config.seed, config.streams, window)
-    make = partial(
-        StreamingDataLoader,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        max_bad_fraction=config.max_bad_fraction,
-        pin_memory=device.type == "cuda",
+    batch_size, eval_batch = config.batch_size // world, min(config.batch_size, EVAL_BATCH)
+    val_ids = _rank_share(len(val), eval_batch)
+
+    def make(dataset: Any, transform: AlbumentationsAdapter, **options: Any) -> Loader:
+        if config.is_small:
+            return ResidentLoader(dataset, device=device, **options)
+        return StreamingDataLoader(
+            dataset,
+            transform,
+            device=device,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            max_bad_fraction=config.max_bad_fraction,
+            **options,
+        )
+
+    train_loader = make(
+        train,
+        train_transform(config),
+        order=partial(_rank_order, train.block_rows, config.seed, config.streams, window),
+        batch_size=batch_size,
+        image_size=config.image_size,
+        train=True,
+        augment=batch_augment(config),
     )
-    batch_size, size = config.batch_size // world, config.image_size
-    train_loader = make(train, train_transform(config), order, batch_size=batch_size, image_size=size, train=True)
     if not len(train_loader):
         raise UsageError(
             f"--batch_size {config.batch_size} is larger than the training set of {len(train)} images; use less"
         )
-    eval_batch = min(config.batch_size, EVAL_BATCH)
-    val_ids = _rank_share(len(val), eval_batch)
     val_loader = make(
-        val, eval_transform(config), lambda epoch: [val_ids], batch_size=eval_batch, image_size=config.eval_size,
+        val,
+        eval_transform(config),
+        order=lambda epoch: [val_ids],
+        batch_size=eval_batch,
+        image_size=config.eval_size,
         train=False,
-    )  # fmt: skip
+    )
     return Data(train_loader, val_loader, train.classes, getattr(train, "revision", None))
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from loader import Batch
     from lr_finder import RangeTest
     from preprocess import Data
+    from step import Training
     from stopping import StopRequest
-    from train import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,16 +42,17 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data
     from preprocess import get_data_loaders
+    from step import build_training, within_memory
     from stopping import StopRequest
     from tracking import open_run_folder
-    from train import build_training
 
     device = distributed.init(config.device)
     data = get_data_loaders(config, device)
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)
     with open_run_folder(config, None, argv) as folder:
-        lr = search(config, data, training, folder, StopRequest.listening(data.train, data.val))
+        stop = StopRequest.listening(data.train, data.val)
+        lr = within_memory(training, config, lambda: search(config, data, training, folder, stop))
     kept = shlex.join(argument for argument in argv if argument != "--find_lr")
     distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
     distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
@@ -67,13 +68,14 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
 
     import lr_finder
     from distributed import mean_over_ranks, print0, rank, world_size
-    from train import evaluate, train_step
+    from step import train_step
+    from train import evaluate
 
     judges: list[Batch] = []
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         stop.check()
-        loss = mean_over_ranks(train_step(training, images, labels)[0])
+        loss = mean_over_ranks(train_step(training, images, labels).loss)
         if not config.lr_val or not loss.isfinite():
             return loss
         return torch.tensor(evaluate(training, judges, stop)["val_loss"])

@@ -78,7 +78,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
         for key in OPTIMIZER_STATE[type(optimizer)]:  # an --override may have changed the optimiser: it starts anew
             saved = parts["optimizer"].get(f"{name}.{key}")
             if saved is not None:
-                like = torch.empty(()) if key == "step" else parameter.detach()  # Adam counts its steps on the CPU
+                like = parameter.detach().new_empty(()) if key == "step" else parameter.detach()
                 optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
     if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
         scaler.load_state_dict(snapshot.state["scaler"])

@@ -8,7 +8,7 @@ from types import FrameType
 
 import distributed
 from errors import SIGNALS, DataError, Interrupted
-from loader import Batch, StreamingDataLoader
+from loader import Batch, Loader
 
 ECHO_SECONDS = 1.0
 FAILED = 1000  # greater than any signal
@@ -22,7 +22,7 @@ class StopRequest:
         self._since = 0.0
 
     @classmethod
-    def listening(cls, *loaders: StreamingDataLoader) -> "StopRequest":
+    def listening(cls, *loaders: Loader) -> "StopRequest":
         """One that takes over SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on; the loaders no longer wait then."""
         stop = cls()
         for number in SIGNALS:
@@ -49,7 +49,7 @@ class StopRequest:
             raise Interrupted(worst)
 
 
-def batches_until(stop: StopRequest, loader: StreamingDataLoader | list[Batch], every_step: bool) -> Iterator[Batch]:
+def batches_until(stop: StopRequest, loader: Loader | list[Batch], every_step: bool) -> Iterator[Batch]:
     """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
 
     Ranks that step together ask each other at `every_step`, others only when they have no batch left.

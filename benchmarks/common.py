@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 PINNED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 MEMORY_SAMPLE_SECONDS = 0.05
 PACKAGES = ["torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "pillow"]
-PACKAGES += ["nvidia-dali-cuda130", "ffcv", "litdata", "mosaicml-streaming"]
+PACKAGES += ["timm", "nvidia-dali-cuda130", "ffcv", "litdata", "mosaicml-streaming"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def table(contest: Contest, extra: Mapping[str, Mapping[str, str]]) -> str:
         if result.note:
             cells = [system.title, result.note, *[""] * (len(head) - 2)]
         else:
-            rate = f"{median(result.rates):,.0f} ({min(result.rates):,.0f} to {max(result.rates):,.0f})"
+            rate = spread_of(result.rates, "{:,.0f}")
             ratio = spread(contest, ours.name, system.name)
             cells = [system.title, rate, ratio, verdict(system, ratios(contest, ours.name, system.name))]
             cells += [f"{median(result.first_batches):.2f}", f"{result.peak_mb:,.0f}"]
@@ -205,8 +205,12 @@ def spread(contest: Contest, first: str, second: str) -> str:
     """Median and extremes of `ratios`; nothing for a system against itself, or one that did not run."""
     if first == second or contest.results[first].note or contest.results[second].note:
         return ""
-    found = ratios(contest, first, second)
-    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+    return spread_of(ratios(contest, first, second))
+
+
+def spread_of(values: list[float], form: str = "{:.2f}") -> str:
+    """Median and extremes of some values."""
+    return "{} ({} to {})".format(*(form.format(found) for found in (median(values), min(values), max(values))))
 
 
 def verdict(system: System, ratios: list[float]) -> str:

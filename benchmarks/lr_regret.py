@@ -39,7 +39,7 @@ from config import resolve
 from lr_finder import DEFAULT_METHOD, METHODS, RangeTest, find_lr_advanced
 from model_resnet50 import BasicBlock, conv1x1, conv3x3
 from optim import build_optimizer, build_scaler, build_schedule
-from train import Training, train_step
+from step import Training, train_step
 
 GRID = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 CPU = torch.device("cpu")
@@ -179,7 +179,7 @@ def cached(data: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
 def sweep(cell: Cell, seed: int, num_iter: int = 100) -> RangeTest:
     """The finder as run_lr_finder.py runs it."""
     training, loader, _ = prepare(cell, seed)
-    step = lambda images, labels: train_step(training, images, labels)[0]
+    step = lambda images, labels: train_step(training, images, labels).loss
     return find_lr_advanced(
         training.model, training.optimizer, training.criterion, loader, train_step=step, num_iter=num_iter
     )
@@ -195,7 +195,7 @@ def train(cell: Cell, seed: int, lr: float, scheduler: str = "onecycle", epochs:
     for epoch in range(epochs):
         training.model.train()
         for number, (x, y) in enumerate(loader, 1):
-            loss, _ = train_step(training, x, y)
+            loss = train_step(training, x, y).loss
             if not math.isfinite(loss):
                 return [*accuracies, *[10.0] * (epochs - epoch)]
             if epoch + 1 < epochs or number < len(loader):

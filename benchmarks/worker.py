@@ -42,7 +42,6 @@ def ours(source: str, cache_dir: Path | None = None) -> Epoch:
         seed=0,
         num_workers=WORKERS,
         max_bad_fraction=0.0,
-        pin_memory=False,
     )
 
     def epoch(number: int) -> Iterator[int]:

@@ -17,8 +17,9 @@ from config import resolve
 from lr_finder import find_lr_advanced
 from optim import build_schedule
 from preprocess import get_data_loaders
+from step import build_training, train_step
 from stopping import StopRequest
-from train import build_training, evaluate, train_step
+from train import evaluate
 from visualization import plot_lr_finder
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def main() -> None:
         training.optimizer,
         training.criterion,
         data.train,
-        train_step=lambda images, labels: train_step(training, images, labels)[0],
+        train_step=lambda images, labels: train_step(training, images, labels).loss,
     )
     picture = Path(tempfile.gettempdir()) / "lr_finder.png"
     plot_lr_finder(result.lr, result.loss, result.smoothed_loss, result.suggestions, result.stopped, picture)

@@ -65,10 +65,10 @@ def small_model() -> Iterator[None]:
     """Runs take a moment, and their snapshots no room."""
     from killable import small_with_dropout
 
-    import train
+    import step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_model", small_with_dropout(train.build_model))
+        patch.setattr(step, "build_model", small_with_dropout(step.build_model))
         yield
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import main
-import train
+import step
 
 PLACES = ("written", "before rename", "after rename", "pruning")
 _server = multiprocessing.get_context("forkserver")
@@ -34,7 +34,7 @@ def start(*arguments: object, log: Path, place: str = "", time: int = 1) -> Fork
 
 def _live(argv: list[str], log: Path, place: str, time: int) -> None:
     torch.set_num_threads(1)
-    train.build_model = small_with_dropout(train.build_model)
+    step.build_model = small_with_dropout(step.build_model)
     if place:
         die_inside(place, time)
     with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import lr_finder
 import run_lr_finder
-import train
+import step
 from config import Config, parse, resolve
 from errors import DivergedError, Interrupted
 from preprocess import get_data_loaders
@@ -40,7 +40,7 @@ class MishapError(Exception):
     """What a step raises in the case of that name."""
 
 
-def everything(training: train.Training, data: Any) -> dict[str, Any]:
+def everything(training: step.Training, data: Any) -> dict[str, Any]:
     """All that a later training step can depend on."""
     optimizer, state = training.optimizer, {}
     for name, tensor in training.model.state_dict().items():
@@ -69,32 +69,32 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def mishap(event: str) -> Iterator[list[int]]:
     """Patches the training step so that the event comes at EVENT_STEP, on the last rank alone where one is enough."""
     steps: list[int] = []
-    real = train.train_step
+    real = step.train_step
     last = distributed.rank() == distributed.world_size() - 1
 
-    def step(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, correct = real(*arguments)
+    def eventful(*arguments: Any) -> step.StepNumbers:
+        numbers = real(*arguments)
         steps.append(1)
         if len(steps) == EVENT_STEP:
             if event == "nan" and last:
-                loss = loss * math.nan
+                numbers = numbers._replace(loss=numbers.loss * math.nan)
             if event == "exception":
                 raise MishapError
             if event == "interrupt" and last:
                 os.kill(os.getpid(), signal.SIGINT)
-        return loss, correct
+        return numbers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", step)
+        patch.setattr(step, "train_step", eventful)
         patch.setattr(lr_finder, "SWEEP_STEPS", 16)
         yield steps
 
 
 def run_case(config: Config, data: Any, event: str, folder: Path) -> tuple[list[str], int]:
     """What differs after the finder from before it, and how many steps it took."""
-    training = train.build_training(config, len(data.classes), torch.device("cpu"))
+    training = step.build_training(config, len(data.classes), torch.device("cpu"))
     for batch, _ in zip(data.train, range(2), strict=False):  # so that there is momentum, and a scale that has moved
-        train.train_step(training, batch.images, batch.labels)
+        step.train_step(training, batch.images, batch.labels)
     training.optimizer.zero_grad(set_to_none=True)
     before = everything(training, data)
     with mishap(event) as steps, suppress(MishapError, Interrupted, DivergedError):
@@ -113,8 +113,8 @@ def shrink(model: Any) -> Any:
 def run_cases(flags: list[str], folder: Path) -> list[tuple[str, str, list[str], int]]:
     """Precision, event, differences and steps of each case, after one another on the same data."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    build_model = train.build_model
-    train.build_model = lambda *arguments: shrink(build_model(*arguments))
+    build_model = step.build_model
+    step.build_model = lambda *arguments: shrink(build_model(*arguments))
     found = []
     try:
         for precision, more in PRECISIONS.items():
@@ -123,7 +123,7 @@ def run_cases(flags: list[str], folder: Path) -> list[tuple[str, str, list[str],
             for event in EVENTS:
                 found.append((precision, event, *run_case(config, data, event, folder)))
     finally:
-        train.build_model = build_model
+        step.build_model = build_model
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return found

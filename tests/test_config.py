@@ -279,7 +279,17 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
     for item in dataclasses.fields(Config):
         kinds[item.metadata["on_resume"]].add(item.name)
     assert kinds["forgotten"] == {
-        *("num_workers", "find_lr", "plot_schedule", "run_dir", "resume_from", "override", "evaluate", "debug")
+        *(
+            "num_workers",
+            "find_lr",
+            "plot_schedule",
+            "run_dir",
+            "resume_from",
+            "override",
+            "evaluate",
+            "profile",
+            "debug",
+        )
     }
     assert kinds["kept"] == {
         *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),

@@ -129,7 +129,6 @@ def epoch_ids(network: Network) -> list[int]:
         seed=0,
         num_workers=2,
         max_bad_fraction=0.0,
-        pin_memory=False,
     )
     return [int(number) for batch in loader for number in batch.ids]
 

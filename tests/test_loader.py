@@ -68,7 +68,6 @@ def make(dataset: Any, train: bool = True, **changes: Any) -> StreamingDataLoade
         "seed": 0,
         "num_workers": 2,
         "max_bad_fraction": 0.001,
-        "pin_memory": False,
     }
     transform = train_transform(settings()) if train else eval_transform(settings())
     given = order if train else lambda epoch: [np.arange(len(dataset))]

@@ -158,7 +158,6 @@ def stream(images: np.ndarray, labels: list[int], order: Callable[[int], np.ndar
         seed=0,
         num_workers=num_workers,
         max_bad_fraction=0.0,
-        pin_memory=False,
     )
 
 

@@ -26,9 +26,12 @@ import config as configuration
 from config import Config
 from errors import DivergedError
 from preprocess import get_data_loaders
+from profiling import TimeSpent
 from state import Progress
+from step import StepNumbers, Training, build_training, train_step
 from stopping import StopRequest
-from train import Training, build_training, evaluate, flush_steps, train_step
+from tracking import Stopwatch
+from train import evaluate, flush_steps
 
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0)
@@ -73,8 +76,8 @@ def test_an_accumulated_gradient_is_the_whole_batchs() -> None:
     seen = []
     for parts in (1, 2, 8):
         training = training_without_batch_statistics(accumulate_steps=parts)
-        loss, correct = train_step(training, images, labels)
-        seen.append((loss, correct, gradient(training)))
+        numbers = train_step(training, images, labels)
+        seen.append((numbers.loss, numbers.correct, gradient(training)))
     for loss, correct, grad in seen[1:]:
         assert correct == seen[0][1]
         torch.testing.assert_close(loss, seen[0][0])
@@ -97,18 +100,16 @@ def test_clipping_bounds_the_true_gradient_under_a_gradient_scaler() -> None:
     images, labels = batch(settings())
     training = training_without_batch_statistics(max_grad_norm=0.1, amp=True, amp_dtype="fp16")
     training.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    train_step(training, images[:2], labels[:2])
-    assert training.steps_applied == 1
+    assert not train_step(training, images[:2], labels[:2]).skipped
     assert float(gradient(training).norm()) == pytest.approx(0.1, rel=1e-3)
 
 
-def test_a_step_that_the_scaler_skips_changes_nothing_and_is_not_counted_as_applied() -> None:
+def test_a_step_that_the_scaler_skips_changes_nothing_and_is_told() -> None:
     images, labels = batch(settings())
     training = training_without_batch_statistics(amp=True, amp_dtype="fp16")
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     before = {name: tensor.clone() for name, tensor in training.model.named_parameters()}
-    train_step(training, images[:2], labels[:2])
-    assert training.steps_applied == 0
+    assert train_step(training, images[:2], labels[:2]).skipped
     assert_same_tensors(before, dict(training.model.named_parameters()))
     assert training.scaler.get_scale() == 2.0**59
 
@@ -226,7 +227,7 @@ def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks() -
     losses, model = [1.0, math.nan, math.nan, math.nan, 1.0], torch.nn.Linear(1, 1)
     one, ids = torch.tensor(1), torch.zeros(1, dtype=torch.int64)
     steps = [
-        {"step": step, "loss": torch.tensor(loss), "correct": one, "ids": ids, "skipped": False}
+        {"step": step, "numbers": StepNumbers(torch.tensor(loss), one, torch.tensor(False)), "ids": ids}
         for step, loss in enumerate(losses, 1)
     ]
     logged: list[float] = []
@@ -234,6 +235,8 @@ def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks() -
         config=SimpleNamespace(ledger=False, max_bad_steps=3, batch_size=1),
         progress=Progress(step=5),
         store=None,
+        watch=Stopwatch(),
+        spent=TimeSpent(CPU),
         pending=steps,
         data=SimpleNamespace(train=[0] * 9),
         tracker=SimpleNamespace(log_steps=lambda rows, *_: logged.extend(row["loss"] for row in rows)),

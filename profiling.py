@@ -1,0 +1,130 @@
+"""Where the time goes: the shares of an epoch with what would help, and traces of single steps."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from config import Config
+from distributed import print0
+from loader import Loader, StreamingDataLoader
+
+WARMUP_STEPS = 3
+ROWS = 10
+WORTH_NAMING = 0.1  # of an epoch's time
+
+
+class TimeSpent:
+    """The seconds of an epoch by part: `step`, `evaluation`, `snapshot`, and what training waited for, `data`.
+
+    Steps are timed on the device they run on, from their first operation to their last; on a GPU by events, which are
+    read when `collect` is called and nobody has to wait for them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """Start counting anew."""
+        self._began = perf_counter()
+        self._seconds = {"data": 0.0, "step": 0.0, "evaluation": 0.0, "snapshot": 0.0}
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around what a step gives the device to do."""
+        if self._device.type != "cuda":
+            with self.part("step"):
+                yield
+            return
+        first, last = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around anything else, in the course of which the device has nothing left to do."""
+        start = perf_counter()
+        yield
+        self._seconds[name] += perf_counter() - start
+
+    def collect(self) -> None:
+        """Add up the steps that the device has finished; it must have finished all of them."""
+        self._seconds["step"] += sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        self._events.clear()
+
+    def end_training(self) -> None:
+        """Whatever is not accounted for up to here was spent waiting for data."""
+        self._seconds["data"] = max(0.0, perf_counter() - self._began - sum(self._seconds.values()))
+
+    def shares(self) -> dict[str, float]:
+        """The fraction of the time since `begin` that each part took."""
+        total = perf_counter() - self._began
+        return {name: seconds / total for name, seconds in self._seconds.items()}
+
+
+def describe_time(shares: dict[str, float], config: Config, loader: Loader, train_seconds: float) -> str:
+    """One line: the shares of an epoch, the largest one, and the flags that would make it smaller."""
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    if shares["data"] >= WORTH_NAMING:
+        return f"{shown}; {_why_data(config, loader, train_seconds)}"
+    if shares["snapshot"] >= WORTH_NAMING and config.snapshot_steps:
+        return f"{shown}; snapshots hold training up: a larger --snapshot_steps writes fewer"
+    if max(shares, key=lambda name: shares[name]) == "evaluation":
+        return f"{shown}; evaluation takes longest"
+    missing = [f"--{name}" for name in ("amp", "compile") if not getattr(config, name)]
+    helpful = f"; {' and '.join(missing)} would help" if missing and loader.device.type == "cuda" else ""
+    return f"{shown}; the step takes longest{helpful}"
+
+
+def _why_data(config: Config, loader: Loader, seconds: float) -> str:
+    """What kept the data, and the flag that would help. `loader.read_seconds` tells reading from decoding."""
+    if not isinstance(loader, StreamingDataLoader):
+        return "the steps are too short to keep the device busy: a larger --batch_size would help"
+    if not loader.num_workers:
+        return "images are decoded between the steps: use --num_workers"
+    if loader.read_seconds > 0.5 * seconds * loader.num_workers:
+        helpful = "a faster disk would help" if config.cache_dir else "keep what is streamed with --cache_dir"
+        return f"training waits for data, and the decoding threads for what they read: {helpful}"
+    return (
+        f"training waits for {loader.num_workers} decoding threads: more cores and --num_workers, or smaller images "
+        "(--cache_short_side) would help"
+    )
+
+
+class StepProfiler:
+    """Traces `steps` training steps after a few others into a file for chrome://tracing or Perfetto.
+
+    Prints the operators that cost most, by their own time on the device.
+    """
+
+    def __init__(self, steps: int, path: Path, device: torch.device) -> None:
+        self._path = path
+        self._order = f"self_{device.type}_time_total"
+        on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU, *on_gpu],
+            schedule=schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profile.start()
+
+    def step(self) -> None:
+        """A training step is done."""
+        self._profile.step()
+
+    def close(self) -> None:
+        """Write what there is, if it was not enough."""
+        self._profile.stop()
+
+    def _write(self, finished: profile) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(self._path))
+        print0(finished.key_averages().table(sort_by=self._order, row_limit=ROWS))
+        print0(f"profile   {self._path}")

@@ -1,0 +1,188 @@
+"""A model with all that trains it on one device, and the optimiser step."""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import distributed
+from augment import Normalize
+from config import Config
+from distributed import print0
+from errors import UsageError
+from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
+from optim import build_optimizer, build_scaler
+from state import seed_everything
+
+warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
+COMPILE_OPTIONS: dict[str, Any] = {}
+T = TypeVar("T")
+
+
+@dataclass
+class Training:
+    """A model and everything that trains it on one device. `ddp` is the model itself on one process."""
+
+    model: nn.Module
+    ddp: nn.Module
+    normalize: Normalize
+    criterion: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    accumulate_steps: int
+    max_grad_norm: float | None
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, or nothing without an `amp_dtype`."""
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def build_training(config: Config, classes: int, device: torch.device) -> Training:
+    """The model on its device with its optimiser, scaler and loss. The schedule will bring the learning rate.
+
+    Raises UsageError for an unknown model, DataError when pretrained weights cannot be had.
+    """
+    torch.manual_seed(config.seed)
+    if config.use_pretrained:
+        model: ResNet34 | ResNet50 = load_pretrained_resnet50(config.use_pretrained, classes)
+    else:
+        model = build_model(classes, config.image_size, config.model)
+    print0(f"model     {describe(model, config.image_size)}")
+    dtype = _amp_dtype(config, device)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
+    model = model.to(device).to(memory_format=torch.channels_last)
+    normalize = Normalize().to(device)
+    if config.compile:
+        model.compile(**COMPILE_OPTIONS)
+        normalize.compile()
+    ddp: nn.Module = model
+    if distributed.world_size() > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    optimizer = build_optimizer(
+        model, 0.1, config.momentum, config.weight_decay, config.optimizer, config.head_lr_scale
+    )
+    compiled = ", compiled" if config.compile else ""
+    print0(f"device    {_device_name(device)}, {str(dtype or torch.float32).removeprefix('torch.')}{compiled}")
+    seed_everything(config.seed)
+    return Training(
+        model=model,
+        ddp=ddp,
+        normalize=normalize,
+        criterion=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        optimizer=optimizer,
+        scaler=build_scaler(device, dtype),
+        device=device,
+        amp_dtype=dtype,
+        accumulate_steps=config.accumulate_steps,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    ranks = distributed.world_size()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{ranks} x {name}" if ranks > 1 else name
+
+
+def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    if not config.amp:
+        return None
+    if config.amp_dtype == "auto":
+        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
+
+
+class StepNumbers(NamedTuple):
+    """This rank's mean loss (float32), correct images (int64), and whether the gradient scaler skipped the step (bool).
+
+    0-d tensors that stay on the device, so that nobody waits for it.
+    """
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    skipped: torch.Tensor
+
+
+def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor) -> StepNumbers:
+    """One optimiser step on uint8 images (N, H, W, 3) and int64 labels (N,), both on the device."""
+    parts = training.accumulate_steps
+    loss_sum = torch.zeros((), device=training.device)
+    correct = torch.zeros((), dtype=torch.int64, device=training.device)
+    training.optimizer.zero_grad(set_to_none=True)
+    for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), 1):
+        local = part < parts and isinstance(training.ddp, DistributedDataParallel)
+        with training.ddp.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
+            with training.autocast():
+                logits = training.ddp(training.normalize(x))
+                loss = training.criterion(logits, y) / parts
+            training.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+        correct += (logits.detach().argmax(1) == y).sum()
+    if training.max_grad_norm is not None:
+        training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(training.model.parameters(), training.max_grad_norm)
+    return StepNumbers(loss_sum, correct, _apply(training))
+
+
+def _apply(training: Training) -> torch.Tensor:
+    """Step the optimiser through the scaler, and tell whether that skipped it, which lowers its scale."""
+    scaler = training.scaler
+    if not scaler.is_enabled():
+        training.optimizer.step()
+        return torch.zeros((), dtype=torch.bool, device=training.device)
+    scale = cast(torch.Tensor, scaler._get_scale_async())  # the public getter waits for the device
+    before = scale.clone()
+    scaler.step(training.optimizer)
+    scaler.update()
+    return (scale < before).reshape(())
+
+
+def within_memory(training: Training, config: Config, run: Callable[[], T]) -> T:
+    """What `run` returns. Raises UsageError when the device's memory does not suffice, with what would fit."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    share = config.batch_size // distributed.world_size()
+    training.optimizer.zero_grad(set_to_none=True)  # the failed step itself is gone with its exception
+    for parts in range(training.accumulate_steps + 1, share // 2 + 1):
+        if share % parts == 0 and _fits(training, share // parts, config.image_size):
+            break
+    else:
+        raise UsageError("not even a pass of two images fits into the device's memory; use a smaller model or image")
+    raise UsageError(
+        f"a pass of {share // training.accumulate_steps} images does not fit into the device's memory, one of "
+        f"{share // parts} does; use --accumulate_steps {parts}, which keeps --batch_size {config.batch_size}"
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or this machine, could not give the memory that was asked for."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _fits(training: Training, count: int, size: int) -> bool:
+    """Whether a forward and a backward pass of `count` images have room. Leaves no trace but in BatchNorm's buffers."""
+    try:
+        images = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=training.device)
+        with training.autocast():
+            training.model(training.normalize(images)).float().sum().backward()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        training.optimizer.zero_grad(set_to_none=True)
+    return True
