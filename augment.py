@@ -9,6 +9,7 @@ from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY = round(255 * sum(IMAGENET_MEAN) / 3)
 DRAWS = 5  # for a sample: flip, two for the crop, two for the cutout
 
 
@@ -85,12 +86,11 @@ def crop(images: torch.Tensor, padding: int, corners: torch.Tensor) -> torch.Ten
 
 
 def cut_out(images: torch.Tensor, side: int, centres: torch.Tensor) -> torch.Tensor:
-    """Images (N, H, W, 3) with a square of `side` pixels around `centres` (N, 2) in the mean colour of ImageNet."""
+    """Images (N, H, W, 3) with a grey square of `side` pixels around `centres` (N, 2)."""
     masks = []
     for axis in range(2):
         first = centres[:, axis, None] - side // 2
         place = torch.arange(images.shape[1 + axis], device=images.device)
         masks.append((place >= first) & (place < first + side))
     mask = masks[0][:, :, None] & masks[1][:, None, :]
-    grey = (torch.tensor(IMAGENET_MEAN, device=images.device) * 255).round().to(torch.uint8)
-    return torch.where(mask[..., None], grey, images)
+    return images.masked_fill(mask[..., None], GREY)

@@ -1,6 +1,5 @@
 """Batches in the order of an epoch, and StreamingDataLoader, which fetches and decodes images in parallel."""
 
-import io
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -10,25 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from augment import Augment
+from decoding import DecodingPool, EncodedImage, Transform, WorkerDied, decode_into, pack
 from errors import DataError
 
-cv2.setNumThreads(0)
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
 SAMPLES_PER_TASK = 8
 UNREADABLE = -1
-DECODE_ERRORS = (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError)
 POLL_SECONDS = 0.2
-
-EncodedImage = bytes | np.ndarray
-Transform = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
 class Reader(Protocol):
@@ -139,12 +132,13 @@ def ids_of(streams: list[np.ndarray], spans: list[tuple[int, int]]) -> np.ndarra
 
 
 class StreamingDataLoader(Loader):
-    """A `Loader` whose threads read, decode and transform images while others are trained on.
+    """A `Loader` that reads, decodes and transforms images while others are trained on.
 
-    A training sample that cannot be read is replaced by the next readable one of its stream; otherwise an unreadable
-    image has label -1. `read_seconds` adds up the time that the threads have spent waiting for encoded images.
-    Raises DataError when more than `max_bad_fraction` of the dataset cannot be read, and InterruptedError when it had
-    to wait and `should_stop()` is true.
+    There are `num_workers` threads that read, each with a process of the pool that decodes for it; without workers all
+    is done in the calling thread. A training sample that cannot be read is replaced by the next readable one of its
+    stream; otherwise an unreadable image has label -1. `read_seconds` is the time that the threads have spent waiting
+    for encoded images since the iteration began. Raises DataError when more than `max_bad_fraction` of the dataset
+    cannot be read, and InterruptedError when it had to wait and `should_stop()` is true.
     """
 
     def __init__(
@@ -157,6 +151,7 @@ class StreamingDataLoader(Loader):
         seed: int,
         num_workers: int,
         max_bad_fraction: float,
+        pool: DecodingPool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dataset, order, **options)
@@ -164,6 +159,8 @@ class StreamingDataLoader(Loader):
         self.image_size = image_size
         self.seed = seed
         self.num_workers = num_workers
+        self.pool = pool or DecodingPool(num_workers)
+        self.packed = pack(transform) if num_workers else b""
         self.max_bad = int(max_bad_fraction * len(dataset))
         self.read_seconds = 0.0
 
@@ -173,6 +170,7 @@ class StreamingDataLoader(Loader):
         batches = [ids_of(streams, parts) for parts in spans]
         if not batches:
             return
+        self.read_seconds = 0.0
         reader = self.dataset.reader(np.concatenate(batches))
         epoch = _Epoch(self, reader, streams, self.epoch)
         pool: ThreadPoolExecutor | _CallingThread
@@ -203,24 +201,55 @@ class _Epoch:
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
-    def sample(self, stream: int, position: int) -> tuple[np.ndarray | None, int, int]:
-        """The image, label and id at a position of a stream, or of the next readable one in training."""
+    def fill(self, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, places: list[tuple[int, int]]) -> None:
+        """Fill these rows of a batch with the samples at these places, each a stream and a position in it."""
+        encoded = []
+        for row, (stream, position) in enumerate(places):
+            ids[row] = self.streams[stream][position]
+            image, labels[row] = self._read(int(ids[row]))
+            encoded.append(image)
+        for row, error in enumerate(self._decode(encoded, ids, images)):
+            if error is None:
+                continue
+            self._count_bad(int(ids[row]), error)
+            if self.loader.train:
+                self._fill_with_next(row, images, labels, ids, *places[row])
+            else:
+                images[row], labels[row] = 0, UNREADABLE
+
+    def _fill_with_next(
+        self, row: int, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, stream: int, position: int
+    ) -> None:
+        """Fill a row with the next sample of the stream, after the one at `position`, that can be read."""
         order = self.streams[stream]
-        for offset in range(len(order)):
-            sample_id = int(order[(position + offset) % len(order)])
-            asked = perf_counter()
-            encoded, label = self.reader.read(sample_id)
-            with self._lock:
-                self.loader.read_seconds += perf_counter() - asked
-            try:
-                image = decode(encoded)
-            except DECODE_ERRORS as error:
-                self._count_bad(sample_id, error)
-                if self.loader.train:
-                    continue
-                return None, UNREADABLE, sample_id
-            return self.loader.transform(image, (self.loader.seed, self.number, sample_id)), label, sample_id
+        for offset in range(1, len(order)):
+            ids[row] = order[(position + offset) % len(order)]
+            image, labels[row] = self._read(int(ids[row]))
+            (error,) = self._decode([image], ids[row : row + 1], images[row : row + 1])
+            if error is None:
+                return
+            self._count_bad(int(ids[row]), error)
         raise DataError("not one image of a stream can be read; check the dataset")
+
+    def _read(self, sample_id: int) -> tuple[EncodedImage, int]:
+        asked = perf_counter()
+        sample = self.reader.read(sample_id)
+        with self._lock:
+            self.loader.read_seconds += perf_counter() - asked
+        return sample
+
+    def _decode(self, encoded: list[EncodedImage], ids: np.ndarray, out: np.ndarray) -> list[Exception | None]:
+        loader = self.loader
+        seeds = [(loader.seed, self.number, sample_id) for sample_id in ids.tolist()]
+        if not loader.num_workers:
+            rows = zip(out, encoded, seeds, strict=True)
+            return [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
+        try:
+            return loader.pool.run(loader.packed, encoded, seeds, out)
+        except WorkerDied as error:
+            if loader.should_stop():
+                raise InterruptedError from error
+            raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
 
     def _count_bad(self, sample_id: int, error: Exception) -> None:
         with self._lock:
@@ -254,12 +283,10 @@ class _Pending:
         ]
 
     def _fill(self, first: int, places: list[tuple[int, int]]) -> None:
-        images, labels, ids = self.images.numpy(), self.labels.numpy(), self.ids.numpy()
-        for row, (stream, position) in enumerate(places, first):
-            if self.epoch.cancelled:
-                return
-            image, labels[row], ids[row] = self.epoch.sample(stream, position)
-            images[row] = 0 if image is None else image
+        if not self.epoch.cancelled:
+            rows = slice(first, first + len(places))
+            images, labels, ids = (tensor[rows].numpy() for tensor in (self.images, self.labels, self.ids))
+            self.epoch.fill(images, labels, ids, places)
 
     def wait(self) -> Batch:
         for task in self.tasks:
@@ -283,19 +310,3 @@ class _CallingThread:
 
     def shutdown(self, cancel_futures: bool) -> None:
         pass
-
-
-def decode(encoded: EncodedImage) -> np.ndarray:
-    """An encoded image -> uint8 RGB (H, W, 3). Raises one of DECODE_ERRORS when it cannot be read.
-
-    cv2 decodes what it reads well, RGB and greyscale of 8 or 16 bits; Pillow the rest (CMYK, palettes, alpha).
-    """
-    if isinstance(encoded, np.ndarray):
-        return encoded
-    with Image.open(io.BytesIO(encoded)) as header:
-        if header.mode not in ("RGB", "L", "I;16"):
-            return np.asarray(header.convert("RGB"))
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        raise ValueError("not a whole image")
-    return image

@@ -3,15 +3,12 @@
 `HuggingFaceImageNetDataset` and `StreamingDataLoader` are exposed here too.
 """
 
-import copy
-import os
-import random
-import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import cv2
 import numpy as np
 import torch
@@ -19,43 +16,19 @@ import torch
 import distributed
 from augment import Augment
 from config import Config
+from decoding import AlbumentationsAdapter, DecodingPool, EncodedImage
 from dummy import make_dummy_data
 from durable import read_small
 from errors import DataError, UsageError
-from loader import EncodedImage, ImageDataset, Loader, StreamingDataLoader
+from loader import ImageDataset, Loader, StreamingDataLoader
 from network import Network
 from resident import ResidentLoader
 from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-import albumentations as A
 
 __all__ = ["AlbumentationsAdapter", "HuggingFaceImageNetDataset", "StreamingDataLoader", "get_data_loaders"]
 
 EVAL_BATCH = 256
 RESIZE_RATIO = 256 / 224
-
-
-class AlbumentationsAdapter:
-    """An albumentations pipeline as `transform(image, seed) -> image`, both uint8 (H, W, 3).
-
-    The result depends on the image and the seed alone, in whatever thread or order it is called: each thread has a
-    copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
-    step the same numbers, so that a flip would depend on the crop before it).
-    """
-
-    def __init__(self, *steps: A.BasicTransform) -> None:
-        self._pipeline = A.Compose(steps)
-        self._threads = threading.local()
-
-    def __call__(self, image: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-        if not hasattr(self._threads, "pipeline"):
-            self._threads.pipeline = copy.deepcopy(self._pipeline)
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
-        python_generator = random.Random(int(generator.integers(2**63)))
-        self._threads.pipeline.set_random_state(generator, python_generator)
-        result: np.ndarray = self._threads.pipeline(image=image)["image"]
-        return result
 
 
 def train_transform(config: Config) -> AlbumentationsAdapter:
@@ -192,8 +165,10 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
     train, val, window = _load(config, revision)
     if len(train.classes) < 2:
         raise DataError(f"{config.dataset_id} has one class; a classifier needs two")
-    batch_size, eval_batch = config.batch_size // world, min(config.batch_size, EVAL_BATCH)
+    batch_size, eval_batch = config.batch_size // world, min(config.batch_size // config.accumulate_steps, EVAL_BATCH)
     val_ids = _rank_share(len(val), eval_batch)
+
+    pool = None if config.is_small else DecodingPool(config.num_workers)
 
     def make(dataset: Any, transform: AlbumentationsAdapter, **options: Any) -> Loader:
         if config.is_small:
@@ -205,6 +180,7 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
             seed=config.seed,
             num_workers=config.num_workers,
             max_bad_fraction=config.max_bad_fraction,
+            pool=pool,
             **options,
         )
 

@@ -18,7 +18,8 @@ WORTH_NAMING = 0.1  # of an epoch's time
 
 
 class TimeSpent:
-    """The seconds of an epoch by part: `step`, `evaluation`, `snapshot`, and what training waited for, `data`.
+    """The seconds of an epoch by part: `data` (waiting for it), `step`, `evaluation`, `snapshot`, and `other`: pictures
+    and logs.
 
     Steps are timed on the device they run on, from their first operation to their last; on a GPU by events, which are
     read when `collect` is called and nobody has to wait for them.
@@ -31,7 +32,7 @@ class TimeSpent:
     def begin(self) -> None:
         """Start counting anew."""
         self._began = perf_counter()
-        self._seconds = {"data": 0.0, "step": 0.0, "evaluation": 0.0, "snapshot": 0.0}
+        self._seconds = dict.fromkeys(("data", "step", "evaluation", "snapshot", "other"), 0.0)
         self._events: list[tuple[torch.Event, torch.Event]] = []
 
     @contextlib.contextmanager
@@ -64,20 +65,22 @@ class TimeSpent:
         self._seconds["data"] = max(0.0, perf_counter() - self._began - sum(self._seconds.values()))
 
     def shares(self) -> dict[str, float]:
-        """The fraction of the time since `begin` that each part took."""
+        """The fraction of the time since `begin` that each part took; they make 1 together."""
         total = perf_counter() - self._began
-        return {name: seconds / total for name, seconds in self._seconds.items()}
+        shares = {name: seconds / total for name, seconds in self._seconds.items()}
+        return shares | {"other": shares["other"] + max(0.0, 1 - sum(shares.values()))}
 
 
 def describe_time(shares: dict[str, float], config: Config, loader: Loader, train_seconds: float) -> str:
-    """One line: the shares of an epoch, the largest one, and the flags that would make it smaller."""
+    """One line: the shares of an epoch, and what to do about the data if it is waited for, or else the largest one."""
     shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     if shares["data"] >= WORTH_NAMING:
         return f"{shown}; {_why_data(config, loader, train_seconds)}"
     if shares["snapshot"] >= WORTH_NAMING and config.snapshot_steps:
         return f"{shown}; snapshots hold training up: a larger --snapshot_steps writes fewer"
-    if max(shares, key=lambda name: shares[name]) == "evaluation":
-        return f"{shown}; evaluation takes longest"
+    largest = max(shares, key=lambda name: shares[name])
+    if largest != "step":
+        return f"{shown}; {'pictures and logs take' if largest == 'other' else f'{largest} takes'} longest"
     missing = [f"--{name}" for name in ("amp", "compile") if not getattr(config, name)]
     helpful = f"; {' and '.join(missing)} would help" if missing and loader.device.type == "cuda" else ""
     return f"{shown}; the step takes longest{helpful}"
@@ -113,6 +116,7 @@ class StepProfiler:
             schedule=schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1),
             on_trace_ready=self._write,
         )
+        self._written = False
         self._profile.start()
 
     def step(self) -> None:
@@ -122,8 +126,11 @@ class StepProfiler:
     def close(self) -> None:
         """Write what there is, if it was not enough."""
         self._profile.stop()
+        if not self._written:
+            print0(f"profile   nothing: the first {WARMUP_STEPS} steps only warm up, and no more were left")
 
     def _write(self, finished: profile) -> None:
+        self._written = True
         self._path.parent.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._path))
         print0(finished.key_averages().table(sort_by=self._order, row_limit=ROWS))

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -158,7 +158,7 @@ def within_memory(training: Training, config: Config, run: Callable[[], T]) -> T
     share = config.batch_size // distributed.world_size()
     training.optimizer.zero_grad(set_to_none=True)  # the failed step itself is gone with its exception
     for parts in range(training.accumulate_steps + 1, share // 2 + 1):
-        if share % parts == 0 and _fits(training, share // parts, config.image_size):
+        if share % parts == 0 and _fits(training, share, parts, config.image_size):
             break
     else:
         raise UsageError("not even a pass of two images fits into the device's memory; use a smaller model or image")
@@ -173,16 +173,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _fits(training: Training, count: int, size: int) -> bool:
-    """Whether a forward and a backward pass of `count` images have room. Leaves no trace but in BatchNorm's buffers."""
+def _fits(training: Training, share: int, parts: int, size: int) -> bool:
+    """Whether a step on `share` images in so many parts has room. Other ranks are left alone; the weights are not."""
+    alone = replace(training, ddp=training.model, accumulate_steps=parts)
     try:
-        images = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=training.device)
-        with training.autocast():
-            training.model(training.normalize(images)).float().sum().backward()
+        images = torch.zeros((share, size, size, 3), dtype=torch.uint8, device=training.device)
+        train_step(alone, images, torch.zeros(share, dtype=torch.int64, device=training.device))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return False
-    finally:
-        training.optimizer.zero_grad(set_to_none=True)
     return True

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import constants
 
+from decoding import DECODE_ERRORS, decode
 from errors import DataError
-from loader import DECODE_ERRORS, POLL_SECONDS, decode
+from loader import POLL_SECONDS
 from network import Network, one_line_errors
 from parquet import Block, ParquetShards
 from remote import HubFiles, open_files, resolve

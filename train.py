@@ -59,7 +59,9 @@ def train_epoch(run: Run) -> None:
     run.spent.begin()
     for images, labels, ids in batches_until(run.stop, loader, every_step=True):
         if progress.step == 0 and run.folder is not None:
-            plot_samples(images.cpu().numpy(), labels.tolist(), run.data.classes, run.folder / "plots" / "samples.png")
+            with run.spent.part("other"):
+                picture = run.folder / "plots" / "samples.png"
+                plot_samples(images.cpu().numpy(), labels.tolist(), run.data.classes, picture)
         group = training.optimizer.param_groups[0]
         with run.spent.step():
             numbers = train_step(training, images, labels)

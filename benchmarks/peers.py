@@ -184,7 +184,7 @@ def our_transform() -> Callable[[bytes], Any]:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__dict__["__getattr__"] = lambda name: object
     from config import resolve
-    from loader import decode
+    from decoding import decode
     from preprocess import train_transform
 
     for name in unused:

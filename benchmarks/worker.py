@@ -56,7 +56,7 @@ def decoding_alone(source: str) -> Epoch:
     from concurrent.futures import ThreadPoolExecutor
 
     from config import resolve
-    from loader import decode
+    from decoding import decode
     from preprocess import train_transform
     from streaming import HuggingFaceImageNetDataset
 

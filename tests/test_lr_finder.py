@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch_lr_finder
+from slow import SlowTransform
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -150,7 +151,7 @@ def stream(images: np.ndarray, labels: list[int], order: Callable[[int], np.ndar
     """A loader of one stream of 4x4 images in batches of 8."""
     return StreamingDataLoader(
         LocalDataset(images, labels, [str(label) for label in sorted(set(labels))]),
-        lambda image, seed: image,
+        SlowTransform(0.0),
         lambda epoch: [order(epoch)],
         batch_size=8,
         image_size=4,

@@ -31,7 +31,7 @@ DATASETS = ["digits", "cifar10", "cifar100", "imagenet1k", "imagefolder", "hf"]
 CPU = torch.device("cpu")
 
 
-def settings(dataset: str = "imagenet1k", **given: Any) -> Config:
+def settings(dataset: str = "imagenet1k", /, **given: Any) -> Config:
     needed = {"hf": {"dataset_name": "x"}, "imagefolder": {"data_dir": "x"}}.get(dataset, {})
     return resolve({"dataset": dataset, **needed, **given})
 

@@ -232,7 +232,7 @@ def test_an_override_that_changes_what_a_step_is_is_refused(digits: Path, tmp_pa
 
 
 def test_a_resumed_run_is_refused_nothing_it_may_have_anew(digits: Path, tmp_path: Path) -> None:
-    copy = cut(digits, MIDDLE_OF_2, tmp_path / "cut")
+    copy = cut(digits, MIDDLE_OF_1, tmp_path / "cut")
     done = run("--resume_from", copy, "--log_steps", 1, "--keep_snapshots", 1, "--save_best", "--snapshot_steps", 0)
     assert done.status == 0, done.err
     assert steps_kept(copy) == [STEPS]

@@ -1,0 +1,117 @@
+"""A batch that the memory of the device cannot hold ends with the setting that would hold it."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from program import ROOT, Outcome, environment, metrics, wait
+
+import step
+from config import resolve
+from errors import UsageError
+from step import build_training, within_memory
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+)
+
+
+def fails(error: BaseException) -> Callable[[], None]:
+    def run() -> None:
+        raise error
+
+    return run
+
+
+def told(monkeypatch: pytest.MonkeyPatch, error: RuntimeError, share: int, most: int, parts: int = 1) -> str:
+    """What a run is told whose batch does not fit into memory in `parts` passes, where one of `most` images does."""
+    monkeypatch.setattr(step, "_fits", lambda training, share, parts, size: share // parts <= most)
+    training: Any = SimpleNamespace(accumulate_steps=parts, optimizer=SimpleNamespace(zero_grad=lambda **_: None))
+    with pytest.raises(UsageError) as raised:
+        within_memory(training, resolve({"batch_size": share, "streams": 2}), fails(error))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize(
+    ("share", "parts", "most", "advised"),
+    [(24, 1, 12, 2), (24, 1, 11, 3), (24, 1, 5, 6), (24, 2, 23, 3), (24, 6, 3, 8), (24, 1, 2, 12), (26, 1, 12, 13)],
+)
+def test_the_fewest_passes_that_divide_the_batch_and_fit_are_named(
+    error: RuntimeError, share: int, parts: int, most: int, advised: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = told(monkeypatch, error, share, most, parts)
+    assert f"a pass of {share // parts} images does not fit" in text
+    assert f"one of {share // advised} does; use --accumulate_steps {advised}, " in text
+    assert f"keeps --batch_size {share}" in text
+
+
+@pytest.mark.parametrize(("share", "parts", "most"), [(24, 1, 1), (24, 12, 24), (2, 1, 2), (26, 1, 1)])
+def test_no_passes_are_named_when_none_would_fit(
+    share: int, parts: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = told(monkeypatch, OUT_OF_MEMORY[0], share, most, parts)
+    assert "not even a pass of two images" in text
+    assert "--accumulate_steps" not in text
+
+
+def test_what_is_no_lack_of_memory_comes_through_and_so_does_a_result() -> None:
+    error, training, config = RuntimeError("mat1 and mat2 shapes cannot be multiplied"), SimpleNamespace(), resolve({})
+    with pytest.raises(RuntimeError) as raised:
+        within_memory(training, config, fails(error))  # type: ignore[arg-type]
+    assert raised.value is error
+    assert within_memory(training, config, lambda: 7) == 7  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small_model")
+def test_only_a_lack_of_memory_makes_a_step_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = build_training(resolve({"batch_size": 16}), 10, torch.device("cpu"))
+    assert step._fits(training, 4, 2, 8)
+    for error in OUT_OF_MEMORY:
+        monkeypatch.setattr(training, "normalize", lambda images, error=error: fails(error)())
+        assert not step._fits(training, 4, 2, 8)
+    monkeypatch.setattr(training, "normalize", lambda images: fails(RuntimeError("shapes"))())
+    with pytest.raises(RuntimeError, match="shapes"):
+        step._fits(training, 4, 2, 8)
+
+
+LIMITED = """
+import resource, sys
+sys.path[:0] = ["tests"]
+import torch, step, preflight, train, sklearn.datasets, main
+from purity import shrink
+build, call = step.build_model, step.within_memory
+step.build_model = lambda *arguments: shrink(build(*arguments))
+
+def limited(*arguments):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 650 * 2**20,) * 2)
+    return call(*arguments)
+
+step.within_memory = limited
+sys.exit(main.main(sys.argv[1:]))
+"""
+HUGE = ("--max_samples", 256, "--batch_size", 128, "--image_size", 128, "--eval_size", 8, "--epochs", 1)
+
+
+@pytest.mark.slow
+def test_a_batch_too_large_for_the_memory_ends_with_a_setting_that_trains(tmp_path: Path) -> None:
+    def launch(*arguments: object) -> Outcome:
+        command = [sys.executable, "-c", LIMITED, *map(str, (*HUGE, *arguments))]
+        pipe = subprocess.PIPE
+        return wait(subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+
+    done = launch("--run_dir", tmp_path / "large")
+    assert done.status == 2, done.err
+    match = re.fullmatch(r"error: a pass of 128 images does not fit .* use --accumulate_steps (\d+), .*\n", done.err)
+    assert match, done.err
+    done = launch("--accumulate_steps", match[1], "--run_dir", tmp_path / "small")
+    assert done.status == 0, done.err
+    assert [row["step"] for row in metrics(tmp_path / "small")] == [1, 2]

@@ -1,0 +1,187 @@
+"""A step never waits for its device, and a compiled one is the eager one."""
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from program import metrics, results, snapshot_path, tensors
+from program import train as run_main
+from purity import shrink
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import step
+import train
+from config import resolve
+from preprocess import get_data_loaders
+from stopping import StopRequest
+
+CPU = torch.device("cpu")
+SMALL = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--log_steps", 1000, "--model", "resnet18")
+STEPS = 8
+
+# ---- no waiting for the device ---------------------------------------------------------------------------------------
+
+METHODS = ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__format__", "__array__")
+OPERATORS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique", "_unique2")
+MAY_WAIT = ("flush_steps(", "plot_samples(", "save_snapshot(")
+REAL_BUILD = step.build_model
+
+
+class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While `on`, notes in `seen` what would make the host wait for a GPU, and where, but for `may_wait`'s calls."""
+
+    def __init__(self, may_wait: tuple[str, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.may_wait = may_wait
+        self.on = False
+        self.batches = 0
+        self.seen: list[str] = []
+
+    def note(self, what: str) -> None:
+        if self.on and threading.current_thread() is threading.main_thread():  # another one writes snapshots
+            lines = [f for f in traceback.extract_stack() if "torch" not in f.filename and f.filename != __file__]
+            if not any(call in str(f.line) for f in lines for call in self.may_wait):
+                self.seen.append(f"{what} at {lines[-1].filename}:{lines[-1].lineno}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(part is not None and part.dtype == torch.bool for part in args[1])
+        if name in OPERATORS or by_mask:
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+    def noting(self, name: str) -> Callable[..., Any]:
+        real = getattr(torch.Tensor, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.note(name)
+            return real(*arguments, **options)
+
+        return call
+
+
+@contextmanager
+def watched(may_wait: tuple[str, ...] = MAY_WAIT) -> Iterator[Guard]:
+    """A guard over all that the training and evaluation loops do with a batch, on a small model."""
+    guard, batches_until = Guard(may_wait), train.batches_until
+
+    def watch(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in batches_until(*arguments, **options):
+            guard.on, guard.batches = True, guard.batches + 1
+            yield batch
+            guard.on = False
+
+    with pytest.MonkeyPatch.context() as patch, guard:
+        patch.setattr(step, "build_model", lambda *arguments: shrink(REAL_BUILD(*arguments)))
+        patch.setattr(train, "batches_until", watch)
+        for name in METHODS:
+            patch.setattr(torch.Tensor, name, guard.noting(name))
+        yield guard
+
+
+FP16 = ("--amp", "--amp_dtype", "fp16")
+CASES: dict[str, tuple[object, ...]] = {
+    "fp32": (),
+    "bf16": ("--amp", "--amp_dtype", "bf16"),
+    "fp16": FP16,
+    "clipped": ("--max_grad_norm", 1),
+    "accumulated": ("--accumulate_steps", 2),
+    "adamw": ("--optimizer", "adamw", "--lr", 1e-3),
+    "all": (*FP16, "--max_grad_norm", 1, "--accumulate_steps", 2, "--optimizer", "adamw", "--lr", 1e-3),
+    "cosine": ("--scheduler", "cosine", "--cutout", 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neither_a_step_nor_an_evaluation_pass_asks_the_device_for_a_number(case: str, tmp_path: Path) -> None:
+    with watched() as guard:
+        run_main(*SMALL, *CASES[case], "--run_dir", tmp_path / "run")
+    evaluated = 2 * 4 * (2 if "--accumulate_steps" in CASES[case] else 1)  # in batches of what a pass trains on
+    assert guard.batches == STEPS + evaluated
+    assert guard.seen == []
+
+
+WAITS: dict[str, Callable[[torch.Tensor], object]] = {
+    "item": lambda loss: loss.item(),
+    "__float__": float,
+    "__bool__": lambda loss: loss > 0 or None,
+    "cpu": lambda loss: loss.cpu(),
+    "__format__": lambda loss: f"{loss}",
+    "equal": lambda loss: torch.equal(loss, loss + 1),
+    "nonzero": torch.nonzero,
+    "index": lambda loss: loss[None][loss[None] > 0],
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_the_guard_notices_a_step_that_waits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(*arguments: Any) -> step.StepNumbers:
+        numbers = step.train_step(*arguments)
+        WAITS[name](numbers.loss)
+        return numbers
+
+    monkeypatch.setattr(train, "train_step", waiting)
+    with watched() as guard:
+        run_main(*SMALL, "--epochs", 1, "--run_dir", tmp_path / "run")
+    assert len(guard.seen) >= STEPS // 2
+
+
+def test_the_guard_notices_that_fetching_the_numbers_waits(tmp_path: Path) -> None:
+    with watched(may_wait=()) as guard:
+        run_main(*SMALL, "--epochs", 1, "--run_dir", tmp_path / "run")
+    assert any(what.startswith("tolist at") for what in guard.seen)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def plain(*arguments: Any) -> Any:
+    """A model without dropout, whose random numbers a compiled model draws in another way."""
+    model = shrink(REAL_BUILD(*arguments))
+    model.avgpool = model.avgpool[0]
+    return model
+
+
+def small_training(**given: Any) -> step.Training:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "build_model", plain)
+        return step.build_training(resolve({"batch_size": 16} | given), 10, CPU)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "build_model", plain)
+    flags = ("--max_samples", 56, "--batch_size", 16, "--epochs", 1)
+    for name, more in (("eager", ()), ("compiled", ("--compile",))):
+        done = run_main(*flags, *more, "--run_dir", tmp_path / name)
+        assert ("compiled" in done.out.splitlines()[3]) == bool(more)
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (eager, compiled)]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    one, other = (tensors(snapshot_path(folder, 3)) for folder in (eager, compiled))
+    assert list(one) == list(other)
+    assert float(results(compiled)[0]["val_loss"]) == pytest.approx(float(results(eager)[0]["val_loss"]), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for() -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    batches = list(get_data_loaders(resolve({"batch_size": 16, "max_samples": 40}), CPU).val)
+    assert [len(batch.ids) for batch in batches] == [16, 16, 8]
+    training = small_training(compile=True)
+    train.evaluate(training, batches[:1], StopRequest())
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    result = train.evaluate(training, batches, StopRequest())
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert result["images"] == 40
+    expected = train.evaluate(small_training(), batches, StopRequest())
+    assert result["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
