@@ -54,6 +54,7 @@ DRAWN = 512  # different photographs; a larger set repeats them
 WARMUP_BATCHES = 4
 PHOTOGRAPHS = 12_288
 CIFAR_IMAGES = 50_000
+IMAGENET_CLASSES = 1000
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 Turn = Callable[[int], float]  # the number of an epoch -> images a second
 
@@ -147,7 +148,7 @@ def feed(given: argparse.Namespace, folder: Path) -> None:
         "fed from a Hub on this machine": settings(given, dataset="imagenet1k"),
     }
     loaders = {name: get_data_loaders(config, DEVICE).train for name, config in configs.items()}
-    step = step_of(next(iter(configs.values())), CLASSES)
+    step = step_of(next(iter(configs.values())), IMAGENET_CLASSES)
     first = next(iter(loaders.values()))
     images, labels, _ = next(iter(first))
     same = [(images, labels)] * len(first)
