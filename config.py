@@ -87,7 +87,7 @@ class Config:
     shuffle_window: int = flag("data", "images in the rolling shuffle windows, all streams together", 8192)
     block_mb: int = flag("data", "megabytes of a parquet file fetched with one request", 32)
     max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept")
-    num_workers: int = flag("data", "decoding threads of each process; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes")
+    num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes")
 
     model: str = flag("model", "resnet18, resnet34, resnet50, resnet101 or resnet152", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
     use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")

@@ -96,7 +96,7 @@ def _why_data(config: Config, loader: Loader, seconds: float) -> str:
         helpful = "a faster disk would help" if config.cache_dir else "keep what is streamed with --cache_dir"
         return f"training waits for data, and the decoding threads for what they read: {helpful}"
     return (
-        f"training waits for {loader.num_workers} decoding threads: more cores and --num_workers, or smaller images "
+        f"training waits for {loader.num_workers} decoding processes: more cores and --num_workers, or smaller images "
         "(--cache_short_side) would help"
     )
 

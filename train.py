@@ -71,7 +71,8 @@ def train_epoch(run: Run) -> None:
         row = {"step": progress.step, "epoch": progress.epoch + 1, **plan, "ids": ids, "numbers": numbers}
         run.pending.append(row)
         if run.profiler is not None:
-            run.profiler.step()
+            with run.spent.part("other"):
+                run.profiler.step()
         if progress.step < config.epochs * len(loader):
             run.schedule.step()
         done = progress.step - progress.epoch * len(loader)

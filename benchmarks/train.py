@@ -46,7 +46,7 @@ from model_resnet50 import build_model
 from preprocess import LocalDataset, batch_augment, get_data_loaders
 from resident import ResidentLoader
 from step import build_training, train_step
-from streaming import epoch_order
+from streaming import epoch_order, reduce
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -59,9 +59,11 @@ Step = Callable[[torch.Tensor, torch.Tensor], Any]
 Turn = Callable[[int], float]  # the number of an epoch -> images a second
 
 
-def make_set(folder: Path, count: int) -> None:
+def make_set(folder: Path, count: int, short_side: int | None) -> None:
     rng = np.random.default_rng(0)
     drawn = [encode(draw(number % CLASSES, rng)) for number in range(min(count, DRAWN))]
+    if short_side:
+        drawn = [reduce(image, short_side) for image in drawn]
     images = [drawn[number % len(drawn)] for number in range(count)]
     write_parquet(folder / "datasets" / REPO_ID, images, np.arange(count) % CLASSES)
 
@@ -230,7 +232,8 @@ def standard_script(dataset: Generated, given: argparse.Namespace) -> Turn:
 
 def write_down(title: str, given: argparse.Namespace, found: dict[str, list[float]]) -> None:
     on = torch.cuda.get_device_name() if ON_GPU else f"{torch.get_num_threads()} threads"
-    shape = f"{given.model}, {given.images} images to {given.image_size} pixels, batch {given.batch_size}"
+    size = f" of a short side of {given.short_side}" if given.short_side else ""
+    shape = f"{given.model}, {given.images} images{size} to {given.image_size} pixels, batch {given.batch_size}"
     set_up = f"{on}{', compiled' if given.compile else ''}. {shape}; {given.rounds} rounds in turn."
     record(title, set_up, table(found, "its / the first's"), installed_versions())
 
@@ -241,6 +244,9 @@ def main() -> None:
     flags.add_argument("--image_size", type=int, default=224)
     flags.add_argument("--batch_size", type=int, default=256)
     flags.add_argument("--images", type=int, help=f"in an epoch; {PHOTOGRAPHS}, or {CIFAR_IMAGES} with --cifar")
+    flags.add_argument(
+        "--short_side", type=int, help="reduce the photographs to so many pixels, as a cache may keep them"
+    )
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--compile", action="store_true")
     flags.add_argument("--scaling", type=int, nargs="+", metavar="THREADS")
@@ -251,7 +257,7 @@ def main() -> None:
         given.model, given.image_size = "resnet18", 32
         return cifar(given)
     folder = Path(HOME.name)
-    make_set(folder, given.images)
+    make_set(folder, given.images, given.short_side)
     if given.scaling:
         return scaling(given, folder)
     with hub(folder):
