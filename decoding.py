@@ -35,6 +35,7 @@ cv2.setNumThreads(0)
 
 DECODE_ERRORS = (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError)
 WITHOUT_TORCH = "sys.modules['torch'] = None"  # which albumentations would import, for seconds, and need not
+PROCESS_BYTES = 60 * 2**20  # of memory that a decoding process does not share, as seen on Linux
 ARENA_BYTES = 4 * 2**20  # what a process is given at once, and gives back, lies in so much shared memory
 
 EncodedImage = bytes | np.ndarray

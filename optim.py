@@ -41,7 +41,10 @@ def build_optimizer(
     groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in named.items()]
     if kind == "adamw":
         return AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
-    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    for parameter in model.parameters():  # or a first step that the gradient scaler skips leaves them uninitialised
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:

@@ -4,6 +4,7 @@ import numpy as np
 
 import distributed
 from config import Config
+from decoding import PROCESS_BYTES
 from loader import BATCHES_AHEAD
 from preprocess import Data
 from streaming import AHEAD_BYTES, FETCH_THREADS, HuggingFaceImageNetDataset, epoch_order
@@ -25,10 +26,11 @@ def describe_data(config: Config, data: Data) -> list[str]:
     sizes = np.array([block.size for block in train.blocks])
     val_bytes = sum(block.size for block in val.blocks)
     ranks = distributed.world_size()
+    decoding = f"batches and {config.num_workers} decoding processes" if config.num_workers else "batches"
     held = (
-        "blocks ahead and batches; windows are mapped from the cache"
+        f"blocks ahead, {decoding}; windows are mapped from the cache"
         if train.cache
-        else "windows, blocks ahead and batches"
+        else f"windows, blocks ahead, {decoding}"
     )
     return [
         f"revision  {train.revision or 'a local folder'}",
@@ -77,7 +79,7 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
 
 
 def memory_bytes(config: Config, data: Data) -> int:
-    """What this rank's loader holds at most: blocks in use, blocks ahead and in transfer, and batches."""
+    """What this rank's loader holds at most: blocks in use, blocks ahead and in transfer, batches, and processes."""
     train = data.train.dataset
     assert isinstance(train, HuggingFaceImageNetDataset)
     sizes = np.array([block.size for block in train.blocks])
@@ -85,7 +87,8 @@ def memory_bytes(config: Config, data: Data) -> int:
     ahead = max(1, min(FETCH_THREADS, AHEAD_BYTES // largest)) * largest + FETCH_THREADS * largest
     batch = data.train.batch_size * config.image_size**2 * 3
     in_use = 0 if train.cache else _most_in_use(train, data.train.order(0), sizes, config.batch_size // config.streams)
-    return min(in_use + ahead, int(2 * sizes.sum())) + (BATCHES_AHEAD + 2) * batch
+    held = min(in_use + ahead, int(2 * sizes.sum())) + (BATCHES_AHEAD + 2) * batch
+    return held + config.num_workers * PROCESS_BYTES
 
 
 def _most_in_use(train: HuggingFaceImageNetDataset, order: list[np.ndarray], sizes: np.ndarray, share: int) -> int:

@@ -14,12 +14,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from shards import make_imagenet_like
 
-from benchmarks.common import installed_versions, record, spread_of
+from benchmarks.common import ROOT, installed_versions, record, spread_of
 
 TARGET_HELP, TARGET_RESUME = 0.5, 1.1  # seconds; and over a fresh start
 SMALL = ("--max_samples", "320", "--batch_size", "32", "--epochs", "2", "--log_steps", "1", "--model", "resnet18")

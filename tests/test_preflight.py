@@ -14,6 +14,7 @@ from shards import REPO_ID, make_imagenet_like
 import distributed
 import preflight
 from config import Config, resolve
+from decoding import PROCESS_BYTES
 from loader import BATCHES_AHEAD
 from preflight import describe_data, memory_bytes, mixing
 from preprocess import Data, get_data_loaders
@@ -186,9 +187,7 @@ def test_a_local_folder_has_every_line_in_order(sorted_set: Path, monkeypatch: p
     both = [megabytes(sum(sizes[split])) for split in ("train", "validation")]
     assert lines["bytes"] == f"{both[0]} for training, {both[1]} for validation, in each epoch"
     assert lines["streams"] == "8, 8 for each of 1 ranks"
-    assert (
-        lines["memory"] == f"about {megabytes(memory_bytes(config, data))} a rank for windows, blocks ahead and batches"
-    )
+    assert lines["memory"] == f"about {megabytes(memory_bytes(config, data))} a rank for windows, blocks ahead, batches"
     assert lines["cache"] == "none"
 
 
@@ -313,6 +312,13 @@ def test_a_rank_holds_only_the_blocks_of_its_streams(
         held = most_held(data, 5, sizes, len(data.train))
         batches = (BATCHES_AHEAD + 2) * (40 // world) * 8 * 8 * 3
         assert memory_bytes(config, data) == held + (1 + FETCH_THREADS) * max(sizes) + batches
+
+
+def test_decoding_processes_are_told_and_take_memory(shuffled_set: Path) -> None:
+    alone, three = settings(shuffled_set), settings(shuffled_set, num_workers=3)
+    data = get_data_loaders(alone, CPU)
+    assert memory_bytes(three, data) - memory_bytes(alone, data) == 3 * PROCESS_BYTES
+    assert lines_of(three, data)["memory"].endswith("windows, blocks ahead, batches and 3 decoding processes")
 
 
 def test_memory_never_exceeds_everything_there_is_with_a_copy(shuffled_set: Path) -> None:

@@ -112,6 +112,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing_and_is_told() -> None:
     assert train_step(training, images[:2], labels[:2]).skipped
     assert_same_tensors(before, dict(training.model.named_parameters()))
     assert training.scaler.get_scale() == 2.0**59
+    assert not any(state["momentum_buffer"].any() for state in training.optimizer.state.values())
 
 
 def test_evaluation_counts_what_a_plain_loop_counts() -> None:
