@@ -109,8 +109,8 @@ class DecodingPool:
             descriptors += [theirs.detach(), arena]
         if processes:
             code = f"import sys; sys.path = {sys.path!r}; {WITHOUT_TORCH}; import decoding; decoding.main()"
-            numbers = map(str, descriptors)
-            subprocess.Popen([sys.executable, "-c", code, *numbers], pass_fds=descriptors, start_new_session=True)
+            command = [sys.executable, "-c", code, *map(str, descriptors)]
+            subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -188,7 +188,7 @@ def main() -> None:
     for number in {*numbers} - {*mine}:
         os.close(number)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent hung up
-        serve(Connection(mine[0]), memoryview(mmap.mmap(mine[1], ARENA_BYTES)))
+        serve(Connection(mine[0]), memoryview(mmap.mmap(mine[1], 0)))
 
 
 def serve(connection: Connection, memory: memoryview) -> None:
@@ -199,10 +199,11 @@ def serve(connection: Connection, memory: memoryview) -> None:
     while True:
         pickled, shape, jobs = connection.recv()
         try:
-            transform = transforms.setdefault(pickled, transforms.get(pickled) or pickle.loads(pickled))
+            if pickled not in transforms:
+                transforms[pickled] = pickle.loads(pickled)
             out = np.frombuffer(memory, np.uint8, len(jobs) * int(np.prod(shape))).reshape(len(jobs), *shape)
             answer: Any = [
-                decode_into(row, memory[at : at + size], transform, seed)
+                decode_into(row, memory[at : at + size], transforms[pickled], seed)
                 for row, (at, size, seed) in zip(out, jobs, strict=True)
             ]
         except Exception:

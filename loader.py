@@ -190,7 +190,7 @@ class StreamingDataLoader(Loader):
 
 
 class _Epoch:
-    """What the decoding threads of one iteration share."""
+    """What the reading threads of one iteration share."""
 
     def __init__(self, loader: StreamingDataLoader, reader: Reader, streams: list[np.ndarray], number: int) -> None:
         self.loader = loader

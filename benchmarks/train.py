@@ -2,7 +2,7 @@
 
     uv run python benchmarks/train.py                                                           # a GPU: 224 pixels
     uv run python benchmarks/train.py --image_size 64 --batch_size 32 --images 512              # the same on a CPU
-    uv run python benchmarks/train.py --scaling 1 2 4 8 16             # images/s of the loader alone, by its threads
+    uv run python benchmarks/train.py --scaling 1 2 4 8 16             # images/s of the loader alone, by its processes
     uv run python benchmarks/train.py --cifar              # small images kept on the device, against a DataLoader
 
 Photographs of ImageNet's sizes, from parquet files on the local disk and from a Hub on this machine. An epoch is timed
@@ -166,13 +166,13 @@ def step_of(config: Config, classes: int) -> Step:
 
 
 def scaling(given: argparse.Namespace, folder: Path) -> None:
-    """The loader alone, up to batches on the device, by its number of threads."""
+    """The loader alone, up to batches on the device, by its number of decoding processes."""
     systems = {}
     for workers in given.scaling:
         flags = {"dataset": "hf", "dataset_name": str(folder / "datasets" / REPO_ID), "num_workers": workers}
         loader = get_data_loaders(settings(given, **flags), DEVICE).train
-        systems[f"{workers} threads"] = fed_by(loader, lambda *_: None)
-    write_down("Loader, by its threads", given, in_turn(systems, given.rounds))
+        systems[f"{workers} processes"] = fed_by(loader, lambda *_: None)
+    write_down("Loader, by its processes", given, in_turn(systems, given.rounds))
 
 
 class Generated(Dataset[tuple[torch.Tensor, int]]):
@@ -249,7 +249,7 @@ def main() -> None:
     )
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--compile", action="store_true")
-    flags.add_argument("--scaling", type=int, nargs="+", metavar="THREADS")
+    flags.add_argument("--scaling", type=int, nargs="+", metavar="PROCESSES")
     flags.add_argument("--cifar", action="store_true")
     given = flags.parse_args()
     given.images = given.images or (CIFAR_IMAGES if given.cifar else PHOTOGRAPHS)

@@ -1,0 +1,150 @@
+"""Decoding processes give what this process would, whatever is sent to them, and outlive nobody."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from program import ROOT, TIMEOUT, environment
+from shards import draw, encode, make_imagenet_like
+from slow import SlowTransform
+
+import decoding
+from config import Config, resolve
+from decoding import DecodingPool, EncodedImage, WorkerDied, decode_into, pack
+from errors import DataError
+from preprocess import get_data_loaders, train_transform
+
+SIZE = 24
+
+
+def settings() -> Config:
+    return resolve({"dataset": "hf", "dataset_name": "x", "image_size": SIZE})
+
+
+def photographs(count: int, size: tuple[int, int] = (40, 90)) -> list[EncodedImage]:
+    rng = np.random.default_rng(0)
+    return [encode(draw(number, 10, size, rng)) for number in range(count)]
+
+
+def both_ways(images: list[EncodedImage]) -> list[tuple[np.ndarray, list[str | None]]]:
+    """The pixels and the kinds of errors of a pool, and of this process."""
+    transform, seeds = train_transform(settings()), [(0, 1, number) for number in range(len(images))]
+    found = []
+    for in_pool in (True, False):
+        out = np.full((len(images), SIZE, SIZE, 3), 7, np.uint8)
+        if in_pool:
+            errors = DecodingPool(1).run(pack(transform), images, seeds, out)
+        else:
+            jobs = zip(out, images, seeds, strict=True)
+            errors = [decode_into(row, image, transform, seed) for row, image, seed in jobs]
+        found.append((out, [None if error is None else str(error).partition(":")[0] for error in errors]))
+    return found
+
+
+def decoders() -> set[int]:
+    """The decoding processes of this machine."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"decoding.main()" in path.read_bytes():
+                found.add(int(path.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def until(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_a_pool_decodes_as_this_process_does() -> None:
+    (pixels, errors), (expected, _) = both_ways(photographs(20))
+    assert np.array_equal(pixels, expected)
+    assert errors == [None] * 20
+
+
+def test_what_cannot_be_read_is_told_and_its_row_left_alone() -> None:
+    images = photographs(6)
+    images[1], images[4] = b"", bytes(images[4])[:200]
+    (pixels, errors), (expected, told) = both_ways(images)
+    assert np.array_equal(pixels, expected)
+    assert errors == told
+    assert [error is None for error in errors] == [True, False, True, True, False, True]
+    assert (pixels[1] == 7).all()
+
+
+@pytest.mark.parametrize("room", [1, 3 * SIZE * SIZE + 1000, 20_000])
+def test_images_that_a_process_has_no_room_for_are_decoded_all_the_same(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "ARENA_BYTES", room)
+    images = [*photographs(8), np.full((50, 60, 3), 9, np.uint8), *photographs(2)]
+    transform, seeds = train_transform(settings()), [(0, 1, number) for number in range(len(images))]
+    out = np.zeros((len(images), SIZE, SIZE, 3), np.uint8)
+    expected = out.copy()
+    assert not any(DecodingPool(1).run(pack(transform), images, seeds, out))
+    for row, image, seed in zip(expected, images, seeds, strict=True):
+        decode_into(row, image, transform, seed)
+    assert np.array_equal(out, expected)
+
+
+def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:
+    out = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    with pytest.raises(RuntimeError, match="could not broadcast"):
+        DecodingPool(1).run(pack(SlowTransform(0.0)), photographs(1), [(0, 0, 0)], out)
+
+
+def test_a_pool_that_is_forgotten_ends_its_processes() -> None:
+    before = decoders()
+    pool = DecodingPool(2)
+    until(lambda: len(decoders() - before) == 2)
+    del pool
+    until(lambda: decoders() <= before)
+
+
+def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+    folder = make_imagenet_like(tmp_path, train=64, validation=8, rows_per_group=16)
+    flags = {"dataset": "hf", "dataset_name": str(folder), "image_size": SIZE, "batch_size": 16, "num_workers": 1}
+    before = decoders()
+    loader = get_data_loaders(resolve(flags), torch.device("cpu")).train
+    until(lambda: decoders() - before)
+    (process,) = decoders() - before
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a decoding process died.*fewer --num_workers"):
+        list(loader)
+
+
+def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "WITHOUT_TORCH", "raise SystemExit")
+    with pytest.raises(WorkerDied):
+        DecodingPool(1).run(pack(SlowTransform(0.0)), photographs(1), [(0, 0, 0)], np.zeros((1, 9, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_parent_that_is_killed_leaves_no_process_behind(signum: signal.Signals) -> None:
+    before = decoders()
+    code = "import decoding, time; pool = decoding.DecodingPool(2); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment()) as parent:
+        until(lambda: len(decoders() - before) == 2)
+        parent.send_signal(signum)
+    until(lambda: decoders() <= before)
+
+
+def test_a_signal_to_the_processes_themselves_is_their_parents_to_act_on() -> None:
+    before, out = decoders(), np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    pool, packed = DecodingPool(1), pack(train_transform(settings()))
+    pool.run(packed, photographs(2), [(0, 0, 0), (0, 0, 1)], out)
+    for process in decoders() - before:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(process, signum)
+    assert not any(pool.run(packed, photographs(2), [(0, 0, 0), (0, 0, 1)], out))
