@@ -213,14 +213,15 @@ class _Epoch:
                 continue
             self._count_bad(int(ids[row]), error)
             if self.loader.train:
-                self._fill_with_next(row, images, labels, ids, *places[row])
+                self._fill_with_next(row, images, labels, ids, places[row])
             else:
                 images[row], labels[row] = 0, UNREADABLE
 
     def _fill_with_next(
-        self, row: int, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, stream: int, position: int
+        self, row: int, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, place: tuple[int, int]
     ) -> None:
-        """Fill a row with the next sample of the stream, after the one at `position`, that can be read."""
+        """Fill a row with the next sample of the stream, after the one at `place`, that can be read."""
+        stream, position = place
         order = self.streams[stream]
         for offset in range(1, len(order)):
             ids[row] = order[(position + offset) % len(order)]
