@@ -1,5 +1,6 @@
 """A step never waits for its device, and a compiled one is the eager one."""
 
+import shutil
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from stopping import StopRequest
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--log_steps", 1000, "--model", "resnet18")
 STEPS = 8
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 
 # ---- no waiting for the device ---------------------------------------------------------------------------------------
 
@@ -154,6 +156,7 @@ def small_training(**given: Any) -> step.Training:
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "build_model", plain)
     flags = ("--max_samples", 56, "--batch_size", 16, "--epochs", 1)
@@ -170,6 +173,7 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for() -> None:
     from torch._dynamo.utils import counters
 
