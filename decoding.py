@@ -5,6 +5,7 @@ This module is all that a decoding process imports.
 
 import contextlib
 import copy
+import functools
 import io
 import mmap
 import os
@@ -132,6 +133,16 @@ class DecodingPool:
             self._idle.put(worker)
 
 
+def shared_pool(processes: int) -> DecodingPool:
+    """The pool of so many processes that all loaders of this process share."""
+    return _pool_of(processes, os.getpid())
+
+
+@functools.cache
+def _pool_of(processes: int, pid: int) -> DecodingPool:
+    return DecodingPool(processes)
+
+
 def _anonymous_file() -> int:
     """The descriptor of an empty file that no other process can open: in memory on Linux."""
     if hasattr(os, "memfd_create"):
@@ -167,6 +178,7 @@ class _Worker:
             self._connection.send((transform, out.shape[1:], jobs))
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
+            _pool_of.cache_clear()
             raise WorkerDied from error
         if isinstance(answer, str):
             raise RuntimeError(f"a decoding process failed:\n{answer}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from augment import Augment
-from decoding import DecodingPool, EncodedImage, Transform, WorkerDied, decode_into, pack
+from decoding import EncodedImage, Transform, WorkerDied, decode_into, pack, shared_pool
 from errors import DataError
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,6 @@ class StreamingDataLoader(Loader):
         seed: int,
         num_workers: int,
         max_bad_fraction: float,
-        pool: DecodingPool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dataset, order, **options)
@@ -159,7 +158,7 @@ class StreamingDataLoader(Loader):
         self.image_size = image_size
         self.seed = seed
         self.num_workers = num_workers
-        self.pool = pool or DecodingPool(num_workers)
+        self.pool = shared_pool(num_workers) if num_workers else None
         self.packed = pack(transform) if num_workers else b""
         self.max_bad = int(max_bad_fraction * len(dataset))
         self.read_seconds = 0.0
@@ -242,7 +241,7 @@ class _Epoch:
     def _decode(self, encoded: list[EncodedImage], ids: np.ndarray, out: np.ndarray) -> list[Exception | None]:
         loader = self.loader
         seeds = [(loader.seed, self.number, sample_id) for sample_id in ids.tolist()]
-        if not loader.num_workers:
+        if loader.pool is None:
             rows = zip(out, encoded, seeds, strict=True)
             return [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
         try:

@@ -16,7 +16,7 @@ import torch
 import distributed
 from augment import Augment
 from config import Config
-from decoding import AlbumentationsAdapter, DecodingPool, EncodedImage
+from decoding import AlbumentationsAdapter, EncodedImage
 from dummy import make_dummy_data
 from durable import read_small
 from errors import DataError, UsageError
@@ -168,8 +168,6 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
     batch_size, eval_batch = config.batch_size // world, min(config.batch_size // config.accumulate_steps, EVAL_BATCH)
     val_ids = _rank_share(len(val), eval_batch)
 
-    pool = None if config.is_small else DecodingPool(config.num_workers)
-
     def make(dataset: Any, transform: AlbumentationsAdapter, **options: Any) -> Loader:
         if config.is_small:
             return ResidentLoader(dataset, device=device, **options)
@@ -180,7 +178,6 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
             seed=config.seed,
             num_workers=config.num_workers,
             max_bad_fraction=config.max_bad_fraction,
-            pool=pool,
             **options,
         )
 

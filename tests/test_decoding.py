@@ -60,6 +60,13 @@ def decoders() -> set[int]:
     return found
 
 
+def own_decoders() -> set[int]:
+    """Those that this process has started."""
+    return {
+        process for process in decoders() if f"\nPPid:\t{os.getpid()}\n" in Path(f"/proc/{process}/status").read_text()
+    }
+
+
 def until(condition: Callable[[], object]) -> None:
     limit = time.monotonic() + TIMEOUT
     while not condition():
@@ -115,13 +122,15 @@ def test_a_pool_that_is_forgotten_ends_its_processes() -> None:
 def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     folder = make_imagenet_like(tmp_path, train=64, validation=8, rows_per_group=16)
     flags = {"dataset": "hf", "dataset_name": str(folder), "image_size": SIZE, "batch_size": 16, "num_workers": 1}
-    before = decoders()
+    decoding._pool_of.cache_clear()
+    until(lambda: not own_decoders())
     loader = get_data_loaders(resolve(flags), torch.device("cpu")).train
-    until(lambda: decoders() - before)
-    (process,) = decoders() - before
+    until(own_decoders)
+    (process,) = own_decoders()
     os.kill(process, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a decoding process died.*fewer --num_workers"):
         list(loader)
+    assert decoding.shared_pool(1) is not loader.pool  # type: ignore[attr-defined]
 
 
 def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
