@@ -1,5 +1,6 @@
 """Decoding processes give what this process would, whatever is sent to them, and outlive nobody."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,23 +49,21 @@ def both_ways(images: list[EncodedImage]) -> list[tuple[np.ndarray, list[str | N
     return found
 
 
-def decoders() -> set[int]:
-    """The decoding processes of this machine."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"decoding.main()" in path.read_bytes():
-                found.add(int(path.parent.name))
-        except OSError:  # it has ended
-            continue
+def running() -> dict[int, int]:
+    """The decoding processes of this machine, each with its parent."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if b"decoding.main()" in (path / "cmdline").read_bytes():
+                found[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
     return found
 
 
-def own_decoders() -> set[int]:
-    """Those that this process has started."""
-    return {
-        process for process in decoders() if f"\nPPid:\t{os.getpid()}\n" in Path(f"/proc/{process}/status").read_text()
-    }
+def decoders(parent: int) -> set[int]:
+    """The decoding processes that a process has started, and those that they have."""
+    parents = running()
+    first = {process for process, its in parents.items() if its == parent}
+    return first | {process for process, its in parents.items() if its in first}
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -112,21 +111,22 @@ def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:
 
 
 def test_a_pool_that_is_forgotten_ends_its_processes() -> None:
-    before = decoders()
+    before = decoders(os.getpid())
     pool = DecodingPool(2)
-    until(lambda: len(decoders() - before) == 2)
+    until(lambda: len(decoders(os.getpid()) - before) == 2)
+    ours = decoders(os.getpid()) - before
     del pool
-    until(lambda: decoders() <= before)
+    until(lambda: not ours & running().keys())
 
 
 def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     folder = make_imagenet_like(tmp_path, train=64, validation=8, rows_per_group=16)
     flags = {"dataset": "hf", "dataset_name": str(folder), "image_size": SIZE, "batch_size": 16, "num_workers": 1}
     decoding._pool_of.cache_clear()
-    until(lambda: not own_decoders())
+    before = decoders(os.getpid())
     loader = get_data_loaders(resolve(flags), torch.device("cpu")).train
-    until(own_decoders)
-    (process,) = own_decoders()
+    until(lambda: decoders(os.getpid()) - before)
+    (process,) = decoders(os.getpid()) - before
     os.kill(process, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a decoding process died.*fewer --num_workers"):
         list(loader)
@@ -141,19 +141,21 @@ def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_parent_that_is_killed_leaves_no_process_behind(signum: signal.Signals) -> None:
-    before = decoders()
     code = "import decoding, time; pool = decoding.DecodingPool(2); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment()) as parent:
-        until(lambda: len(decoders() - before) == 2)
+        until(lambda: len(decoders(parent.pid)) == 2)
+        theirs = decoders(parent.pid)
         parent.send_signal(signum)
-    until(lambda: decoders() <= before)
+    until(lambda: not theirs & running().keys())
 
 
 def test_a_signal_to_the_processes_themselves_is_their_parents_to_act_on() -> None:
-    before, out = decoders(), np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    before, out = decoders(os.getpid()), np.zeros((2, SIZE, SIZE, 3), np.uint8)
     pool, packed = DecodingPool(1), pack(train_transform(settings()))
     pool.run(packed, photographs(2), [(0, 0, 0), (0, 0, 1)], out)
-    for process in decoders() - before:
+    ours = decoders(os.getpid()) - before
+    assert len(ours) == 1
+    for process in ours:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(process, signum)
     assert not any(pool.run(packed, photographs(2), [(0, 0, 0), (0, 0, 1)], out))
