@@ -140,6 +140,7 @@ def shared_pool(processes: int) -> DecodingPool:
 
 @functools.cache
 def _pool_of(processes: int, pid: int) -> DecodingPool:
+    """By the process too, for one that was forked must not speak on its parent's sockets."""
     return DecodingPool(processes)
 
 
