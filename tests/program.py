@@ -67,7 +67,7 @@ def environment(**changes: str) -> dict[str, str]:
     """A process's environment: one thread, as `run` has, and nothing of this machine's Hub user but `changes`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "OMP_", "TORCHELASTIC"))}
     own = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET")}
-    return kept | own | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | changes
+    return kept | own | {"OMP_NUM_THREADS": "1"} | changes
 
 
 def start(*arguments: object, ranks: int = 0, restarts: int = 0, **env: str) -> "subprocess.Popen[str]":
@@ -114,7 +114,7 @@ def snapshot_path(folder: Path, step: int) -> Path:
 
 
 def steps_kept(folder: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step-")) for path in (folder / "snapshots").glob("step-*"))
+    return sorted(int(path.stem.removeprefix("step-")) for path in (folder / "snapshots").glob("step-*.safetensors"))
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

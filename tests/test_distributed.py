@@ -114,16 +114,24 @@ def test_a_run_of_two_ranks_goes_on_as_if_nothing_happened(two_ranks: Path, tmp_
     assert_same_run(copy, two_ranks)
 
 
+def kill_a_rank(process: "subprocess.Popen[str]", folder: Path, rng: random.Random) -> None:
+    """Once the ranks have written a snapshot; they are gone when it returns, and torchrun may have started others."""
+    wait_for(snapshot_path(folder, max(steps_kept(folder), default=0) + 2), process)
+    ranks = children(process)
+    time.sleep(rng.uniform(0, 0.05))
+    os.kill(rng.choice(ranks), signal.SIGKILL)
+    while {*ranks} & {*children(process)}:
+        time.sleep(0.005)
+
+
 def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
     data: tuple[object, ...], two_ranks: Path, tmp_path: Path
 ) -> None:
     folder, rng = tmp_path / "killed", random.Random(0)
     line = (*data, *FLAGS, "--snapshot_steps", 2, "--run_dir", folder, "--resume_from", "auto")
     process = start(*line, ranks=2, restarts=3)
-    for step in (2, 4, 8):
-        wait_for(snapshot_path(folder, step), process)
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(rng.choice(children(process)), signal.SIGKILL)
+    for _ in range(3):
+        kill_a_rank(process, folder, rng)
     done = wait(process)
     assert done.status == 0, done.err
     assert len(re.findall("^resumed ", done.out, re.MULTILINE)) == 3
