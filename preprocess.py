@@ -16,7 +16,7 @@ import torch
 import distributed
 from augment import Augment
 from config import Config
-from decoding import AlbumentationsAdapter, EncodedImage
+from decoding import AlbumentationsAdapter, EncodedImage, RandomResizedCropAdapter
 from dummy import make_dummy_data
 from durable import read_small
 from errors import DataError, UsageError
@@ -36,7 +36,7 @@ def train_transform(config: Config) -> AlbumentationsAdapter:
     size = config.image_size
     if config.crop == "fixed":
         return AlbumentationsAdapter(_resize_short_side(size), A.RandomCrop(size, size))
-    return AlbumentationsAdapter(A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)))
+    return RandomResizedCropAdapter(A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)))
 
 
 def eval_transform(config: Config) -> AlbumentationsAdapter:

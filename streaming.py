@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import constants
 
-from decoding import DECODE_ERRORS, decode
+from decoding import UnreadableImage, decode
 from errors import DataError
 from loader import POLL_SECONDS
 from network import Network, one_line_errors
@@ -238,7 +238,7 @@ def reduce(encoded: bytes, short_side: int) -> bytes:
     """A JPEG with its short side reduced to `short_side` pixels; what is smaller or unreadable stays as it is."""
     try:
         image = decode(encoded)
-    except DECODE_ERRORS:
+    except UnreadableImage:
         return encoded
     if min(image.shape[:2]) <= short_side:
         return encoded

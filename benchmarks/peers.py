@@ -184,11 +184,10 @@ def our_transform() -> Callable[[bytes], Any]:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__dict__["__getattr__"] = lambda name: object
     from config import resolve
-    from decoding import decode
     from preprocess import train_transform
 
     for name in unused:
         del sys.modules[name]
     transform = train_transform(resolve({"dataset": "imagenet1k", "image_size": SIZE}))
     calls = itertools.count()
-    return lambda encoded: transform(decode(encoded), (os.getpid(), next(calls)))
+    return lambda encoded: transform(encoded, (os.getpid(), next(calls)))

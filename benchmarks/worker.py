@@ -56,7 +56,6 @@ def decoding_alone(source: str) -> Epoch:
     from concurrent.futures import ThreadPoolExecutor
 
     from config import resolve
-    from decoding import decode
     from preprocess import train_transform
     from streaming import HuggingFaceImageNetDataset
 
@@ -68,7 +67,7 @@ def decoding_alone(source: str) -> Epoch:
     def decode_batch(first: int) -> int:
         batch = images[first : first + BATCH]
         for number, image in enumerate(batch, first):
-            transform(decode(image), (0, 0, number))
+            transform(image, (0, 0, number))
         return len(batch)
 
     def epoch(number: int) -> Iterator[int]:

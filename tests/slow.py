@@ -4,13 +4,15 @@ import time
 
 import numpy as np
 
+from decoding import EncodedImage, decode
+
 
 class SlowTransform:
-    """Gives the image back after so many seconds."""
+    """Decodes, and takes so many seconds about it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def __call__(self, image: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
         time.sleep(self.seconds)
-        return image
+        return decode(image)
