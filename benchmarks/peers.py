@@ -5,8 +5,8 @@ libopencv-dev libturbojpeg0-dev pkg-config):
 
     cd benchmarks/.peers && for name in dali ffcv litdata mosaic; do uv venv --python 3.11 $name; done
     uv pip install --python dali nvidia-dali-cuda130 numpy
-    uv pip install --python litdata litdata torchvision albumentations opencv-python-headless
-    uv pip install --python mosaic mosaicml-streaming torchvision albumentations opencv-python-headless
+    uv pip install --python litdata litdata torchvision albumentations opencv-python-headless turbojpeg
+    uv pip install --python mosaic mosaicml-streaming torchvision albumentations opencv-python-headless turbojpeg
     uv pip install --python ffcv torch==2.13.0 torchvision==0.28.0 'numpy<2' 'numba<0.60' pillow setuptools wheel
     uv pip install --python ffcv --no-build-isolation ffcv
 """
@@ -25,7 +25,7 @@ SIZE = 224
 WORKERS = 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROOT = Path(__file__).resolve().parent.parent
-OUR_DECODE = {"config", "decoding", "distributed", "errors", "loader", "preprocess"}
+OUR_DECODE = {"config", "decoding", "distributed", "errors", "jpeg", "loader", "preprocess"}
 
 Epoch = Callable[[int], Iterator[int]]
 
