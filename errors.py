@@ -57,9 +57,14 @@ def redact(text: str) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
+def complain(line: str) -> None:
+    """Write a line to stderr, in one piece, for several ranks may be writing."""
+    sys.stderr.write(f"{line}\n")
+
+
 def _leave(signum: int, frame: FrameType | None) -> None:
     """What SIGTERM and SIGUSR1 do before there is anything to save."""
-    sys.stderr.write(f"stopped by {signal.Signals(signum).name}\n")
+    complain(f"stopped by {signal.Signals(signum).name}")
     os._exit(128 + signum)
 
 
@@ -73,18 +78,18 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {redact(str(error))}\n")  # one write, for several ranks may be writing
+        complain(f"error: {redact(str(error))}")
         return error.status
     except Interrupted as stop:
         return stop.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except OSError as error:
         if debug or error.errno not in DISK_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}; make room or mend the disk, and resume", file=sys.stderr)
+        complain(f"error: {error.strerror}{where}; make room or mend the disk, and resume")
         return SnapshotError.status
     finally:
         for signum, handler in handlers.items():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import config as configuration
 import run_lr_finder
 from config import Config
-from errors import UsageError, run_front_door
+from errors import UsageError, complain, run_front_door
 
 if TYPE_CHECKING:
     from preprocess import Data
@@ -71,7 +71,7 @@ def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
 
     snapshot, passed_over = find(source)
     for line in passed_over:
-        print(f"passed over: {line}", file=sys.stderr)
+        complain(f"passed over: {line}")
     return configuration.resume(snapshot.state.get("config"), given), snapshot
 
 

@@ -134,7 +134,9 @@ def main() -> None:
     folder, *flags = sys.argv[1:]
     distributed.init("cpu")
     for precision, event, changed, steps in run_cases(flags, Path(folder)):
-        print(f"case {distributed.rank()} {precision} {event} {steps} {','.join(changed) or 'pure'}", flush=True)
+        line = f"case {distributed.rank()} {precision} {event} {steps} {','.join(changed) or 'pure'}\n"
+        sys.stdout.write(line)  # in one piece: torchrun's ranks share a pipe, which they do not buffer
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
