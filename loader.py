@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from augment import Augment
-from decoding import EncodedImage, Transform, WorkerDied, decode_into, pack, shared_pool
+from decoding import WorkerDied, pack, shared_pool
 from errors import DataError
+from pictures import EncodedImage, Transform, decode_into
 
 log = logging.getLogger(__name__)
 

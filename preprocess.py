@@ -16,12 +16,12 @@ import torch
 import distributed
 from augment import Augment
 from config import Config
-from decoding import AlbumentationsAdapter, EncodedImage, RandomResizedCropAdapter
 from dummy import make_dummy_data
 from durable import read_small
 from errors import DataError, UsageError
 from loader import ImageDataset, Loader, StreamingDataLoader
 from network import Network
+from pictures import AlbumentationsAdapter, EncodedImage, RandomResizedCropAdapter
 from resident import ResidentLoader
 from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
 

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import constants
 
-from decoding import UnreadableImage, decode
 from errors import DataError
 from loader import POLL_SECONDS
 from network import Network, one_line_errors
 from parquet import Block, ParquetShards
+from pictures import UnreadableImage, decode
 from remote import HubFiles, open_files, resolve
 from store import FileStore
 from webdataset import TarShards

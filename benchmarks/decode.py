@@ -25,7 +25,7 @@ from benchmarks.common import installed_versions, parser, record
 from benchmarks.images import make_images
 from benchmarks.peers import SIZE, reference_transform
 from config import resolve
-from decoding import decode
+from pictures import decode
 from preprocess import train_transform
 
 

@@ -25,7 +25,7 @@ SIZE = 224
 WORKERS = 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROOT = Path(__file__).resolve().parent.parent
-OUR_DECODE = {"config", "decoding", "distributed", "errors", "jpeg", "loader", "preprocess"}
+OUR_DECODE = {"config", "decoding", "distributed", "errors", "jpeg", "loader", "pictures", "preprocess"}
 
 Epoch = Callable[[int], Iterator[int]]
 

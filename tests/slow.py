@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from decoding import EncodedImage, decode
+from pictures import EncodedImage, decode
 
 
 class SlowTransform:

@@ -14,7 +14,7 @@ from PIL import Image
 from program import assert_same_run, ledger, metrics, snapshot_path, start, train, wait, wait_for
 from shards import REPO_ID, photographs
 
-from decoding import decode
+from pictures import decode
 from streaming import Cache, HuggingFaceImageNetDataset, reduce
 
 DATA: tuple[object, ...] = ("--dataset", "imagenet1k")

@@ -18,8 +18,9 @@ from slow import SlowTransform
 
 import decoding
 from config import Config, resolve
-from decoding import DecodingPool, EncodedImage, WorkerDied, decode_into, pack
+from decoding import DecodingPool, WorkerDied, pack
 from errors import DataError
+from pictures import EncodedImage, decode_into
 from preprocess import get_data_loaders, train_transform
 
 SIZE = 24

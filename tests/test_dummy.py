@@ -17,7 +17,7 @@ from shards import make_imagenet_like, to_table
 
 import dummy
 from config import resolve
-from decoding import decode
+from pictures import decode
 from preprocess import get_data_loaders
 from streaming import HuggingFaceImageNetDataset
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from shards import photographs
 
-import decoding
 import jpeg
+import pictures
 from config import resolve
-from decoding import Picture, decode
+from pictures import Picture, decode
 from preprocess import train_transform
 
 needs_library = pytest.mark.skipif(not jpeg.can_decode_regions(), reason="there is no libjpeg-turbo 3 here")
@@ -85,9 +85,9 @@ def test_a_region_of_an_rgb_jpeg_too() -> None:
 
 def test_no_library_changes_nothing_but_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     transform, data = train_transform(resolve({"dataset": "imagenet1k"})), encode(part_of_a_photograph(375, 500))
-    pictures = [transform(data, (0, 0, number)) for number in range(20)]
-    monkeypatch.setattr(decoding, "can_decode_regions", lambda: False)
-    assert all(np.array_equal(transform(data, (0, 0, number)), one) for number, one in enumerate(pictures))
+    expected = [transform(data, (0, 0, number)) for number in range(20)]
+    monkeypatch.setattr(pictures, "can_decode_regions", lambda: False)
+    assert all(np.array_equal(transform(data, (0, 0, number)), one) for number, one in enumerate(expected))
 
 
 @needs_library

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = [
     *("main", "run_lr_finder", "train", "profiling", "step", "lr_finder", "lr_methods", "preflight", "preprocess"),
     *("resident", "dummy", "streaming", "webdataset", "parquet", "remote", "network", "store", "stopping", "loader"),
-    *("visualization", "tracking", "state", "snapshot", "durable", "decoding", "jpeg", "augment", "optim"),
+    *("visualization", "tracking", "state", "snapshot", "durable", "decoding", "pictures", "jpeg", "augment", "optim"),
     *("model_resnet50", "distributed", "config", "errors"),
 ]
 OURS = {*LAYOUT, *(folder.name for folder in ROOT.iterdir() if folder.is_dir())}

@@ -20,9 +20,9 @@ from PIL import Image
 from shards import make_imagenet_like
 
 from config import Config, resolve
-from decoding import UnreadableImage, decode
 from errors import DataError
 from loader import UNREADABLE, Batch, StreamingDataLoader
+from pictures import UnreadableImage, decode
 from preprocess import LocalDataset, eval_transform, train_transform
 from streaming import BlockReader, HuggingFaceImageNetDataset, epoch_order
 
