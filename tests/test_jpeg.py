@@ -1,5 +1,6 @@
 """A region of a JPEG has the very pixels of the whole, and what is not sound is left to whoever decodes the whole."""
 
+import ctypes.util
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,6 +89,13 @@ def test_no_library_changes_nothing_but_the_speed(monkeypatch: pytest.MonkeyPatc
     expected = [transform(data, (0, 0, number)) for number in range(20)]
     monkeypatch.setattr(pictures, "can_decode_regions", lambda: False)
     assert all(np.array_equal(transform(data, (0, 0, number)), one) for number, one in enumerate(expected))
+
+
+@pytest.mark.parametrize("wheel", ["missing", "another"])
+def test_a_library_that_is_missing_or_another_is_not_used(wheel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"missing": "/nowhere/libturbojpeg.so", "another": ctypes.util.find_library("c")}[wheel]
+    monkeypatch.setattr(jpeg, "_candidates", lambda: [found])
+    assert jpeg._library.__wrapped__() is None
 
 
 @needs_library
