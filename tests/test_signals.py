@@ -66,10 +66,10 @@ def test_a_signal_before_training_is_one_line(tmp_path: Path, signum: signal.Sig
 
 def test_a_signal_ends_the_finder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    line = ("--lr", "auto", "--lr_iter", 200, "--batch_size", 16, "--run_dir", folder)
+    line = ("--lr", "auto", "--lr_iter", 2000, "--batch_size", 16, "--run_dir", folder)
     process = start(*line)
     wait_for(folder / "config.json", process)
-    time.sleep(1)
+    time.sleep(6)  # the finder tells nothing before it ends, and is far from it
     process.send_signal(signal.SIGTERM)
     done = wait(process)
     assert done.status == 143
