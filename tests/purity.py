@@ -1,6 +1,7 @@
 """Runs the finder as main.py does, in every precision and through every mishap, and tells what it left changed.
 
-As a program, which torchrun may start, it takes the flags of the data and prints a line for each case.
+As a program, which torchrun may start, it takes a folder and the flags of the data, and writes a line for each case
+into a file of the rank.
 """
 
 import math
@@ -133,10 +134,9 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, *flags = sys.argv[1:]
     distributed.init("cpu")
-    for precision, event, changed, steps in run_cases(flags, Path(folder)):
-        line = f"case {distributed.rank()} {precision} {event} {steps} {','.join(changed) or 'pure'}\n"
-        sys.stdout.write(line)  # in one piece: torchrun's ranks share a pipe, which they do not buffer
-        sys.stdout.flush()
+    with open(Path(folder) / f"cases{distributed.rank()}", "w") as file:
+        for precision, event, changed, steps in run_cases(flags, Path(folder)):
+            file.write(f"{precision} {event} {steps} {','.join(changed) or 'pure'}\n")
 
 
 if __name__ == "__main__":
