@@ -45,15 +45,15 @@ def _candidates() -> list[str]:
     return [path for path in [find_library("turbojpeg")] if path]
 
 
-class _Handles(threading.local):
+class _Own(threading.local):
     """A decompressor for each thread."""
 
     def __init__(self) -> None:
-        self.library = _library()
-        self.handle = self.library.tj3Init(DECOMPRESS) if self.library else None
+        library = _library()
+        self.handle = library.tj3Init(DECOMPRESS) if library else None
 
 
-_own = _Handles()
+_own = _Own()
 
 
 def can_decode_regions() -> bool:
@@ -67,7 +67,7 @@ def decode_region(
 
     None if the file is not sound as far as the region needs it, or is cut short: whoever decodes the whole may judge.
     """
-    library, handle = _own.library, _own.handle
+    library, handle = _library(), _own.handle
     if library is None or bytes(encoded[-2:]) != END_OF_IMAGE:
         return None
     data = np.frombuffer(encoded, np.uint8)

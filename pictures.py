@@ -129,7 +129,9 @@ class RandomResizedCropAdapter(AlbumentationsAdapter):
         picture = Picture(image)
         (crop,) = self._seeded(seed).transforms
         coordinates = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
-        return cv2.resize(picture.region(*coordinates), crop.size[::-1], interpolation=crop.interpolation)
+        region = picture.region(*coordinates)
+        result: np.ndarray = crop.apply(region, crop_coords=(0, 0, region.shape[1], region.shape[0]))
+        return result
 
 
 def decode_into(

@@ -99,6 +99,14 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.005)
 
 
+def until(condition: Callable[[], object]) -> None:
+    """Waits for something that is about to come true."""
+    limit = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
 def children(process: "subprocess.Popen[str]") -> list[int]:
     """The ids of the processes that a process started, in their order."""
     found = []

@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from program import ROOT, TIMEOUT, environment
+from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
 from slow import SlowTransform
 
@@ -65,13 +63,6 @@ def decoders(parent: int) -> set[int]:
     parents = running()
     first = {process for process, its in parents.items() if its == parent}
     return first | {process for process, its in parents.items() if its in first}
-
-
-def until(condition: Callable[[], object]) -> None:
-    limit = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_a_pool_decodes_as_this_process_does() -> None:

@@ -26,6 +26,7 @@ from program import (
     start,
     steps_kept,
     train,
+    until,
     wait,
     wait_for,
 )
@@ -120,8 +121,7 @@ def kill_a_rank(process: "subprocess.Popen[str]", folder: Path, rng: random.Rand
     ranks = children(process)
     time.sleep(rng.uniform(0, 0.05))
     os.kill(rng.choice(ranks), signal.SIGKILL)
-    while {*ranks} & {*children(process)}:
-        time.sleep(0.005)
+    until(lambda: not {*ranks} & {*children(process)})
 
 
 def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
