@@ -218,6 +218,10 @@ class Config:
         names = {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}
         return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
 
+    def fixed(self) -> dict[str, Any]:
+        """The flags, `--name`, that change the result, with their values: those that a snapshot holds a resume to."""
+        return {f"--{name}": value for name, value in vars(self).items() if name in _names("fixed")}
+
     def check_schedule(self, steps_per_epoch: int) -> None:
         """Refuse a OneCycle whose rising part is a single step, over which PyTorch's divides by zero."""
         total = self.epochs * steps_per_epoch

@@ -6,14 +6,14 @@ a gloo group on the host, which never makes a GPU wait.
 
 import atexit
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from errors import UsageError
+from errors import UsageError, UserError
 
 _host_group: Any = None
 
@@ -139,3 +139,23 @@ def from_rank0(value: Any) -> Any:
         dist.broadcast_object_list(box, src=0, group=_host_group)
         return box[0]
     return value
+
+
+def require_agreement(facts: Mapping[str, Any], error: type[UserError] = UsageError) -> None:
+    """Raise `error` on all ranks when a fact, by its name, is not the same on each."""
+    if world_size() == 1:
+        return
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, dict(facts), group=_host_group)
+    for name in facts:
+        other = next((rank for rank in range(len(told)) if told[rank][name] != told[0][name]), None)
+        if other is not None:
+            raise error(
+                f"the ranks differ in {name}: {_short(told[0][name])} on rank 0, {_short(told[other][name])} on rank "
+                f"{other}; start all of them with the same flags, files and packages"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -62,8 +62,9 @@ class Loader(ABC):
     """Batches of `(images, labels, ids)` on `device`, in an order that is a function of the epoch alone.
 
     `order(epoch)` gives this process's streams as int64 arrays of sample ids. In training a batch takes an equal share
-    of each stream and the incomplete last batch is dropped; otherwise nothing is dropped. `augment` is applied to whole
-    batches on the device. Ids stay on the host.
+    of each stream and the incomplete last batch is dropped: of `ranks` processes, which take one dataset together, each
+    has the same number of batches. Otherwise nothing is dropped. `augment` is applied to whole batches on the device.
+    Ids stay on the host.
 
     Iterating yields the epoch given to `set_epoch`, from its step `start` on; no other state exists. On a GPU a batch
     is copied and augmented in a stream of its own, beside the step of the one before.
@@ -76,6 +77,7 @@ class Loader(ABC):
         *,
         batch_size: int,
         train: bool,
+        ranks: int = 1,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
         augment: Augment | None = None,
     ) -> None:
@@ -89,13 +91,10 @@ class Loader(ABC):
         self.epoch = 0
         self.start = 0
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        streams = order(0)
-        self._share = batch_size // max(1, len(streams))
-        lengths = [len(stream) for stream in streams]
-        self._steps = min(lengths) // self._share if train else -(-sum(lengths) // batch_size)
+        self._steps = len(dataset) // (batch_size * ranks) if train else -(-sum(map(len, order(0))) // batch_size)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch, in training the same on every rank."""
         return self._steps
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -108,8 +107,9 @@ class Loader(ABC):
 
     def _spans(self, streams: list[np.ndarray]) -> list[list[tuple[int, int]]]:
         """The part of each stream that goes into each batch from `start` on."""
+        share = self.batch_size // len(streams)
         return [
-            [(step * self._share, min((step + 1) * self._share, len(stream))) for stream in streams]
+            [(step * share, min((step + 1) * share, len(stream))) for stream in streams]
             for step in range(self.start, self._steps)
         ]
 

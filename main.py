@@ -51,6 +51,7 @@ def _run(argv: list[str]) -> None:
 
     config, snapshot = _settings(given)
     device = distributed.init(config.device)
+    distributed.require_agreement(config.fixed())
     data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)
@@ -156,6 +157,7 @@ def _fit(
     if snapshot is None and config.lr == "auto":
         progress.lr = run_lr_finder.search(config, data, training, folder, stop)
         print0(f"lr        {progress.lr:.4g} from the finder")
+    distributed.require_agreement({"the learning rate": progress.lr, "the step to go on from": progress.step})
     schedule = build_schedule(training.optimizer, config, progress.lr, len(data.train), progress.step)
     print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
     on_rank0 = distributed.rank() == 0

@@ -188,6 +188,7 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
         batch_size=batch_size,
         image_size=config.image_size,
         train=True,
+        ranks=world,
         augment=batch_augment(config),
     )
     if not len(train_loader):
@@ -202,7 +203,11 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
         image_size=config.eval_size,
         train=False,
     )
-    return Data(train_loader, val_loader, train.classes, getattr(train, "revision", None))
+    data = Data(train_loader, val_loader, train.classes, getattr(train, "revision", None))
+    facts = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
+    facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
+    distributed.require_agreement(facts, DataError)
+    return data
 
 
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:

@@ -47,6 +47,7 @@ def _run(argv: list[str]) -> None:
     from tracking import open_run_folder
 
     device = distributed.init(config.device)
+    distributed.require_agreement(config.fixed())
     data = get_data_loaders(config, device)
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
+import distributed
 import main
 
 ROOT = Path(main.__file__).parent
@@ -61,6 +63,13 @@ def train(*arguments: object) -> Outcome:
     done = run(*arguments)
     assert done.status == 0, done.err
     return done
+
+
+def pretend_rank(patch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    """This process is one of several from now on, none of which it can ask anything."""
+    patch.setattr(distributed, "rank", lambda: rank)
+    patch.setattr(distributed, "world_size", lambda: world)
+    patch.setattr(distributed, "require_agreement", lambda *facts: None, raising=False)
 
 
 def environment(**changes: str) -> dict[str, str]:

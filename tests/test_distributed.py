@@ -87,6 +87,14 @@ def test_two_ranks_train_on_the_batches_of_one(one_rank: Path, two_ranks: Path, 
     assert [row["epoch"] for row in results(two_ranks)] == ["1", "2"]
 
 
+def test_ranks_whose_streams_differ_in_length_make_the_same_steps(tmp_path: Path) -> None:
+    """Of 127 digits the second rank's streams have 64, a batch more than the first one's 63."""
+    flags = ("--max_samples", 127, "--batch_size", 64, "--epochs", 2, "--run_dir", tmp_path / "run")
+    done = wait(start(*flags, ranks=2))
+    assert done.status == 0, done.err
+    assert [row["step"] for row in results(tmp_path / "run")] == ["1", "2"]
+
+
 def test_a_run_goes_from_one_rank_to_two_and_back_on_the_same_batches(one_rank: Path, tmp_path: Path) -> None:
     on_two = cut(one_rank, 3, tmp_path / "two")
     done = wait(start("--resume_from", on_two, ranks=2))
@@ -138,7 +146,7 @@ def test_a_rank_killed_three_times_under_torchrun_changes_nothing(
     assert_same_run(folder, two_ranks)
 
 
-def two_processes(code: str) -> list[str]:
+def two_processes(code: str, stderr: int | None = None) -> list[str]:
     """What two processes that another launcher than torchrun started print."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -149,6 +157,7 @@ def two_processes(code: str) -> list[str]:
             cwd=ROOT,
             env=environment(**meeting, RANK=rank),
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         for rank in "01"
@@ -159,6 +168,30 @@ def two_processes(code: str) -> list[str]:
 def test_ranks_that_another_launcher_started_find_each_other() -> None:
     code = "import distributed as d; d.init('cpu'); print(d.rank(), d.world_size(), d.largest_over_ranks(d.rank()))"
     assert two_processes(code) == ["0 2 1\n", "1 2 1\n"]
+
+
+def test_ranks_that_do_not_agree_say_in_what() -> None:
+    code = """
+import distributed as d, errors
+
+d.init("cpu")
+d.require_agreement({"the steps": 7, "the classes": ["a", "b"]})
+try:
+    d.require_agreement({"the steps": 7, "the classes": ["a", "b"][:: 1 - 2 * d.rank()]}, errors.DataError)
+except errors.DataError as error:
+    print(error)
+"""
+    line = "the ranks differ in the classes: ['a', 'b'] on rank 0, ['b', 'a'] on rank 1; start all"
+    assert [told.startswith(line) for told in two_processes(code)] == [True, True]
+
+
+def test_ranks_with_other_flags_are_refused_before_they_wait_for_each_other(tmp_path: Path) -> None:
+    code = f"import os, main; main.main(['--epochs', os.environ['RANK'], '--run_dir', {str(tmp_path / 'run')!r}])"
+    code = code.replace("os.environ['RANK']", "str(1 + int(os.environ['RANK']))")
+    told = two_processes(code, stderr=subprocess.STDOUT)
+    line = "error: the ranks differ in --epochs: 1 on rank 0, 2 on rank 1; "
+    assert [line in text for text in told] == [True, True]
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_thread_of_gloo_is_left_to_abort_a_process_that_ends() -> None:

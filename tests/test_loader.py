@@ -214,7 +214,6 @@ def test_too_many_unreadable_images_stop_the_run(damaged: Path, workers: int, tr
     for allowed in (len(BAD), len(BAD) - 1):
         loader = make(dataset, train, num_workers=workers, max_bad_fraction=allowed / TRAIN + 1e-9, batch_size=10)
         loader.order = lambda epoch: [np.arange(TRAIN)]
-        loader._share, loader._steps = 10, TRAIN // 10
         if allowed == len(BAD):
             assert len(run(loader)) == TRAIN // 10
         else:

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hub import Hub
+from program import pretend_rank
 from shards import REPO_ID, make_imagenet_like
 
-import distributed
 import preflight
 from config import Config, resolve
 from decoding import PROCESS_BYTES
@@ -220,9 +220,8 @@ def test_what_is_not_streamed_has_only_its_images_and_classes() -> None:
 def test_a_rank_is_told_its_share_of_the_streams(sorted_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(sorted_set)
     alone = lines_of(config, load(config, monkeypatch))
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        pretend_rank(monkeypatch, rank, 4)
         lines = lines_of(config, load(config, monkeypatch))
         assert lines["streams"] == "8, 2 for each of 4 ranks"
         assert [name for name in lines if lines[name] != alone[name]] in (["streams"], ["streams", "memory"])
@@ -304,9 +303,8 @@ def test_a_rank_holds_only_the_blocks_of_its_streams(
 ) -> None:
     config = settings(shuffled_set, shuffle_window=400, batch_size=40)
     monkeypatch.setattr(preflight, "AHEAD_BYTES", 0)
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
     for rank in range(world):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        pretend_rank(monkeypatch, rank, world)
         data = load(config, monkeypatch)
         sizes = [block.size for block in train_of(data).blocks]
         held = most_held(data, 5, sizes, len(data.train))

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from program import pretend_rank
 
-import distributed
 from augment import Augment
 from config import Config, resolve
 from loader import Batch
@@ -113,8 +113,7 @@ def test_the_dataset_is_not_changed_by_augmenting_its_batches() -> None:
 def loaders_of(rank: int, world: int, config: Config) -> Any:
     """The loaders as rank `rank` of `world` would have them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "rank", lambda: rank)
-        patch.setattr(distributed, "world_size", lambda: world)
+        pretend_rank(patch, rank, world)
         data = get_data_loaders(config, CPU)
         return run(data.train, epoch=1, start=1), run(data.val)
 
@@ -184,3 +183,17 @@ def test_augmentation_sees_images_of_the_size_asked_for() -> None:
     plain, changed = run(make(image_size=16, augment=None), 1), run(make(image_size=16), 1)
     expected = [Batch(AUGMENT(images, ids, 1), labels, ids) for images, labels, ids in plain]
     assert_same(changed, expected)
+
+
+@pytest.mark.parametrize("images", [127, 128, 135, 190])
+def test_every_rank_has_the_whole_batches_of_the_dataset_and_no_more(images: int) -> None:
+    """Streams differ by a sample in length, and a rank with a step more than another would wait for it for ever."""
+    config = resolve({"dataset": "digits", "batch_size": 64, "max_samples": images})
+    for world in (1, 2, 4, 8):
+        for rank in range(world):
+            with pytest.MonkeyPatch.context() as patch:
+                pretend_rank(patch, rank, world)
+                loader = get_data_loaders(config, CPU).train
+                batches = run(loader)
+            assert len(loader) == len(batches) == images // 64
+            assert {len(batch.ids) for batch in batches} == {64 // world}
