@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
@@ -34,8 +35,26 @@ class Block:
     size: int
 
 
+def first_difference(classes: Sequence[str], others: Sequence[str], renamed: bool = False) -> str | None:
+    """Where two lists of class names first differ, in words, or None where they agree.
+
+    If classes may be `renamed`, only a name that both lists have, under other numbers, makes a difference.
+    """
+
+    def moved(name: str | None) -> bool:
+        places = ({number for number, other in enumerate(names) if other == name} for names in (classes, others))
+        return name in others and set.isdisjoint(*places)
+
+    for number, (ours, theirs) in enumerate(zip_longest(classes, others)):
+        if ours != theirs and (moved(ours) or not renamed):
+            return f"class {number} is {ours or 'none'} there and {theirs or 'none'} here"
+    return None
+
+
 class ParquetShards:
-    """The files of one split. Raises DataError for a file that is no parquet, or without an image or label column."""
+    """The files of one split. Raises DataError for a file that is no parquet, without an image or label column, or with
+    other class names than the rest.
+    """
 
     def __init__(
         self, source: str, files: Files, keep: Keep, columns: tuple[str | None, str | None], features: Any
@@ -44,10 +63,11 @@ class ParquetShards:
         self._files = files
         self._footers = _read_footers(source, files, keep)
         with one_line_errors(source, files.names[0]):
-            known = Features.from_dict(features) if features else self._features_of_first_file()
+            known = Features.from_dict(features) if features else self._features_of(0)
         self.image_column = _find_column(known, Image, columns[0], "--image_column", source)
         self.label_column = _find_column(known, ClassLabel, columns[1], "--label_column", source)
         self.classes: list[str] = list(known[self.label_column].names)
+        self._check_class_names("the dataset's card" if features else files.names[0], renamed=bool(features))
         self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
 
     def blocks(self, most_bytes: int) -> list[Block]:
@@ -77,8 +97,25 @@ class ParquetShards:
             found.append((self._footers[block.file].row_group(group).num_rows, statistics.min, statistics.max))
         return found
 
-    def _features_of_first_file(self) -> Features:
-        return Features.from_arrow_schema(self._footers[0].schema.to_arrow_schema())
+    def _features_of(self, file: int) -> Features:
+        return Features.from_arrow_schema(self._footers[file].schema.to_arrow_schema())
+
+    def _check_class_names(self, where: str, renamed: bool) -> None:
+        """Compare the class names that the files' own metadata give with those in use, which are from `where`.
+
+        Only a card may call a class by another name than the files do.
+        """
+        told: dict[bytes, int] = {}  # a file for each different metadata, of which most sets have one
+        for file, footer in enumerate(self._footers):
+            told.setdefault((footer.metadata or {}).get(b"huggingface", b""), file)
+        for file in told.values():
+            name = self._files.names[file]
+            with one_line_errors(self._source, name):
+                labels = self._features_of(file).get(self.label_column)
+            if isinstance(labels, ClassLabel):
+                problem = first_difference(self.classes, labels.names, renamed)
+                if problem:
+                    raise DataError(f"{name} has other classes than {where}: {problem}; make them the same")
 
     def _find_leaves(self, file: int) -> tuple[int, int]:
         """The numbers of the two stored columns that are read. A file that lacks one is named."""

@@ -21,6 +21,7 @@ from durable import read_small
 from errors import DataError, UsageError
 from loader import ImageDataset, Loader, StreamingDataLoader
 from network import Network
+from parquet import first_difference
 from pictures import AlbumentationsAdapter, EncodedImage, RandomResizedCropAdapter
 from resident import ResidentLoader
 from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
@@ -139,9 +140,6 @@ def load_image_folder(folder: Path) -> tuple[LocalDataset, LocalDataset]:
         except (FileNotFoundError, OSError) as error:
             raise DataError(f"{folder / split} has no images in class folders ({error})") from error
         parts.append(LocalDataset([Path(path) for path, _ in part.samples], part.targets, part.classes))
-    if parts[0].classes != parts[1].classes:
-        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
-        raise DataError(f"train/ and val/ of {folder} have different classes, {odd[0]} for one; make them the same")
     return parts[0], parts[1]
 
 
@@ -163,6 +161,11 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
     world = distributed.world_size()
     config.check_world(world)
     train, val, window = _load(config, revision)
+    problem = first_difference(train.classes[: len(val.classes)], val.classes)  # a set may lack the last classes
+    if problem:
+        raise DataError(
+            f"validation has other classes than training in {config.dataset_id}: {problem}; make them the same"
+        )
     if len(train.classes) < 2:
         raise DataError(f"{config.dataset_id} has one class; a classifier needs two")
     batch_size, eval_batch = config.batch_size // world, min(config.batch_size // config.accumulate_steps, EVAL_BATCH)

@@ -118,7 +118,7 @@ def make_image_folder(root: Path, classes: dict[str, list[str]]) -> Path:
         ({"train": ["a", "b"]}, ["val"]),
         ({"train": [], "val": []}, ["train"]),
         ({"train": ["a"], "val": ["a"]}, ["one class"]),
-        ({"train": ["a", "b"], "val": ["a", "c"]}, ["different classes", "b"]),
+        ({"train": ["a", "b"], "val": ["a", "c"]}, ["other classes", "class 1 is b there and c here"]),
     ],
     ids=["nothing", "no val", "no classes", "one class", "other classes"],
 )
