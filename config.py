@@ -14,6 +14,7 @@ from errors import SnapshotError, UsageError
 LINEAR_SCALING_BATCH = 256
 CONSTANT_SHARE = 0.25  # of OneCycle's peak, for the schedules that start at their highest rate
 FEWEST_LR_STEPS = 16
+OTHER_DATA = "data=changed"  # what --override takes beside settings
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Config:
 
     run_dir: str | None = flag("run", "folder of the run", None, on_resume="forgotten", short="runs/DATASET-TIME")
     resume_from: str | None = flag("run", "go on from a run folder or a snapshot file; flags not given keep their saved values. auto: from --run_dir if it has a snapshot, else start anew", None, on_resume="forgotten")
-    override: Sequence[str] = flag("run", "on a resume, insist on changing this setting (repeatable)", (), action="append", metavar="NAME=VALUE", on_resume="forgotten")
+    override: Sequence[str] = flag("run", "on a resume, insist on changing this setting (repeatable); data=changed: on training on other data", (), action="append", metavar="NAME=VALUE", on_resume="forgotten")
     evaluate: bool = flag("run", "evaluate the snapshot of --resume_from (or --use_pretrained), then stop", False, on_resume="forgotten")
     save_best: bool = flag("run", "also keep the snapshot with the best val_top1 as best.safetensors", False, on_resume="kept")
     snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept")
@@ -206,6 +207,12 @@ class Config:
             raise UsageError(
                 f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"
             )
+
+    @property
+    def expects_other_data(self) -> bool:
+        """Whether an override says that the data is not what it was, or makes it so."""
+        about_data = {item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "data"}
+        return any(text == OTHER_DATA or text.partition("=")[0] in about_data for text in self.override)
 
     @property
     def is_small(self) -> bool:
@@ -326,7 +333,7 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     """
     if not isinstance(saved, dict):
         raise SnapshotError("the snapshot holds no settings of this program; give another")
-    overrides = dict(_parse_override(text) for text in given.get("override", ()))
+    overrides = dict(_parse_override(text) for text in given.get("override", ()) if text != OTHER_DATA)
     changed = {name: given[name] for name in _names("fixed") & given.keys() if given[name] != saved.get(name)}
     changed = {name: value for name, value in changed.items() if overrides.get(name) != value}
     if changed:

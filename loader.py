@@ -46,6 +46,9 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
+    def fingerprint(self) -> str:
+        """A digest that changes with what the ids stand for, as far as that is known without reading every image."""
+
     def reader(self, ids: np.ndarray) -> Reader:
         """A reader for just these samples, int64, in the order in which they will be used."""
 

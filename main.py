@@ -55,6 +55,8 @@ def _run(argv: list[str]) -> None:
     data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)
+    if snapshot is not None:
+        _compare_data(snapshot, data, config)
     if config.evaluate:
         _evaluate(data, training, snapshot, config)
     else:
@@ -86,6 +88,23 @@ def _resume_source(given: dict[str, object]) -> Path | None:
 
     folder = Path(str(given["run_dir"]))
     return folder if step_files(folder / "snapshots") else None
+
+
+def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
+    """Raises UsageError when the data is not the snapshot's, unless an override says so: then prints what differs."""
+    from distributed import print0
+
+    if "data" not in snapshot.state:
+        print0("note      an earlier version saved this: its epoch goes on in another order, with other random crops")
+        return
+    lines = data.changes(snapshot.state)
+    if lines and not config.expects_other_data:
+        raise UsageError(
+            f"the data is not what {snapshot.path} was trained on: {'; '.join(lines)}; give that data, or insist "
+            f"with --override {configuration.OTHER_DATA}"
+        )
+    for line in lines:
+        print0(f"data      {line}")
 
 
 def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
@@ -187,6 +206,7 @@ def _fit(
             "config": asdict(config),
             "revision": data.revision,
             "classes": data.classes,
+            "data": data.fingerprint(),
             "steps_per_epoch": len(data.train),
         },
         stop=stop,

@@ -3,6 +3,8 @@
 `HuggingFaceImageNetDataset` and `StreamingDataLoader` are exposed here too.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
+import xxhash
 
 import distributed
 from augment import Augment
@@ -29,6 +32,7 @@ from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_block
 __all__ = ["AlbumentationsAdapter", "HuggingFaceImageNetDataset", "StreamingDataLoader", "get_data_loaders"]
 
 EVAL_BATCH = 256
+FILES_READ = 256
 RESIZE_RATIO = 256 / 224
 
 
@@ -77,6 +81,19 @@ class LocalDataset:
         """At most `limit` samples, spread evenly."""
         picks, _ = pick_blocks(self.block_rows, limit)
         return LocalDataset([self.images[i] for i in picks], [self.labels[i] for i in picks], self.classes)  # type: ignore[arg-type]
+
+    def fingerprint(self) -> str:
+        """A digest of labels and pixels; of files the names, and the contents of FILES_READ spread evenly."""
+        digest = xxhash.xxh3_128(np.array(self.labels, "<i8").tobytes())
+        spread = -(-len(self) // FILES_READ)
+        for number, image in enumerate(self.images):
+            if not isinstance(image, Path):
+                digest.update(np.ascontiguousarray(image))
+                continue
+            digest.update(os.fsencode(os.sep.join(image.parts[-2:])))  # a folder that was moved is still the same
+            if number % spread == 0:
+                digest.update(self.read(number)[0])
+        return digest.hexdigest()
 
     def reader(self, ids: np.ndarray) -> "LocalDataset":
         return self
@@ -151,6 +168,23 @@ class Data:
     val: Loader
     classes: list[str]
     revision: str | None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a snapshot keeps of the data, to compare it with the data of a resume."""
+        parts = {"training": self.train.dataset, "validation": self.val.dataset}
+        return {name: {"images": len(part), "digest": part.fingerprint()} for name, part in parts.items()}
+
+    def changes(self, saved: Mapping[str, Any]) -> list[str]:
+        """What differs from the data of the run that left this state of a snapshot, a line each."""
+        renamed = first_difference(saved["classes"], self.classes)
+        lines = [f"{renamed}, the snapshot's there, this data's here"] if renamed else []
+        for name, now in self.fingerprint().items():
+            before = saved["data"][name]
+            if before["images"] != now["images"]:
+                lines.append(f"{now['images']:,} {name} images, not {before['images']:,}")
+            elif before["digest"] != now["digest"]:
+                lines.append(f"other {name} images, though as many")
+        return lines
 
 
 def get_data_loaders(config: Config, device: torch.device, revision: str | None = None) -> Data:

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
@@ -204,6 +205,11 @@ class HuggingFaceImageNetDataset:
         return np.concatenate(
             [labels[start : start + used] for start, used in zip(starts, self.block_rows, strict=True)]
         )
+
+    def fingerprint(self) -> str:
+        """A digest of the rows and bytes of each block, and of the rows used."""
+        sizes = np.array([(block.rows, block.size) for block in self.blocks], "<i8")
+        return xxhash.xxh3_128_hexdigest(sizes.tobytes() + self.block_rows.astype("<i8").tobytes())
 
     def reader(self, ids: np.ndarray) -> "BlockReader":
         return BlockReader(self, ids)

@@ -1,0 +1,149 @@
+"""A run goes on with the data it was trained on, wherever that lies now; other data is refused unless insisted on."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+from program import cut, run, snapshot_path, steps_kept, train
+from shards import class_names
+from test_classes import make_parquet, rename
+
+import snapshot
+
+pytestmark = pytest.mark.usefixtures("small_model")
+
+FLAGS = ("--model", "resnet18", "--image_size", 33, "--batch_size", 16, "--epochs", 2, "--num_workers", 0, "--run_dir")
+
+
+def make_photos(folder: Path) -> Path:
+    """An image folder of two classes with 20 images each to train on and 4 for validation."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 4)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (20 + number, 20, 3), np.uint8)
+                cv2.imwrite(str(folder / split / name / f"{number:02d}.png"), pixels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    train("--dataset", "imagefolder", "--data_dir", make_photos(folder / "set"), *FLAGS, folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parquet")
+    train("--dataset", "hf", "--dataset_name", make_parquet(folder), *FLAGS, folder / "run")
+    return folder
+
+
+def swap_names(data: Path) -> None:
+    for split in ("train", "val"):
+        (data / split / "cat").rename(data / split / "cow")
+        (data / split / "dog").rename(data / split / "cat")
+        (data / split / "cow").rename(data / split / "dog")
+
+
+def remove_one(data: Path) -> None:
+    (data / "val" / "cat" / "00.png").unlink()
+
+
+def rename_one(data: Path) -> None:
+    (data / "train" / "cat" / "00.png").rename(data / "train" / "cat" / "0.png")
+
+
+def draw_one_anew(data: Path) -> None:
+    cv2.imwrite(str(data / "train" / "dog" / "03.png"), np.zeros((9, 9, 3), np.uint8))
+
+
+def rename_a_class(data: Path) -> None:
+    for split in ("train", "val"):
+        (data / split / "dog").rename(data / split / "fox")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (swap_names, "other training images, though as many"),
+        (remove_one, "7 validation images, not 8"),
+        (rename_one, "other training images, though as many"),
+        (draw_one_anew, "other training images, though as many"),
+        (rename_a_class, "class 1 is dog there and fox here"),
+    ],
+)
+def test_an_image_folder_that_was_changed_is_refused(
+    photos: Path, tmp_path: Path, change: Callable[[Path], None], told: str
+) -> None:
+    """By a resume and an evaluation; the folder may lie elsewhere than it did."""
+    data, copy = Path(shutil.copytree(photos / "set", tmp_path / "set")), cut(photos / "run", 2, tmp_path / "run")
+    flags = ("--resume_from", copy, "--data_dir", data)
+    assert run(*flags, "--evaluate").status == 0
+    change(data)
+    for more in ((), ("--evaluate",)):
+        done = run(*flags, *more)
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert told in done.err
+        assert "--override data=changed" in done.err
+    assert steps_kept(copy) == [2]
+    insisting = train(*flags, "--override", "data=changed")
+    assert told in insisting.out
+    assert steps_kept(copy) == [2, 4]
+
+
+def other_names(path: Path) -> None:
+    rename(["class 1", "class 0", *class_names(10)[2:]])(path)
+
+
+def other_rows(path: Path) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.take(np.roll(np.arange(len(table)), 7)), path, row_group_size=20)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(other_names, "class 0 is class 0 there and class 1 here"), (other_rows, "other training images, though as many")],
+)
+def test_parquet_files_that_were_changed_are_refused(
+    parquet: Path, tmp_path: Path, change: Callable[[Path], None], told: str
+) -> None:
+    made, copy = parquet / "datasets" / "ILSVRC" / "imagenet-1k", cut(parquet / "run", 2, tmp_path / "run")
+    kept = Path(shutil.copytree(made, tmp_path / "kept"))
+    try:
+        for path in made.glob("data/*"):
+            change(path)
+        done = run("--resume_from", copy)
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert told in done.err
+    finally:
+        shutil.rmtree(made)
+        shutil.copytree(kept, made)
+    train("--resume_from", copy)
+
+
+def test_an_override_of_the_data_itself_needs_no_second_one(tmp_path: Path) -> None:
+    flags = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--run_dir", tmp_path / "run")
+    train(*flags)
+    copy = cut(tmp_path / "run", 4, tmp_path / "cut")
+    done = train("--resume_from", copy, "--override", "max_samples=65")
+    assert "data      65 training images, not 64" in done.out
+
+
+def test_a_snapshot_of_an_earlier_version_goes_on_and_says_what_differs(tmp_path: Path) -> None:
+    train("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--run_dir", tmp_path / "run")
+    path = snapshot_path(cut(tmp_path / "run", 4, tmp_path / "cut"), 4)
+    found = snapshot.read(path)
+    state = {name: value for name, value in found.state.items() if name != "data"}
+    path.unlink()  # a link to the run's own
+    path.write_bytes(b"".join(snapshot.encode(found.tensors, state)))
+    assert safetensors.torch.load_file(path).keys() == found.tensors.keys()
+    done = train("--resume_from", path)
+    assert "note      an earlier version saved this" in done.out
