@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock
 
 import distributed
 from augment import Augment
@@ -88,11 +89,11 @@ class LocalDataset:
         spread = -(-len(self) // FILES_READ)
         for number, image in enumerate(self.images):
             if not isinstance(image, Path):
-                digest.update(np.ascontiguousarray(image))
+                digest.update(image.tobytes())
                 continue
             digest.update(os.fsencode(os.sep.join(image.parts[-2:])))  # a folder that was moved is still the same
             if number % spread == 0:
-                digest.update(self.read(number)[0])
+                digest.update(bytes(self.read(number)[0]))
         return digest.hexdigest()
 
     def reader(self, ids: np.ndarray) -> "LocalDataset":
@@ -135,13 +136,23 @@ def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
     parts = []
     for train in (True, False):
         try:
-            part = kind(str(folder), train=train, download=distributed.rank() == 0)
+            part = _read_or_download(partial(kind, str(folder), train=train), folder / f"{name}.lock")
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"{name} is not in {folder} and cannot be downloaded ({error}); put torchvision's files there"
             ) from error
         parts.append(LocalDataset(part.data, part.targets, part.classes))
     return parts[0], parts[1]
+
+
+def _read_or_download(kind: Callable[..., Any], lock: Path) -> Any:
+    """A dataset of torchvision's; where its files are not whole, one process downloads them and others wait for it."""
+    try:
+        return kind(download=False)
+    except RuntimeError:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            return kind(download=True)
 
 
 def load_image_folder(folder: Path) -> tuple[LocalDataset, LocalDataset]:

@@ -1,5 +1,7 @@
 """Ranks under torchrun see what one process sees: the same batches, the same counts, and each other's signals."""
 
+import contextlib
+import json
 import os
 import random
 import re
@@ -8,11 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tiny_cifar
 from program import (
     ROOT,
     TIMEOUT,
@@ -192,6 +198,33 @@ def test_ranks_with_other_flags_are_refused_before_they_wait_for_each_other(tmp_
     line = "error: the ranks differ in --epochs: 1 on rank 0, 2 on rank 1; "
     assert [line in text for text in told] == [True, True]
     assert not (tmp_path / "run").exists()
+
+
+def test_cifar_that_is_missing_is_downloaded_once_while_the_other_ranks_wait(tmp_path: Path) -> None:
+    _, facts = tiny_cifar.write(tmp_path / "made")
+    (tmp_path / "served").mkdir()
+    tiny_cifar.pack(tmp_path / "made", facts, tmp_path / "served" / "cifar.tgz")
+    asked = []
+
+    class Slow(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            time.sleep(2)
+            with contextlib.suppress(BrokenPipeError):
+                super().do_GET()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, directory=tmp_path / "served")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        facts["CIFAR10"]["url"] = f"http://127.0.0.1:{server.server_port}/cifar.tgz"
+        (tmp_path / "facts.json").write_text(json.dumps(facts))
+        call = f"load_in_a_rank({str(tmp_path / 'data')!r}, {str(tmp_path / 'facts.json')!r})"
+        told = two_processes(f"import sys; sys.path.append('tests'); import tiny_cifar; tiny_cifar.{call}")
+        server.shutdown()
+    assert [text.splitlines()[-1:] for text in told] == [["[20, 4]"], ["[20, 4]"]]
+    assert len(asked) == 2  # torchvision asks where a file lies before it fetches it
 
 
 def test_no_thread_of_gloo_is_left_to_abort_a_process_that_ends() -> None:

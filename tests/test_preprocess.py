@@ -9,6 +9,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import pytest
+import tiny_cifar
 import torch
 from shards import draw, encode, make_imagenet_like
 
@@ -194,35 +195,9 @@ def test_the_digits_are_split_1437_to_360_disjoint_and_even_by_class() -> None:
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """torchvision's files with 4 images in each, their checksums in place of the published ones."""
-    import hashlib
-    import pickle
-
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    written: dict[str, np.ndarray] = {}
-    for kind, key, names in ((CIFAR10, "labels", "label_names"), (CIFAR100, "fine_labels", "fine_label_names")):
-        folder = tmp_path / kind.base_folder
-        folder.mkdir()
-
-        def write(name: str, value: Any, folder: Path = folder) -> list[str]:
-            data = pickle.dumps(value)
-            (folder / name).write_bytes(data)
-            return [name, hashlib.md5(data).hexdigest()]
-
-        lists = []
-        for entries in (kind.train_list, kind.test_list):
-            sums = []
-            for name, _ in entries:
-                pixels = np.random.default_rng(len(written)).integers(0, 256, (4, 3072), np.uint8)
-                written[f"{kind.__name__}/{name}"] = pixels.reshape(4, 3, 32, 32).transpose(0, 2, 3, 1)
-                sums.append(write(name, {"data": pixels, key: [0, 1, 2, 3]}))
-            lists.append(sums)
-        meta = write(kind.meta["filename"], {names: [f"name {label}" for label in range(10)]})
-        monkeypatch.setattr(kind, "train_list", lists[0])
-        monkeypatch.setattr(kind, "test_list", lists[1])
-        monkeypatch.setattr(kind, "meta", {"filename": meta[0], "key": names, "md5": meta[1]})
-    return written
+    pixels, facts = tiny_cifar.write(tmp_path)
+    tiny_cifar.adopt(facts, monkeypatch.setattr)
+    return pixels
 
 
 @pytest.mark.parametrize(
