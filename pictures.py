@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import io
+import math
 import os
 import random
 import threading
@@ -22,6 +23,9 @@ import albumentations as A
 cv2.setNumThreads(0)
 
 DECODE_ERRORS = (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError)
+
+LEAST_VARIANCE = 0.1  # square pixels: sizes that shrink by less than 1.26 are not worth a blur
+LEAST_SIGMA = 0.1  # pixels: a blur that does nothing
 
 EncodedImage = bytes | memoryview | np.ndarray
 Transform = Callable[[EncodedImage, tuple[int, ...]], np.ndarray]
@@ -119,8 +123,35 @@ class AlbumentationsAdapter:
         return self._threads.pipeline
 
 
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A whole image, uint8 (H, W, 3), at another size: bilinear, of the image blurred so that nothing aliases.
+
+    The antialiased bilinear filter of Pillow and torchvision is a triangle that reaches `scale` old pixels to either
+    side and has a variance of scale^2 / 6. This one has the same variance at a fraction of the cost: means over squares
+    of `factor` pixels, a blur over three pixels, and plain bilinear interpolation, each as far as it is needed.
+    """
+    factors, sigmas = zip(*(_filters(image.shape[axis] / new) for axis, new in enumerate((height, width))), strict=True)
+    if max(factors) > 1:
+        rows, columns = (image.shape[axis] // factor for axis, factor in enumerate(factors))
+        whole = image[: rows * factors[0], : columns * factors[1]]
+        image = cv2.resize(whole, (columns, rows), interpolation=cv2.INTER_AREA)
+    if max(sigmas) > LEAST_SIGMA:
+        image = cv2.GaussianBlur(image, (3, 3), sigmas[1], sigmaY=sigmas[0])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _filters(scale: float) -> tuple[int, float]:
+    """How many pixels to average first, and the deviation of the blur: LEAST_SIGMA for (nearly) none."""
+    factor = max(1, math.ceil(scale / 2))
+    variance = (scale**2 / 6 - (factor**2 - 1) / 12) / factor**2 - 1 / 6
+    if variance < LEAST_VARIANCE:
+        return factor, LEAST_SIGMA
+    outer = variance / 2  # of the three weights, which cv2 takes from a Gaussian
+    return factor, math.sqrt(-0.5 / math.log(outer / (1 - 2 * outer)))
+
+
 class RandomResizedCropAdapter(AlbumentationsAdapter):
-    """One A.RandomResizedCrop, for which no more of a JPEG is decoded than the crop takes."""
+    """One A.RandomResizedCrop, for which no more of a JPEG is decoded than the crop takes, and which does not alias."""
 
     def __init__(self, crop: A.RandomResizedCrop) -> None:
         super().__init__(crop)
@@ -130,8 +161,7 @@ class RandomResizedCropAdapter(AlbumentationsAdapter):
         (crop,) = self._seeded(seed).transforms
         coordinates = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
         region = picture.region(*coordinates)
-        result: np.ndarray = crop.apply(region, crop_coords=(0, 0, region.shape[1], region.shape[0]))
-        return result
+        return resize(region, *crop.size)
 
 
 def decode_into(

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import tiny_cifar
 import torch
-from shards import draw, encode, make_imagenet_like
+from PIL import Image
+from shards import draw, encode, make_imagenet_like, photographs
 
 from augment import Augment
 from config import Config, resolve
 from errors import DataError, UsageError
+from pictures import resize
 from preflight import describe_data
 from preprocess import (
     AlbumentationsAdapter,
@@ -158,14 +160,48 @@ def test_evaluation_is_the_same_whatever_the_seed() -> None:
     assert np.array_equal(transform(photo(), (0, 0, 0)), transform(photo(), (1, 2, 3)))
 
 
-@pytest.mark.parametrize("make", [eval_transform, lambda config: train_transform(config)], ids=["eval", "fixed"])
-def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], AlbumentationsAdapter]) -> None:
+@pytest.mark.parametrize("make", [eval_transform, train_transform])
+@pytest.mark.parametrize("crop", ["resized", "fixed"])
+def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], AlbumentationsAdapter], crop: str) -> None:
     """A checkerboard of single pixels is even grey from afar; without antialiasing it becomes stripes."""
-    image = np.zeros((1024, 1024, 3), np.uint8)
+    image = np.zeros((2048, 2048, 3), np.uint8)
     image[::2, ::2] = image[1::2, 1::2] = 255
-    out = make(settings(crop="fixed"))(image, (0, 0, 0))
-    assert out.min() >= 126
-    assert out.max() <= 129
+    for number in range(8):  # a random crop has 579 pixels or more, and shrinks to less than half
+        out = make(settings(crop=crop))(image, (0, 0, number))
+        slack = 16 if (make, crop) == (train_transform, "resized") else 1
+        assert 127 - slack <= out.min() <= out.max() <= 128 + slack
+
+
+def sharpness(images: list[np.ndarray]) -> float:
+    return float(np.mean([np.square(cv2.Laplacian(image.astype(np.float32), cv2.CV_32F)).mean() for image in images]))
+
+
+@pytest.mark.parametrize("size", [224, 128, 64])
+def test_a_crop_that_shrinks_is_sharper_than_pillows_and_softer_than_means_of_pixels(size: int) -> None:
+    photos = [cv2.resize(image, (500, 375), interpolation=cv2.INTER_AREA) for image in photographs()]
+    rng, crops = np.random.default_rng(0), list[np.ndarray]()
+    while len(crops) < 60:
+        area, ratio = rng.uniform(0.08, 1) * 500 * 375, rng.uniform(3 / 4, 4 / 3)
+        height, width = (min(int(area / ratio) ** 0.5, 375), min(int(area * ratio) ** 0.5, 500))
+        crops.append(photos[len(crops) % 2][: int(height), : int(width)])
+    averaged = sharpness([cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) for crop in crops])
+    pillow = [np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)) for crop in crops]
+    ours = [resize(crop, size, size) for crop in crops]
+    assert sharpness(pillow) < sharpness(ours) < averaged
+    assert np.abs(np.array(ours, float) - np.array(pillow, float)).mean() < 3
+
+
+def test_what_grows_or_hardly_shrinks_is_plainly_interpolated() -> None:
+    image = photo(0, (100, 100))
+    assert np.array_equal(resize(image, *image.shape[:2]), image)
+    for size in (90, 150):
+        assert np.array_equal(resize(image, size, size), cv2.resize(image, (size, size)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (3, 9), (449, 224), (448, 225), (4000, 223)])
+def test_any_shape_can_be_resized(shape: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), 77, np.uint8)
+    assert np.array_equal(resize(image, 224, 224), np.full((224, 224, 3), 77, np.uint8))
 
 
 def test_evaluation_shrinks_a_photograph_as_area_averaging_does() -> None:
@@ -250,7 +286,7 @@ def test_an_image_folder_that_is_not_one_is_refused_in_one_line(
         if counts is not None:
             make_photos(tmp_path, split, counts)
     with pytest.raises(DataError) as refusal:
-        load_image_folder(tmp_path)
+        get_data_loaders(settings("imagefolder", data_dir=str(tmp_path)), CPU)
     message = str(refusal.value)
     assert [text for text in named if text not in message] == [], message
     assert "\n" not in message
