@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from tempfile import TemporaryFile
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from pictures import EncodedImage, Transform, decode_into
 
 WITHOUT_TORCH = "sys.modules['torch'] = None"  # which albumentations would import, for seconds, and need not
 PROCESS_BYTES = 60 * 2**20  # of memory that a decoding process does not share, as seen on Linux
-ARENA_BYTES = 4 * 2**20  # what a process is given at once, and gives back, lies in so much shared memory
+ARENA_BYTES = 4 * 2**20  # of shared memory for what a process is given at once and gives back; a large image gets more
 
 
 def pack(transform: Transform) -> bytes:
@@ -51,13 +51,13 @@ class DecodingPool:
             ours, theirs = socket.socketpair()
             arena = _anonymous_file()
             os.ftruncate(arena, ARENA_BYTES)
-            self._idle.put(_Worker(Connection(ours.detach()), mmap.mmap(arena, ARENA_BYTES)))
+            self._idle.put(_Worker(Connection(ours.detach()), arena))
             descriptors += [theirs.detach(), arena]
         if processes:
             code = f"import sys; sys.path = {sys.path!r}; {WITHOUT_TORCH}; import decoding; decoding.main()"
             command = [sys.executable, "-c", code, *map(str, descriptors)]
             subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True)
-        for descriptor in descriptors:
+        for descriptor in descriptors[::2]:
             os.close(descriptor)
 
     def run(
@@ -98,28 +98,26 @@ def _anonymous_file() -> int:
 
 
 class _Worker:
-    """A decoding process as its parent sees it. The arena holds transformed images first, then encoded ones."""
+    """A decoding process as its parent sees it. The arena holds transformed images first, then those to be decoded."""
 
-    def __init__(self, connection: Connection, arena: mmap.mmap) -> None:
+    def __init__(self, connection: Connection, arena: int) -> None:
         self._connection = connection
-        self._memory = memoryview(arena)
+        self._arena = open(arena, "r+b", buffering=0)  # noqa: SIM115 (closed with this object)
+        self._memory = mmap.mmap(arena, 0)
 
     def run(
         self, transform: bytes, images: Sequence[EncodedImage], seeds: Sequence[tuple[int, ...]], out: np.ndarray
     ) -> list[Exception | None]:
-        """As `DecodingPool.run`, for as many images from the first on as the arena has room for, and at least one."""
-        count, end = 0, 0
-        for image in images:
-            if isinstance(image, np.ndarray) or end + len(image) + out[: count + 1].nbytes > ARENA_BYTES:
-                break
-            count, end = count + 1, end + len(image)
-        if not count:
-            return [decode_into(out[0], images[0], pickle.loads(transform), seeds[0])]
+        """As `DecodingPool.run`, for as many images from the first on as ARENA_BYTES hold, and at least one."""
+        parts = [_bytes(image) for image in images]
+        ends = np.cumsum([len(part) for part in parts]) + out[0].nbytes * np.arange(1, len(images) + 1)
+        count = max(1, int(np.searchsorted(ends, ARENA_BYTES, side="right")))
+        self._make_room(int(ends[count - 1]))
         at, jobs = out[:count].nbytes, []
-        for image, seed in zip(images[:count], seeds, strict=False):
-            self._memory[at : at + len(image)] = memoryview(cast(bytes, image)).cast("B")
-            jobs.append((at, len(image), seed))
-            at += len(image)
+        for image, part, seed in zip(images[:count], parts, seeds, strict=False):
+            self._memory[at : at + len(part)] = part
+            jobs.append((at, len(part), image.shape if isinstance(image, np.ndarray) else None, seed))
+            at += len(part)
         try:
             self._connection.send((transform, out.shape[1:], jobs))
             answer = self._connection.recv()
@@ -129,13 +127,17 @@ class _Worker:
         if isinstance(answer, str):
             raise RuntimeError(f"a decoding process failed:\n{answer}")
         found = np.frombuffer(self._memory, np.uint8, out[:count].nbytes).reshape(out[:count].shape)
-        if not any(answer):
+        readable = [problem is None for problem in answer]
+        if all(readable):
             out[:count] = found
-            return list(answer)
-        for row, problem in enumerate(answer):
-            if problem is None:
-                out[row] = found[row]
+        else:
+            out[:count][readable] = found[readable]
         return list(answer)
+
+    def _make_room(self, size: int) -> None:
+        if size > len(self._memory):
+            self._arena.truncate(size)
+            self._memory = mmap.mmap(self._arena.fileno(), size)
 
 
 def main() -> None:
@@ -146,24 +148,36 @@ def main() -> None:
     for number in {*numbers} - {*mine}:
         os.close(number)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent hung up
-        serve(Connection(mine[0]), memoryview(mmap.mmap(mine[1], 0)))
+        serve(Connection(mine[0]), mine[1])
 
 
-def serve(connection: Connection, memory: memoryview) -> None:
+def serve(connection: Connection, arena: int) -> None:
     """What a decoding process does. Signals are for its parent to act on."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    memory = memoryview(mmap.mmap(arena, 0))
     transforms: dict[bytes, Transform] = {}
     while True:
         pickled, shape, jobs = connection.recv()
+        if os.fstat(arena).st_size > len(memory):
+            memory = memoryview(mmap.mmap(arena, 0))
         try:
             if pickled not in transforms:
                 transforms[pickled] = pickle.loads(pickled)
             out = np.frombuffer(memory, np.uint8, len(jobs) * int(np.prod(shape))).reshape(len(jobs), *shape)
             answer: Any = [
-                decode_into(row, memory[at : at + size], transforms[pickled], seed)
-                for row, (at, size, seed) in zip(out, jobs, strict=True)
+                decode_into(row, _image(memory[at : at + size], pixels), transforms[pickled], seed)
+                for row, (at, size, pixels, seed) in zip(out, jobs, strict=True)
             ]
         except Exception:
             answer = traceback.format_exc()
         connection.send(answer)
+
+
+def _bytes(image: EncodedImage) -> memoryview:
+    return np.ascontiguousarray(image).data.cast("B") if isinstance(image, np.ndarray) else memoryview(image).cast("B")
+
+
+def _image(data: memoryview, shape: tuple[int, ...] | None) -> EncodedImage:
+    """What lies in the arena: encoded, or pixels of this shape."""
+    return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)

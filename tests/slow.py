@@ -1,5 +1,6 @@
-"""A transform that takes its time, in a module that a decoding process imports in a moment."""
+"""Transforms of the tests' own, in a module that a decoding process imports in a moment."""
 
+import os
 import time
 
 import numpy as np
@@ -16,3 +17,10 @@ class SlowTransform:
     def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
         time.sleep(self.seconds)
         return decode(image)
+
+
+def process_number(image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    """A uint8 image (1, 4, 3) that starts with the number of the process that makes it."""
+    made = np.zeros((1, 4, 3), np.uint8)
+    made.reshape(-1)[:8].view("<u8")[:] = os.getpid()
+    return made

@@ -12,7 +12,7 @@ import pytest
 import torch
 from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
-from slow import SlowTransform
+from slow import SlowTransform, process_number
 
 import decoding
 from config import Config, resolve
@@ -94,6 +94,17 @@ def test_images_that_a_process_has_no_room_for_are_decoded_all_the_same(
     for row, image, seed in zip(expected, images, seeds, strict=True):
         decode_into(row, image, transform, seed)
     assert np.array_equal(out, expected)
+
+
+def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
+    """A phone's is larger than what a process is given at once."""
+    large = bytes(2 * decoding.ARENA_BYTES)
+    images: list[EncodedImage] = [b"small", large, np.zeros((50, 60, 3), np.uint8), large, b"small"]
+    out, before = np.zeros((5, 1, 4, 3), np.uint8), decoders(os.getpid())
+    pool = DecodingPool(1)
+    assert not any(pool.run(pack(process_number), images, [(0, 0, 0)] * 5, out))
+    numbers = {int(row.reshape(-1)[:8].view("<u8")[0]) for row in out}
+    assert numbers == decoders(os.getpid()) - before
 
 
 def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:
