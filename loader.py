@@ -25,6 +25,10 @@ UNREADABLE = -1
 POLL_SECONDS = 0.2
 
 
+class Cancelled(Exception):
+    """A wait for data was given up because `should_stop()` is true, or because the reader was closed."""
+
+
 class Reader(Protocol):
     """Gives the samples of one epoch, and may fetch ahead in the order it was opened with."""
 
@@ -142,7 +146,7 @@ class StreamingDataLoader(Loader):
     is done in the calling thread. A training sample that cannot be read is replaced by the next readable one of its
     stream; otherwise an unreadable image has label -1. `read_seconds` is the time that the threads have spent waiting
     for encoded images since the iteration began. Raises DataError when more than `max_bad_fraction` of the dataset
-    cannot be read, and InterruptedError when it had to wait and `should_stop()` is true.
+    cannot be read, and Cancelled when it had to wait and `should_stop()` is true.
     """
 
     def __init__(
@@ -252,7 +256,7 @@ class _Epoch:
             return loader.pool.run(loader.packed, encoded, seeds, out)
         except WorkerDied as error:
             if loader.should_stop():
-                raise InterruptedError from error
+                raise Cancelled from error
             raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
 
     def _count_bad(self, sample_id: int, error: Exception) -> None:
@@ -297,7 +301,7 @@ class _Pending:
             while not task.done():
                 wait([task], POLL_SECONDS)
                 if self.epoch.loader.should_stop():
-                    raise InterruptedError
+                    raise Cancelled
             task.result()
         self.epoch.reader.release(self.scheduled)
         return Batch(self.images, self.labels, self.ids)

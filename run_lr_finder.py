@@ -69,6 +69,7 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
 
     import lr_finder
     from distributed import mean_over_ranks, print0, rank, world_size
+    from loader import Cancelled
     from step import train_step
     from train import evaluate
 
@@ -100,9 +101,9 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
             smooth_f=config.lr_smooth_f,
             diverge_th=config.lr_diverge_th,
         )
-    except (Interrupted, InterruptedError) as error:
+    except (Interrupted, Cancelled) as error:
         print0("stopped in the finder, before anything was trained")
-        if isinstance(error, InterruptedError):  # while waiting for data: tell the other ranks
+        if isinstance(error, Cancelled):  # while waiting for data: tell the other ranks
             stop.check()
         raise
     if rank() == 0:

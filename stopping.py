@@ -8,7 +8,7 @@ from types import FrameType
 
 import distributed
 from errors import SIGNALS, DataError, Interrupted
-from loader import Batch, Loader
+from loader import Batch, Cancelled, Loader
 
 ECHO_SECONDS = 1.0
 FAILED = 1000  # greater than any signal
@@ -52,19 +52,24 @@ class StopRequest:
 def batches_until(stop: StopRequest, loader: Loader | list[Batch], every_step: bool) -> Iterator[Batch]:
     """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
 
-    Ranks that step together ask each other at `every_step`, others only when they have no batch left.
+    Ranks that step together ask each other at `every_step`, others only when they have no batch left. Raises
+    RuntimeError when there were fewer batches than promised.
     """
-    batches, failure = iter(loader), None
+    batches, failure, given = iter(loader), None, 0
+    expected = len(loader) - (loader.start if isinstance(loader, Loader) else 0)
     while True:
         batch = None
         try:
             batch = None if stop.signum else next(batches, None)
         except DataError as error:
             failure = error
-        except InterruptedError:
+        except Cancelled:
             pass
         if every_step or batch is None:
             stop.check(failure)
         if batch is None:
-            return
+            break
+        given += 1
         yield batch
+    if given != expected:
+        raise RuntimeError(f"the data ended after {given} of {expected} batches")

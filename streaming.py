@@ -17,7 +17,7 @@ import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
-from loader import POLL_SECONDS
+from loader import POLL_SECONDS, Cancelled
 from network import Network, one_line_errors
 from parquet import Block, ParquetShards
 from pictures import UnreadableImage, decode
@@ -313,7 +313,7 @@ class BlockReader:
         while not future.done():
             wait([future], POLL_SECONDS)
             if self._closed:
-                raise InterruptedError
+                raise Cancelled
         data = future.result()
         return self._from_disk(block) if data is None else data
 

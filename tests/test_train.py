@@ -25,6 +25,7 @@ from torch import nn
 import config as configuration
 from config import Config
 from errors import DivergedError
+from loader import Batch, Cancelled
 from preprocess import get_data_loaders
 from profiling import TimeSpent
 from state import Progress
@@ -222,6 +223,31 @@ def test_the_weights_of_a_local_folder_are_evaluated(image_set: Path, tmp_path: 
 def test_digits_with_no_flags_pass_97_percent(tmp_path: Path) -> None:
     train("--run_dir", tmp_path / "run")
     assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.97
+
+
+class Failing(list[Batch]):
+    """Batches of which only the first comes."""
+
+    def __init__(self, batches: list[Batch], error: BaseException | None) -> None:
+        super().__init__(batches)
+        self.error = error
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self[0]
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(InterruptedError("a system call"), InterruptedError), (Cancelled(), RuntimeError), (None, RuntimeError)],
+)
+def test_an_epoch_that_ends_early_is_not_taken_for_a_whole_one(
+    error: BaseException | None, expected: type[Exception]
+) -> None:
+    batches = list(get_data_loaders(settings(max_samples=64), CPU).val)
+    with pytest.raises(expected, match=r"a system call|the data ended after 1 of 4 batches"):
+        evaluate(training_without_batch_statistics(max_samples=64), Failing(batches, error), StopRequest())
 
 
 def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks() -> None:
