@@ -5,6 +5,7 @@ a gloo group on the host, which never makes a GPU wait.
 """
 
 import atexit
+import datetime
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,26 +16,30 @@ import torch.distributed as dist
 
 from errors import UsageError, UserError
 
+MARGIN = 600.0  # seconds
+
 _host_group: Any = None
 
 
-def init(device_flag: str) -> torch.device:
+def init(device_flag: str, patience: float = 1800.0) -> torch.device:
     """Join torchrun's processes, if there are any, until this one ends, and return this process's device.
 
-    Raises UsageError for a device that this machine does not have.
+    Ranks wait for each other MARGIN seconds longer than for the network, `patience` seconds, so that the one whose data
+    does not come can say so first. Raises UsageError for a device that this machine does not have.
     """
     global _host_group
     device = _pick_device(device_flag)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        _join("nccl" if device.type == "cuda" else "gloo")
-        _host_group = dist.new_group(backend="gloo")
+        timeout = datetime.timedelta(seconds=patience + MARGIN)
+        _join("nccl" if device.type == "cuda" else "gloo", timeout)
+        _host_group = dist.new_group(backend="gloo", timeout=timeout)
         atexit.register(_leave)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def _join(backend: str) -> None:
+def _join(backend: str, timeout: datetime.timedelta) -> None:
     """Form the process group, apart from what a group before a restart left in torchrun's store (pytorch #135712).
 
     Of several nodes each counts its own restarts; torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
@@ -43,7 +48,7 @@ def _join(backend: str) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if attempt and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"attempt {attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def _pick_device(flag: str) -> torch.device:

@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> None:
     from step import build_training
 
     config, snapshot = _settings(given)
-    device = distributed.init(config.device)
+    device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
     distributed.print0(*describe_data(config, data), sep="\n")

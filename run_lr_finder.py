@@ -46,7 +46,7 @@ def _run(argv: list[str]) -> None:
     from stopping import StopRequest
     from tracking import open_run_folder
 
-    device = distributed.init(config.device)
+    device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     data = get_data_loaders(config, device)
     distributed.print0(*describe_data(config, data), sep="\n")

@@ -28,6 +28,7 @@ from program import (
     environment,
     ledger,
     results,
+    run,
     snapshot_path,
     start,
     steps_kept,
@@ -37,6 +38,10 @@ from program import (
     wait_for,
 )
 
+import distributed
+import errors
+import main
+import run_lr_finder
 from stopping import ECHO_SECONDS
 
 pytestmark = pytest.mark.slow
@@ -225,6 +230,33 @@ def test_cifar_that_is_missing_is_downloaded_once_while_the_other_ranks_wait(tmp
         server.shutdown()
     assert [text.splitlines()[-1:] for text in told] == [["[20, 4]"], ["[20, 4]"]]
     assert len(asked) == 2  # torchvision asks where a file lies before it fetches it
+
+
+def test_a_rank_waits_for_one_whose_patience_with_the_network_ends_first() -> None:
+    """The network has 2 s here, after which the rank that waits for it would say so and end them all."""
+    code = """
+import time, distributed as d
+
+d.MARGIN = 6.0
+d.init("cpu", patience=2.0)
+d.largest_over_ranks(0)
+time.sleep(4 * d.rank())
+print(d.largest_over_ranks(d.rank()), d.mean_over_ranks(d.torch.ones(1)).item())
+"""
+    assert two_processes(code) == ["1 1.0\n", "1 1.0\n"]
+
+
+def test_the_ranks_patience_is_the_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def init(device: str, patience: float) -> None:
+        asked.append(patience)
+        raise errors.UsageError("enough")
+
+    monkeypatch.setattr(distributed, "init", init)
+    for entry in (main.main, run_lr_finder.main):
+        assert run("--network_patience", 90, "--run_dir", tmp_path / "run", entry=entry).status == 2
+    assert asked == [5400.0, 5400.0]
 
 
 def test_no_thread_of_gloo_is_left_to_abort_a_process_that_ends() -> None:
