@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from seeds import Use, seeded
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY = round(255 * sum(IMAGENET_MEAN) / 3)
@@ -62,7 +64,7 @@ def sample_bits(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
 
     Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators.
     """
-    start = np.random.SeedSequence((seed, epoch, DRAWS)).generate_state(1, np.uint64)
+    start = seeded(seed, Use.BATCH, epoch).generate_state(1, np.uint64)
     index = ids.astype(np.uint64)[:, None] * np.uint64(DRAWS) + np.arange(1, DRAWS + 1, dtype=np.uint64)
     bits: np.ndarray = start + index * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -109,7 +109,7 @@ class Config:
     compile: bool = flag("training", "compile the model with torch.compile: about a minute at the start, then faster steps on a GPU", False)
     device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is")
     seed: int = flag("training", "decides weights, order and augmentation", 0)
-    deterministic: bool = flag("training", "only deterministic GPU kernels (slower)", False)
+    deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
 
     scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", choices=("onecycle", "cosine", "step"))
     warmup_epochs: float = flag("schedule", "epochs of linear warm-up; under onecycle, of its rising part instead of --onecycle_pct_start", 0.0)
@@ -184,6 +184,8 @@ class Config:
             raise UsageError("--lr_smooth_f must be at most 1, and --lr_diverge_th greater than 1")
         if self.lr is not None and self.lr_from is not None:
             raise UsageError("--lr and --lr_from both name a learning rate; give one of them")
+        if self.use_pretrained and self.model not in ("auto", "resnet50"):
+            raise UsageError(f"--use_pretrained loads a ResNet-50; leave out --model {self.model}")
         if self.dataset == "hf" and not self.dataset_name:
             raise UsageError(
                 "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"

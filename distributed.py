@@ -7,8 +7,8 @@ a gloo group on the host, which never makes a GPU wait.
 import atexit
 import datetime
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from errors import UsageError, UserError
 
+T = TypeVar("T")
 MARGIN = 600.0  # seconds
 
 _host_group: Any = None
@@ -137,13 +138,20 @@ def copy_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
             dist.broadcast(tensor, src=0, group=_group_of(tensor))
 
 
-def from_rank0(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    if world_size() > 1:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=_host_group)
-        return box[0]
-    return value
+def from_rank0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, the only one that calls it, on every rank; its UserError is raised on all."""
+    if world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=_host_group)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]  # type: ignore[no-any-return]
 
 
 def require_agreement(facts: Mapping[str, Any], error: type[UserError] = UsageError) -> None:

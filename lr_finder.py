@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from config import CONSTANT_SHARE, FEWEST_LR_STEPS
+from config import CONSTANT_SHARE, FEWEST_LR_STEPS, Config
 from durable import read_small, write_durably
 from errors import DivergedError, UsageError
 from loader import Batch, Loader
@@ -31,6 +31,7 @@ from lr_methods import METHODS, WITNESSES, average, why_unreadable
 from state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "lowest"
+DECIDES_LR = ("dataset", "dataset_name", "image_size", "model", "use_pretrained", "optimizer", "batch_size")
 SWEEP_STEPS = 50
 HALVES_AGREE = {"high": 2.0, "medium": 3.0}  # the largest ratio of learning rates for each confidence
 METHODS_AGREE = {"high": 6.0, "medium": 10.0}
@@ -332,15 +333,24 @@ def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
     write_durably(folder / "lr_finder.json", json.dumps(report, indent=2).encode())
 
 
-def load_suggestion(path: Path, constant: bool = False) -> float:
-    """The suggested `max_lr` of an lr_finder.json, or its rate for the other schedules when `constant`.
+def load_suggestion(path: Path, config: Config) -> float:
+    """The learning rate that an lr_finder.json suggests for this schedule.
 
-    Raises UsageError when the file holds none.
+    Raises UsageError when the file holds none, or one for another model, optimiser, batch or dataset.
     """
     try:
-        lr = json.loads(read_small(path))["constant_lr" if constant else "suggested_lr"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        report = json.loads(read_small(path))
+        lr = report["suggested_lr" if config.scheduler == "onecycle" else "constant_lr"]
+        found_with = report["config"]
+        names = DECIDES_LR if config.dataset != "imagefolder" else (*DECIDES_LR, "data_dir")
+        differing = [name for name in names if found_with.get(name, getattr(config, name)) != getattr(config, name)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"--lr_from {path} is not an lr_finder.json ({error}); run run_lr_finder.py first") from error
     if not isinstance(lr, float) or not 0 < lr < math.inf:
         raise UsageError(f"--lr_from {path} holds no suggestion; give --lr, or run run_lr_finder.py again")
+    if differing:
+        other = ", ".join(f"--{name} {found_with[name]}, not {getattr(config, name)}" for name in differing)
+        raise UsageError(
+            f"--lr_from {path} was found with {other}; run run_lr_finder.py again, or insist with --lr {lr:.3g}"
+        )
     return lr

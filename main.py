@@ -166,11 +166,11 @@ def _fit(
     from distributed import print0
     from optim import build_schedule, describe_schedule
     from profiling import StepProfiler, TimeSpent
-    from snapshot import SnapshotStore
+    from snapshot import BEST, SnapshotStore
     from stopping import StopRequest
     from tracking import Tracker
     from train import Run, fit
-    from visualization import plot_schedule
+    from visualization import CurvePlotter, plot_schedule
 
     stop = StopRequest.listening(data.train, data.val)
     if snapshot is None and config.lr == "auto":
@@ -189,6 +189,8 @@ def _fit(
     tracker.rewind(progress.step, progress.epoch)
     store = SnapshotStore(folder / "snapshots", config.keep_snapshots, tracker.logs) if on_rank0 else None
     dropped = store.rewind(progress.step) if store else []
+    if BEST in dropped:
+        progress.best_top1 = -1.0  # the best that is left was not kept, so the next one is kept in its place
     if snapshot is not None:
         print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
         for name in dropped:
@@ -212,6 +214,7 @@ def _fit(
         stop=stop,
         spent=TimeSpent(training.device),
         profiler=profiler,
+        curves=CurvePlotter(folder) if on_rank0 else None,
     )
     fit(run)
 
@@ -253,7 +256,7 @@ def _known_lr(config: Config) -> float:
     if config.lr_from is not None:
         from lr_finder import load_suggestion
 
-        lr = load_suggestion(Path(config.lr_from), constant=config.scheduler != "onecycle")
+        lr = load_suggestion(Path(config.lr_from), config)
         why = f"{lr:.4g} from {config.lr_from}"
     elif config.lr is not None:
         lr, why = float(config.lr), f"{config.lr:g} as given"

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jpeg import can_decode_regions, decode_region
+from seeds import Use, seeded
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
@@ -97,6 +98,8 @@ def _reasons() -> Iterator[None]:
 class AlbumentationsAdapter:
     """An albumentations pipeline as `transform(image, seed) -> image`, uint8 (H, W, 3). Raises UnreadableImage.
 
+    `seed` is the run's, the epoch and the sample id.
+
     The result depends on the image and the seed alone, in whatever thread or order it is called: each thread has a
     copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
     step the same numbers, so that a flip would depend on the crop before it).
@@ -117,7 +120,7 @@ class AlbumentationsAdapter:
         """This thread's pipeline, about to draw what belongs to the seed."""
         if not hasattr(self._threads, "pipeline"):
             self._threads.pipeline = copy.deepcopy(self._pipeline)
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+        generator = np.random.Generator(np.random.PCG64(seeded(seed[0], Use.CROP, *seed[1:])))
         python_generator = random.Random(int(generator.integers(2**63)))
         self._threads.pipeline.set_random_state(generator, python_generator)
         return self._threads.pipeline

@@ -28,7 +28,7 @@ from network import Network
 from parquet import first_difference
 from pictures import AlbumentationsAdapter, EncodedImage, RandomResizedCropAdapter
 from resident import ResidentLoader
-from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks
+from streaming import Cache, HuggingFaceImageNetDataset, epoch_order, pick_blocks, pin_revision
 
 __all__ = ["AlbumentationsAdapter", "HuggingFaceImageNetDataset", "StreamingDataLoader", "get_data_loaders"]
 
@@ -261,10 +261,12 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
     """The two datasets, and the shuffle window to use over the first."""
     if config.dataset in ("imagenet1k", "hf"):
+        source, cache = str(make_dummy_data()) if config.dummy_data else config.dataset_id, _cache(config)
+        asked = revision or config.dataset_revision
         open_split = partial(
             HuggingFaceImageNetDataset,
-            str(make_dummy_data()) if config.dummy_data else config.dataset_id,
-            revision=revision or config.dataset_revision,
+            source,
+            revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache)),
             image_column=config.image_column,
             label_column=config.label_column,
             num_classes=config.num_classes,
@@ -272,7 +274,7 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
             max_samples=config.max_samples,
             streaming=not config.no_streaming,
             network=Network(config.stall_timeout, 60 * config.network_patience),
-            cache=_cache(config),
+            cache=cache,
         )
         train = open_split(split=[config.train_split])
         val = open_split(split=[config.val_split] if config.val_split else VAL_SPLITS)

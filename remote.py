@@ -151,15 +151,11 @@ class Listing:
 
 
 def resolve(source: str, revision: str, store: FileStore) -> Listing:
-    """What `datasets` finds in a Hub repository, kept in `store`, or in a local folder.
-
-    A commit that is kept is not asked for again, and with HF_HUB_OFFLINE a branch means what it meant the last time.
-    Raises DataError.
-    """
+    """What `datasets` finds in a Hub repository, kept in `store`, or in a local folder. Raises DataError."""
     if Path(source).is_dir():
         with one_line_errors(source):
             return _ask_datasets(source, None)
-    commit = revision if COMMIT.fullmatch(revision) else _pin(source, revision, store)
+    commit = pin(source, revision, store)
     kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit))).encode())
     with one_line_errors(source, f"the kept listing of {source}"):
         listing = Listing(**json.loads(bytes(kept)))
@@ -169,8 +165,13 @@ def resolve(source: str, revision: str, store: FileStore) -> Listing:
         return listing
 
 
-def _pin(source: str, revision: str, store: FileStore) -> str:
-    """The commit that `revision` stands for now, if this user may read the dataset."""
+def pin(source: str, revision: str, store: FileStore) -> str:
+    """The commit that `revision` stands for now, if this user may read the dataset; what is a commit is not looked up.
+
+    With HF_HUB_OFFLINE a branch means what it meant the last time. Raises DataError.
+    """
+    if COMMIT.fullmatch(revision):
+        return revision
     name = f"refs/{revision.replace('/', '--')}"
 
     def ask() -> str:

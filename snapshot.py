@@ -23,6 +23,7 @@ from durable import sync, write_durably
 from errors import SnapshotError
 
 FORMAT = "imagenet1k-snapshot-2"
+BEST = "best.safetensors"
 SPARE_BYTES = 2**20
 _NO_DIGEST = "0" * 64
 _MARK = b'"sha256":"'
@@ -134,6 +135,14 @@ def step_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
+def _step_of(path: Path) -> int:
+    """The step of a snapshot, or -1 where there is none that can be read."""
+    try:
+        return int(read(path).state["step"])
+    except SnapshotError:
+        return -1
+
+
 class SnapshotStore:
     """The `snapshots/` folder of one run. A thread writes, one snapshot at a time, the `logs` up to it first."""
 
@@ -147,11 +156,13 @@ class SnapshotStore:
 
     def rewind(self, step: int) -> list[str]:
         """Drop what a killed process left half written, and the snapshots of later steps, which a resume from an
-        older file leaves behind; returns the names of those.
+        older file leaves behind, the best one too; returns the names of those.
         """
         for path in self.folder.glob("*.tmp"):
             path.unlink()
         later = [path for path in step_files(self.folder) if int(path.stem.removeprefix("step-")) > step]
+        if _step_of(self.folder / BEST) > step:
+            later.append(self.folder / BEST)
         for path in later:
             path.unlink()
         return [path.name for path in later]
@@ -165,7 +176,7 @@ class SnapshotStore:
         """
         self.wait()
         path = self.folder / f"step-{state['step']:09d}.safetensors"
-        targets = [path, self.folder / "best.safetensors"] if best else [path]
+        targets = [path, self.folder / BEST] if best else [path]
         size = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
         if free < size * len(targets):

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distributed
 from errors import UsageError
+from seeds import Use, seeded
 from snapshot import Snapshot
 
 OPTIMIZER_STATE = {SGD: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_avg_sq")}
@@ -88,7 +89,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
 
 def seed_everything(seed: int) -> None:
     """Seed this process's generators, each rank's differently."""
-    words = np.random.SeedSequence((seed, distributed.rank())).generate_state(3)
+    words = seeded(seed, Use.RANK, distributed.rank()).generate_state(3)
     torch.manual_seed(int(words[0]))
     random.seed(int(words[1]))
     np.random.seed(words[2])

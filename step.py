@@ -1,6 +1,7 @@
 """A model with all that trains it on one device, and the optimiser step."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from augment import Normalize
 from config import Config
 from distributed import print0
 from errors import UsageError
-from model_resnet50 import ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
+from model_resnet50 import CIFAR_STEM_UP_TO, ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
 from optim import build_optimizer, build_scaler
 from state import seed_everything
 
@@ -53,12 +54,19 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
     torch.manual_seed(config.seed)
     if config.use_pretrained:
         model: ResNet34 | ResNet50 = load_pretrained_resnet50(config.use_pretrained, classes)
+        if config.image_size <= CIFAR_STEM_UP_TO:
+            raise UsageError(
+                f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
+                f"--image_size than {config.image_size}, such as 224"
+            )
     else:
         model = build_model(classes, config.image_size, config.model)
     print0(f"model     {describe(model, config.image_size)}")
     dtype = _amp_dtype(config, device)
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
     torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
     model = model.to(device).to(memory_format=torch.channels_last)
     normalize = Normalize().to(device)

@@ -21,7 +21,8 @@ from loader import POLL_SECONDS, Cancelled
 from network import Network, one_line_errors
 from parquet import Block, ParquetShards
 from pictures import UnreadableImage, decode
-from remote import HubFiles, open_files, resolve
+from remote import HubFiles, open_files, pin, resolve
+from seeds import Use, seeded
 from store import FileStore
 from webdataset import TarShards
 
@@ -41,10 +42,10 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
     Philox and stable sorts are used, which no release of numpy may change.
     """
 
-    def noise(count: int, use: int) -> np.ndarray:
-        return np.random.Philox(np.random.SeedSequence((seed, epoch, use))).random_raw(count)
+    def noise(count: int, use: Use, *stream: int) -> np.ndarray:
+        return np.random.Philox(seeded(seed, use, epoch, *stream)).random_raw(count)
 
-    permuted = np.argsort(noise(len(block_rows), 0), kind="stable")
+    permuted = np.argsort(noise(len(block_rows), Use.BLOCKS), kind="stable")
     rows = block_rows[permuted]
     first_ids = (np.cumsum(block_rows) - block_rows)[permuted]
     total = int(rows.sum())
@@ -52,7 +53,7 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
     result = []
     for stream in range(streams):
         span = ids[total * stream // streams : total * (stream + 1) // streams]
-        bits = noise(len(span), 1 + stream)
+        bits = noise(len(span), Use.WINDOW, stream)
         keys = bits if window >= total else np.arange(len(span)) + bits * (window / streams / 2**64)
         result.append(span[np.argsort(keys, kind="stable")])
     return result
@@ -113,8 +114,7 @@ class HuggingFaceImageNetDataset:
         network: Network = Network(),  # noqa: B008 (frozen)
         cache: Cache | None = None,
     ) -> None:
-        root = (cache.folder if cache else Path(constants.HF_HOME) / "imagenet1k") / source.replace("/", "--")
-        store = FileStore(root, cache.limit if cache else None)
+        store = _store_of(source, cache)
         listing = resolve(source, revision, store)
         self.source = source
         self.revision = listing.commit
@@ -231,6 +231,16 @@ class HuggingFaceImageNetDataset:
                     f"{self._files.names[block.file]} has the label {label}, which is no class: a split without "
                     "labels, such as the Hub's test split, is of no use here; give another split"
                 )
+
+
+def _store_of(source: str, cache: Cache | None) -> FileStore:
+    root = cache.folder if cache else Path(constants.HF_HOME) / "imagenet1k"
+    return FileStore(root / source.replace("/", "--"), cache.limit if cache else None)
+
+
+def pin_revision(source: str, revision: str, cache: Cache | None) -> str:
+    """The commit that a revision of a dataset on the Hub stands for now. Raises DataError."""
+    return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache))
 
 
 def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -> str:

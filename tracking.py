@@ -43,7 +43,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
     Raises UsageError when the folder cannot be written, is at work in another process, or holds another run.
     """
     name = f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(distributed.from_rank0(config.run_dir or str(resumed or Path("runs") / name)))
+    folder = Path(distributed.from_rank0(lambda: config.run_dir or str(resumed or Path("runs") / name)))
     if distributed.rank():
         yield folder
         return

@@ -25,7 +25,7 @@ from state import Progress, all_finite, capture
 from step import Training, train_step
 from stopping import StopRequest, batches_until
 from tracking import Stopwatch, Tracker
-from visualization import plot_curves, plot_samples
+from visualization import CurvePlotter, plot_samples
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Run:
     stop: StopRequest
     spent: TimeSpent
     profiler: StepProfiler | None = None
+    curves: CurvePlotter | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     pending: list[dict[str, Any]] = field(default_factory=list)
 
@@ -191,6 +192,8 @@ def fit(run: Run) -> None:
         run.tracker.close()
         if run.profiler is not None:
             run.profiler.close()
+        if run.curves is not None:
+            run.curves.close()
         if run.store is not None:
             run.store.wait()
 
@@ -211,8 +214,8 @@ def end_epoch(run: Run, result: dict[str, float], seconds: float) -> None:
             "seconds": seconds,
         }
     )
-    if run.folder is not None:
-        plot_curves(run.folder)
+    if run.curves is not None:
+        run.curves.draw()
     best = result["val_top1"] > progress.best_top1
     progress.best_top1 = max(progress.best_top1, result["val_top1"])
     progress.epoch += 1

@@ -4,30 +4,34 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from config import Config
 from durable import write_durably
+from errors import complain
 from optim import describe_schedule, schedule_at
 
 DPI = 110
 SCHEDULE_POINTS = 500
+CURVE_POINTS = 2000
 
 
 def plot_curves(run_dir: Path) -> Path:
-    """Draw loss, accuracy, and learning rate with momentum against the step, from the run's own logs."""
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Draw loss, accuracy, and learning rate with momentum against the step, from the run's own logs.
+
+    Of a long run, CURVE_POINTS steps or up to twice as many are looked at.
+    """
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines[:: max(1, len(lines) // CURVE_POINTS)]]
     with open(run_dir / "results.csv", newline="") as file:
         epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     at = [row["step"] for row in epochs]
-    figure, (loss, top1, lr) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    loss, top1, lr = figure.subplots(1, 3)
     step = [row["step"] for row in steps]
     loss.plot(step, [row["loss"] for row in steps], color="C0", alpha=0.3, linewidth=0.8, label="train, each step")
     loss.plot(at, [row["train_loss"] for row in epochs], "C0o-", markersize=3, label="train")
@@ -48,12 +52,44 @@ def plot_curves(run_dir: Path) -> Path:
     return _save(figure, run_dir / "plots" / "curves.png")
 
 
+class CurvePlotter:
+    """Draws the curves of a run in a thread of its own, for which no step waits. A failure is warned of once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._thread = ThreadPoolExecutor(1, "curves")
+        self._drawing: Future[None] | None = None
+        self._behind = False
+        self._warned = False
+
+    def draw(self) -> None:
+        """Draw what the logs hold now; while an earlier picture is being drawn, `close` will draw it."""
+        self._behind = self._drawing is not None and not self._drawing.done()
+        if not self._behind:
+            self._drawing = self._thread.submit(self._draw)
+
+    def close(self) -> None:
+        """Wait until the picture shows everything."""
+        if self._behind:
+            self._thread.submit(self._draw)
+        self._thread.shutdown()
+
+    def _draw(self) -> None:
+        try:
+            plot_curves(self._run_dir)
+        except Exception as error:
+            if not self._warned:
+                complain(f"warning: cannot draw {self._run_dir / 'plots' / 'curves.png'} ({error}); training goes on")
+            self._warned = True
+
+
 def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -> Path:
     """Draw the learning rate and the momentum over the whole run, as the schedule plans them."""
     total = config.epochs * steps_per_epoch
     steps = np.unique(np.linspace(0, total - 1, SCHEDULE_POINTS).astype(int)).tolist()
     rates, momenta = zip(*(schedule_at(config, lr, steps_per_epoch, step) for step in steps), strict=True)
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, rates, "C2")
     axes.set(title=describe_schedule(config, total), xlabel="step", ylim=(0, 1.05 * max(rates)))
     axes.set_ylabel("learning rate", color="C2")
@@ -72,7 +108,8 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
     """Draw up to 32 uint8 images (N, H, W, 3), as the model gets them, with their class names."""
     count = min(32, len(images))
     rows = -(-count // 8)
-    figure, grid = plt.subplots(rows, 8, figsize=(12, 1.7 * rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(12, 1.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, 8, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, label in zip(grid.flat, images[:count], labels, strict=False):
@@ -90,7 +127,8 @@ def plot_lr_finder(
     path: Path,
 ) -> Path:
     """Draw a range test on a logarithmic axis, with each method's suggestion, the end of the sweeps and its reason."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(lr, loss, color="C0", alpha=0.3, label="loss")
     axes.plot(lr, smoothed, color="C0", label="smoothed loss")
     for number, (name, value) in enumerate(suggestions.items(), 1):
@@ -107,10 +145,9 @@ def plot_lr_finder(
     return _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)
     write_durably(path, image.getvalue())
-    plt.close(figure)
     return path

@@ -57,6 +57,7 @@ def assert_refused(folder: Path, status: int, words: tuple[str, ...], *arguments
         (["--no_such_flag"], ["--no_such_flag"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--lr", "0.1", "--lr_from", "x.json"], ["--lr ", "--lr_from"]),
+        (["--use_pretrained", "--model", "resnet18"], ["--use_pretrained", "--model resnet18"]),
         (["--lr_from", "no_such.json"], ["--lr_from", "no_such.json", "run_lr_finder.py"]),
         (["--batch_size", 100], ["100", "--streams 8", "96", "104"]),
         (["--batch_size", 1600], ["1600", "1437"]),

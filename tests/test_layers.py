@@ -10,7 +10,7 @@ LAYOUT = [
     *("main", "run_lr_finder", "train", "profiling", "step", "lr_finder", "lr_methods", "preflight", "preprocess"),
     *("resident", "dummy", "streaming", "webdataset", "parquet", "remote", "network", "store", "stopping", "loader"),
     *("visualization", "tracking", "state", "snapshot", "durable", "decoding", "pictures", "jpeg", "augment", "optim"),
-    *("model_resnet50", "distributed", "config", "errors"),
+    *("model_resnet50", "distributed", "config", "seeds", "errors"),
 ]
 OURS = {*LAYOUT, *(folder.name for folder in ROOT.iterdir() if folder.is_dir())}
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from optim import build_optimizer, build_schedule
 from preprocess import LocalDataset
 from state import rng_state
 
+DIGITS = resolve({})
 Parts = tuple[nn.Module, torch.optim.Optimizer, nn.Module, Any]
 
 
@@ -525,15 +527,15 @@ def test_every_method_survives_the_shortest_curve_there_is(method: str) -> None:
 
 def test_a_saved_suggestion_is_loaded_to_the_bit_and_the_report_has_its_names(tmp_path: Path) -> None:
     result = sweep(falling(20))
-    save(result, tmp_path / "lr_finder", {"dataset": "digits"})
+    save(result, tmp_path / "lr_finder", asdict(DIGITS))
     path = tmp_path / "lr_finder" / "lr_finder.json"
-    assert load_suggestion(path) == result.suggested_lr
+    assert load_suggestion(path, DIGITS) == result.suggested_lr
     report = json.loads(path.read_text())
-    assert load_suggestion(path, constant=True) == result.constant_lr
+    assert load_suggestion(path, replace(DIGITS, scheduler="cosine")) == result.constant_lr
     assert report.keys() >= {"suggested_lr", "method", "suggestions", "history", "config"}
     assert report.keys() >= {"constant_lr", "confidence", "halves"}
     assert report["history"] == {"lr": result.lr, "loss": result.loss, "smoothed_loss": result.smoothed_loss}
-    assert (report["suggestions"], report["config"]) == (result.suggestions, {"dataset": "digits"})
+    assert (report["suggestions"], report["config"]["batch_size"]) == (result.suggestions, 64)
     lines = (tmp_path / "lr_finder" / "lr_finder.csv").read_text().splitlines()
     assert lines[0] == "lr,loss,smoothed_loss"
     assert [tuple(map(float, line.split(","))) for line in lines[1:]] == list(
@@ -547,7 +549,35 @@ def test_a_sweep_without_a_suggestion_is_saved_with_nulls_and_loads_as_an_error(
     assert report["suggested_lr"] is None
     assert report["suggestions"] == dict.fromkeys(METHODS)
     with pytest.raises(UsageError, match="holds no suggestion"):
-        load_suggestion(tmp_path / "lr_finder.json")
+        load_suggestion(tmp_path / "lr_finder.json", DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"batch_size": 128}, "--batch_size 64, not 128"),
+        ({"optimizer": "adamw"}, "--optimizer sgd, not adamw"),
+        ({"model": "resnet34"}, "--model auto, not resnet34"),
+        ({"dataset": "cifar10"}, "--dataset digits, not cifar10, --image_size 8, not 32, --batch_size 64, not 128"),
+        ({"dataset": "imagefolder", "data_dir": "b", "image_size": 8, "batch_size": 64}, "--dataset digits"),
+    ],
+)
+def test_a_rate_found_for_something_else_is_refused(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    result = sweep(falling(20))
+    save(result, tmp_path, asdict(DIGITS))
+    with pytest.raises(UsageError) as refusal:
+        load_suggestion(tmp_path / "lr_finder.json", resolve(changed))
+    assert told in str(refusal.value)
+    assert f"insist with --lr {result.suggested_lr:.3g}" in str(refusal.value)
+
+
+def test_a_rate_found_in_another_folder_is_refused_and_what_an_older_report_lacks_is_no_reason(tmp_path: Path) -> None:
+    one, other = (resolve({"dataset": "imagefolder", "data_dir": name}) for name in "ab")
+    older = {name: value for name, value in asdict(one).items() if name != "optimizer"}
+    save(sweep(falling(20)), tmp_path, older)
+    assert load_suggestion(tmp_path / "lr_finder.json", replace(one, seed=3, weight_decay=0.1)) > 0
+    with pytest.raises(UsageError, match="--data_dir a, not b"):
+        load_suggestion(tmp_path / "lr_finder.json", other)
 
 
 BAD_REPORTS = [
@@ -562,17 +592,17 @@ def test_a_report_without_a_usable_rate_is_refused_in_one_line(tmp_path: Path, t
     path = tmp_path / "lr_finder.json"
     path.write_text(text)
     with pytest.raises(UsageError, match="--lr_from") as refusal:
-        load_suggestion(path)
+        load_suggestion(path, DIGITS)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere.json", "."])
 def test_a_report_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="--lr_from"):
-        load_suggestion(tmp_path / name)
+        load_suggestion(tmp_path / name, DIGITS)
 
 
 def test_a_report_in_no_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lr_finder.json").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UsageError, match="--lr_from"):
-        load_suggestion(tmp_path / "lr_finder.json")
+        load_suggestion(tmp_path / "lr_finder.json", DIGITS)

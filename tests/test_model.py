@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
+from config import resolve
 from errors import DataError, UsageError
 from model_resnet50 import (
     DEPTHS,
@@ -23,6 +24,7 @@ from model_resnet50 import (
     describe,
     load_pretrained_resnet50,
 )
+from step import build_training
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # float32 logits
@@ -256,6 +258,12 @@ def test_a_transformers_checkpoint_gives_transformers_logits(tmp_path: Path, ima
     difference = largest_difference(ours, theirs, image_size)
     print(f"from transformers at {image_size}: {difference:.1e}")
     assert difference <= TOLERANCE
+
+
+def test_pretrained_weights_whose_stem_is_not_for_such_small_images_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match="--use_pretrained brings a stem for images of more than 32 pixels"):
+        build_training(resolve({"dataset": "cifar10", "use_pretrained": str(tmp_path)}), 10, torch.device("cpu"))
 
 
 def test_another_number_of_classes_gets_a_new_head_on_the_same_body(tmp_path: Path) -> None:

@@ -327,6 +327,18 @@ def test_going_back_drops_the_later_snapshots_so_that_none_of_them_is_taken_or_k
     assert names(tmp_path) == [*(f"step-00000000{step}.safetensors" for step in (1, 2, 3)), "step-foreign.safetensors"]
 
 
+@pytest.mark.parametrize(("best", "dropped"), [(2, []), (4, ["best.safetensors"])])
+def test_going_back_drops_the_best_of_what_is_dropped_and_no_other(
+    tmp_path: Path, best: int, dropped: list[str]
+) -> None:
+    store = save_some(tmp_path, [1])
+    for step in range(2, 5):
+        save(store, make_tensors(step), make_state(step), best=step == best)
+    later = ["step-000000004.safetensors"]
+    assert store.rewind(3) == later + dropped
+    assert ("best.safetensors" in names(tmp_path)) is not bool(dropped)
+
+
 def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     store = save_some(tmp_path, [1])
     save(store, make_tensors(9), make_state(1))

@@ -1,5 +1,6 @@
 """A step never waits for its device, and a compiled one is the eager one."""
 
+import os
 import shutil
 import threading
 import traceback
@@ -19,6 +20,7 @@ import step
 import train
 from config import resolve
 from preprocess import get_data_loaders
+from step import build_training
 from stopping import StopRequest
 
 CPU = torch.device("cpu")
@@ -189,3 +191,22 @@ def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for() -> None:
     assert result["images"] == 40
     expected = train.evaluate(small_training(), batches, StopRequest())
     assert result["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+
+
+# ---- deterministic ---------------------------------------------------------------------------------------------------
+
+
+def test_a_deterministic_run_asks_cublas_too_and_leaves_a_choice_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(name, ":16:8")
+    for given, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
+        if given is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, given)
+        try:
+            build_training(resolve({"deterministic": True}), 10, CPU)
+            assert os.environ[name] == expected
+            assert torch.are_deterministic_algorithms_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)

@@ -598,7 +598,7 @@ def test_the_finder_does_not_write_through_a_link(tmp_path: Path) -> None:
     found = lr_finder.RangeTest([0.1], [1.0], [1.0], {"minimum": 0.1}, "minimum", "", 1, [])
     lr_finder.save(found, tmp_path / "lr_finder", {})
     assert (tmp_path / "precious").read_bytes() == PRECIOUS
-    assert lr_finder.load_suggestion(tmp_path / "lr_finder" / "lr_finder.json") == 0.1
+    assert json.loads((tmp_path / "lr_finder" / "lr_finder.json").read_text())["suggested_lr"] == 0.1
 
 
 # ---- a cache ---------------------------------------------------------------------------------------------------------

@@ -40,6 +40,18 @@ def ranges(hub: Hub, split: str, since: int = 0) -> list[tuple[str, int, int]]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_commit_is_asked_for_once_for_both_splits_and_all_ranks(
+    hub_root: Path, hub_port: int, tmp_path: Path, ranks: int
+) -> None:
+    """Or a push in between would have one rank, or validation, read other files."""
+    with Hub(hub_root, port=hub_port) as hub:
+        done = wait(start(*SMALL, "--run_dir", tmp_path / "run", ranks=ranks))
+    assert done.status == 0, done.err
+    assert len([request for request in hub.requests if request.path.endswith("/revision/main")]) == 1
+
+
 def test_every_byte_of_the_picked_set_is_fetched_once(
     hub_root: Path, image_set: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

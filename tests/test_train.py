@@ -11,6 +11,7 @@ import pytest
 import torch
 from program import (
     assert_same_tensors,
+    cut,
     ledger,
     metrics,
     results,
@@ -152,6 +153,18 @@ def test_best_is_the_epoch_with_the_best_top1(digits: Path) -> None:
     assert steps == int(results(digits)[top1.index(max(top1))]["step"])
     if steps in steps_kept(digits):
         assert_same_tensors(best, tensors(snapshot_path(digits, steps)))
+
+
+def test_a_run_that_went_back_keeps_the_best_of_what_it_did_instead(tmp_path: Path) -> None:
+    """The epoch that is dropped is better than any to come, at a rate of nearly nothing."""
+    flags = ("--max_samples", 160, "--batch_size", 16, "--epochs", 2, "--lr", 0.02, "--save_best")
+    train(*flags, "--run_dir", tmp_path / "run")
+    first, second = (float(row["val_top1"]) for row in results(tmp_path / "run"))
+    assert second > first
+    copy = cut(tmp_path / "run", 10, tmp_path / "copy")
+    done = train("--resume_from", copy, "--override", "lr=1e-12")
+    assert "dropped   best.safetensors, a later step of the same run" in done.out
+    assert_same_tensors(tensors(copy / "snapshots" / "best.safetensors"), tensors(snapshot_path(copy, 20)))
 
 
 def test_only_the_newest_snapshots_are_kept(digits: Path) -> None:

@@ -1,0 +1,46 @@
+"""What is drawn for one use tells nothing of what is drawn for another, in whatever run, epoch or rank."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+import augment
+import state
+import streaming
+from config import resolve
+from preprocess import train_transform
+from seeds import Use, seeded
+
+
+def test_no_two_sources_of_a_run_start_alike() -> None:
+    """Seeds beyond 32 bits and trailing zeros included."""
+    numbers = [(), (0,), (1,), (5,), (0, 0), (0, 1), (1, 0)]
+    seeds = (0, 1, 4, 5, 2**32, 2**32 + 1, 2**64)
+    states = {seeded(seed, use, *more).generate_state(4).tobytes() for seed, use, more in product(seeds, Use, numbers)}
+    assert len(states) == len(seeds) * len(Use) * len(numbers)
+
+
+def test_the_order_the_crops_and_the_batches_of_an_epoch_are_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records every source that the parts of a run ask numpy for."""
+    asked: list[bytes] = []
+    original = np.random.SeedSequence
+
+    def recorded(*arguments: Any, **options: Any) -> np.random.SeedSequence:
+        made = original(*arguments, **options)
+        asked.append(made.generate_state(4).tobytes())
+        return made
+
+    monkeypatch.setattr(np.random, "SeedSequence", recorded)
+    transform = train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 8}))
+    for epoch in range(3):
+        streaming.epoch_order(np.ones(50, np.int64), epoch, 0, 8, 50)
+        augment.sample_bits(0, epoch, np.arange(9))
+        for sample in range(12):
+            transform(np.zeros((9, 9, 3), np.uint8), (0, epoch, sample))
+    monkeypatch.setattr(state.distributed, "rank", lambda: 0)
+    state.seed_everything(0)
+    monkeypatch.setattr(state.distributed, "rank", lambda: 1)
+    state.seed_everything(0)
+    assert len(asked) == len(set(asked)) == 3 * (1 + 8 + 1 + 12) + 2
