@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import distributed
 from config import CONSTANT_SHARE, FEWEST_LR_STEPS, Config
-from durable import read_small, write_durably
 from errors import DivergedError, UsageError
-from loader import Batch, Loader
-from lr_methods import METHODS, WITNESSES, average, why_unreadable
-from state import rng_state, set_rng_state
+from stream.files import read_small, write_durably
+from stream.loader import Batch, Loader
+from training.lr_curve import METHODS, WITNESSES, average, why_unreadable
+from training.state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "lowest"
 DECIDES_LR = ("dataset", "dataset_name", "image_size", "model", "use_pretrained", "optimizer", "batch_size")

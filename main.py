@@ -28,9 +28,9 @@ from errors import UsageError, complain, run_front_door
 
 if TYPE_CHECKING:
     from preprocess import Data
-    from snapshot import Snapshot
-    from state import Progress
-    from step import Training
+    from training.snapshot import Snapshot
+    from training.state import Progress
+    from training.step import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data
     from preprocess import get_data_loaders
-    from step import build_training
+    from training.step import build_training
 
     config, snapshot = _settings(given)
     device = distributed.init(config.device, patience=60 * config.network_patience)
@@ -70,7 +70,7 @@ def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
         if "override" in given:
             raise UsageError("--override goes with --resume_from and a snapshot; give the flag itself")
         return configuration.resolve(given), None
-    from snapshot import find
+    from training.snapshot import find
 
     snapshot, passed_over = find(source)
     for line in passed_over:
@@ -84,7 +84,7 @@ def _resume_source(given: dict[str, object]) -> Path | None:
         return Path(str(given["resume_from"])) if "resume_from" in given else None
     if "run_dir" not in given:
         raise UsageError("--resume_from auto needs --run_dir, the folder to look in")
-    from snapshot import step_files
+    from training.snapshot import step_files
 
     folder = Path(str(given["run_dir"]))
     return folder if step_files(folder / "snapshots") else None
@@ -109,9 +109,9 @@ def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
 
 def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
     from distributed import print0
-    from state import restore
-    from stopping import StopRequest
     from train import evaluate
+    from training.signals import StopRequest
+    from training.state import restore
 
     if snapshot is not None:
         restore(snapshot, training.model, training.optimizer, training.scaler)
@@ -128,9 +128,9 @@ def _train(
     config: Config, data: "Data", training: "Training", snapshot: "Snapshot | None", argv: Sequence[str]
 ) -> None:
     from distributed import print0
-    from state import Progress, restore
-    from step import within_memory
-    from tracking import open_run_folder
+    from training.logs import open_run_folder
+    from training.state import Progress, restore
+    from training.step import within_memory
 
     config.check_schedule(len(data.train))
     if snapshot is None:
@@ -164,12 +164,12 @@ def _fit(
 ) -> None:
     import distributed
     from distributed import print0
-    from optim import build_schedule, describe_schedule
-    from profiling import StepProfiler, TimeSpent
-    from snapshot import BEST, SnapshotStore
-    from stopping import StopRequest
-    from tracking import Tracker
     from train import Run, fit
+    from training.logs import Tracker
+    from training.optim import build_schedule, describe_schedule
+    from training.signals import StopRequest
+    from training.snapshot import BEST, SnapshotStore
+    from training.timing import StepProfiler, TimeSpent
     from visualization import CurvePlotter, plot_schedule
 
     stop = StopRequest.listening(data.train, data.val)
@@ -225,7 +225,7 @@ def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_p
     Raises UsageError for an override that changes what a step is.
     """
     import distributed
-    from optim import compare_plans
+    from training.optim import compare_plans
 
     saved = snapshot.state
     if saved["steps_per_epoch"] != steps_per_epoch:

@@ -4,13 +4,14 @@ import numpy as np
 
 import distributed
 from config import Config
-from decoding import PROCESS_BYTES
-from loader import BATCHES_AHEAD
 from preprocess import Data
-from streaming import AHEAD_BYTES, FETCH_THREADS, HuggingFaceImageNetDataset, epoch_order
+from stream.dataset import AHEAD_BYTES, FETCH_THREADS, HuggingFaceImageNetDataset
+from stream.decode_pool import PROCESS_BYTES
+from stream.loader import BATCHES_AHEAD
+from stream.order import epoch_order
 
 POOR_MIXING = 0.9
-BATCHES_LOOKED_AT = 32
+BATCHES_LOOKED_AT = 64
 
 
 def describe_data(config: Config, data: Data) -> list[str]:

@@ -21,11 +21,11 @@ from config import Config
 from errors import Interrupted, UsageError, run_front_door
 
 if TYPE_CHECKING:
-    from loader import Batch
     from lr_finder import RangeTest
     from preprocess import Data
-    from step import Training
-    from stopping import StopRequest
+    from stream.loader import Batch
+    from training.signals import StopRequest
+    from training.step import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +42,9 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data
     from preprocess import get_data_loaders
-    from step import build_training, within_memory
-    from stopping import StopRequest
-    from tracking import open_run_folder
+    from training.logs import open_run_folder
+    from training.signals import StopRequest
+    from training.step import build_training, within_memory
 
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
@@ -69,9 +69,9 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
 
     import lr_finder
     from distributed import mean_over_ranks, print0, rank, world_size
-    from loader import Cancelled
-    from step import train_step
+    from stream.loader import Cancelled
     from train import evaluate
+    from training.step import train_step
 
     judges: list[Batch] = []
 

@@ -16,15 +16,15 @@ import distributed
 from config import Config
 from distributed import print0
 from errors import DataError, DivergedError, Interrupted
-from loader import UNREADABLE, Batch, Loader
-from optim import momentum_of
 from preprocess import Data
-from profiling import StepProfiler, TimeSpent, describe_time
-from snapshot import SnapshotStore
-from state import Progress, all_finite, capture
-from step import Training, train_step
-from stopping import StopRequest, batches_until
-from tracking import Stopwatch, Tracker
+from stream.loader import UNREADABLE, Batch, Loader
+from training.logs import Stopwatch, Tracker
+from training.optim import momentum_of
+from training.signals import StopRequest, batches_until
+from training.snapshot import SnapshotStore
+from training.state import Progress, all_finite, capture
+from training.step import Training, train_step
+from training.timing import StepProfiler, TimeSpent, describe_time
 from visualization import CurvePlotter, plot_samples
 
 

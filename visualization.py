@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from config import Config
-from durable import write_durably
 from errors import complain
-from optim import describe_schedule, schedule_at
+from stream.files import write_durably
+from training.optim import describe_schedule, schedule_at
 
 DPI = 110
 SCHEDULE_POINTS = 500

@@ -25,8 +25,8 @@ from benchmarks.common import installed_versions, parser, record
 from benchmarks.images import make_images
 from benchmarks.peers import SIZE, reference_transform
 from config import resolve
-from pictures import decode
 from preprocess import train_transform
+from stream.images import decode
 
 
 def main() -> None:

@@ -33,13 +33,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from augment import Normalize
 from benchmarks.common import PINNED, installed_versions, record
 from config import resolve
 from lr_finder import DEFAULT_METHOD, METHODS, RangeTest, find_lr_advanced
 from model_resnet50 import BasicBlock, conv1x1, conv3x3
-from optim import build_optimizer, build_scaler, build_schedule
-from step import Training, train_step
+from stream.augment import Normalize
+from training.optim import build_optimizer, build_scaler, build_schedule
+from training.step import Training, train_step
 
 GRID = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 CPU = torch.device("cpu")

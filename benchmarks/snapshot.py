@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks.common import installed_versions, record
 from model_resnet50 import build_model
-from snapshot import SnapshotStore
-from state import Progress, all_finite, capture
+from training.snapshot import SnapshotStore
+from training.state import Progress, all_finite, capture
 
 IDLE_STEPS = 30
 OURS, ON_DISK = "ours: the pause, collecting and checking the state included", "ours: until it is on the disk"

@@ -27,11 +27,11 @@ import torch
 import torchvision
 from torch import nn
 
-import step
 from benchmarks.common import installed_versions, record, spread_of
 from config import resolve
 from model_resnet50 import CIFAR_STEM_UP_TO, build_model
-from step import build_training, train_step
+from training import step
+from training.step import build_training, train_step
 
 CLASSES = 1000
 WARMUP_STEPS = 3

@@ -36,17 +36,19 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from augment import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.common import installed_versions, record, spread_of
 from benchmarks.images import CLASSES, draw, encode, write_parquet
 from benchmarks.worker import REPO_ID
 from config import Config, resolve
-from loader import Loader
 from model_resnet50 import build_model
-from preprocess import LocalDataset, batch_augment, get_data_loaders
-from resident import ResidentLoader
-from step import build_training, train_step
-from streaming import epoch_order, reduce
+from preprocess import batch_augment, get_data_loaders
+from stream.augment import IMAGENET_MEAN, IMAGENET_STD
+from stream.dataset import reduce
+from stream.loader import Loader
+from stream.local import LocalDataset
+from stream.order import epoch_order
+from stream.resident import ResidentLoader
+from training.step import build_training, train_step
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ON_GPU = DEVICE.type == "cuda"

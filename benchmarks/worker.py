@@ -26,9 +26,10 @@ JPEG_QUALITY = 96  # of the photographs in benchmarks/images.py
 def ours(source: str, cache_dir: Path | None = None) -> Epoch:
     """This repository's loader, as `main.py` puts it together, over a local folder or the Hub, with a cache or none."""
     from config import resolve
-    from loader import StreamingDataLoader
     from preprocess import train_transform
-    from streaming import Cache, HuggingFaceImageNetDataset, epoch_order
+    from stream.dataset import Cache, HuggingFaceImageNetDataset
+    from stream.loader import StreamingDataLoader
+    from stream.order import epoch_order
 
     cache = Cache(cache_dir) if cache_dir else None
     dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES, cache=cache)
@@ -57,7 +58,7 @@ def decoding_alone(source: str) -> Epoch:
 
     from config import resolve
     from preprocess import train_transform
-    from streaming import HuggingFaceImageNetDataset
+    from stream.dataset import HuggingFaceImageNetDataset
 
     dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES)
     blocks = map(dataset.read_block, range(len(dataset.blocks)))

@@ -15,11 +15,11 @@ import torch
 
 from config import resolve
 from lr_finder import find_lr_advanced
-from optim import build_schedule
 from preprocess import get_data_loaders
-from step import build_training, train_step
-from stopping import StopRequest
 from train import evaluate
+from training.optim import build_schedule
+from training.signals import StopRequest
+from training.step import build_training, train_step
 from visualization import plot_lr_finder
 
 CPU = torch.device("cpu")

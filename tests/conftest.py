@@ -65,7 +65,7 @@ def small_model() -> Iterator[None]:
     """Runs take a moment, and their snapshots no room."""
     from killable import small_with_dropout
 
-    import step
+    from training import step
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "build_model", small_with_dropout(step.build_model))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import main
-import step
+from training import step
 
 PLACES = ("written", "before rename", "after rename", "pruning")
 _server = multiprocessing.get_context("forkserver")

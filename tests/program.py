@@ -70,6 +70,7 @@ def pretend_rank(patch: pytest.MonkeyPatch, rank: int, world: int) -> None:
     patch.setattr(distributed, "rank", lambda: rank)
     patch.setattr(distributed, "world_size", lambda: world)
     patch.setattr(distributed, "require_agreement", lambda *facts: None, raising=False)
+    patch.setattr(distributed, "from_rank0", lambda make: make())
 
 
 def environment(**changes: str) -> dict[str, str]:

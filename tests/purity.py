@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import lr_finder
 import run_lr_finder
-import step
 from config import Config, parse, resolve
 from errors import DivergedError, Interrupted
 from preprocess import get_data_loaders
-from state import rng_state
-from stopping import SIGNALS, StopRequest
+from training import step
+from training.signals import SIGNALS, StopRequest
+from training.state import rng_state
 
 SMALL = ("--batch_size", "16", "--num_workers", "1", "--model", "resnet18", "--lr_iter", "32", "--lr_start", "1e-4")
 PRECISIONS: dict[str, tuple[str, ...]] = {

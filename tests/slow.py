@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from pictures import EncodedImage, decode
+from stream.images import EncodedImage, decode
 
 
 class SlowTransform:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from augment import DRAWS, Augment, crop, cut_out, sample_bits
 from config import resolve
 from preprocess import batch_augment
+from stream.augment import DRAWS, Augment, crop, cut_out, sample_bits
 
 MANY = 4000
 GREY = 114  # 255 times the mean of ImageNet's mean colour, rounded

@@ -14,8 +14,8 @@ from PIL import Image
 from program import assert_same_run, ledger, metrics, snapshot_path, start, train, wait, wait_for
 from shards import REPO_ID, photographs
 
-from pictures import decode
-from streaming import Cache, HuggingFaceImageNetDataset, reduce
+from stream.dataset import Cache, HuggingFaceImageNetDataset, reduce
+from stream.images import decode
 
 DATA: tuple[object, ...] = ("--dataset", "imagenet1k")
 FLAGS: tuple[object, ...] = ("--max_samples", 256, "--model", "resnet18", "--image_size", 33, "--batch_size", 32)

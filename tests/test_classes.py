@@ -10,7 +10,7 @@ from program import run
 from shards import class_names, make_imagenet_like
 from test_webdataset import CLASSES, ROWS, make_set, make_shard
 
-from parquet import first_difference
+from stream.parquet import first_difference
 
 FLAGS = ("--model", "resnet18", "--image_size", 33, "--batch_size", 16, "--epochs", 1, "--num_workers", 0)
 SWAPPED = ["class 1", "class 0", *class_names(10)[2:]]

@@ -14,12 +14,12 @@ from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
 from slow import SlowTransform, process_number
 
-import decoding
 from config import Config, resolve
-from decoding import DecodingPool, WorkerDied, pack
 from errors import DataError
-from pictures import EncodedImage, decode_into
 from preprocess import get_data_loaders, train_transform
+from stream import decode_pool as decoding
+from stream.decode_pool import DecodingPool, WorkerDied, pack
+from stream.images import EncodedImage, decode_into
 
 SIZE = 24
 
@@ -53,7 +53,7 @@ def running() -> dict[int, int]:
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            if b"decoding.main()" in (path / "cmdline").read_bytes():
+            if b"stream.decode_pool" in (path / "cmdline").read_bytes():
                 found[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
     return found
 
@@ -137,14 +137,14 @@ def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> Non
 
 
 def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "WITHOUT_TORCH", "raise SystemExit")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(WorkerDied):
         DecodingPool(1).run(pack(SlowTransform(0.0)), photographs(1), [(0, 0, 0)], np.zeros((1, 9, 9, 3), np.uint8))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_parent_that_is_killed_leaves_no_process_behind(signum: signal.Signals) -> None:
-    code = "import decoding, time; pool = decoding.DecodingPool(2); time.sleep(600)"
+    code = "from stream import decode_pool; import time; pool = decode_pool.DecodingPool(2); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment()) as parent:
         until(lambda: len(decoders(parent.pid)) == 2)
         theirs = decoders(parent.pid)

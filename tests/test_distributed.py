@@ -42,7 +42,7 @@ import distributed
 import errors
 import main
 import run_lr_finder
-from stopping import ECHO_SECONDS
+from training.signals import ECHO_SECONDS
 
 pytestmark = pytest.mark.slow
 

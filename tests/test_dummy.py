@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from program import results, run, steps_kept, train
 from shards import make_imagenet_like, to_table
 
-import dummy
 from config import resolve
-from pictures import decode
 from preprocess import get_data_loaders
-from streaming import HuggingFaceImageNetDataset
+from stream import synthetic as dummy
+from stream.dataset import HuggingFaceImageNetDataset
+from stream.images import decode
 
 SMALL = ("--model", "resnet18", "--image_size", 33, "--max_samples", 64, "--batch_size", 32, "--epochs", 1)
 DUMMY = ("--dataset", "imagenet1k", "--dummy_data")

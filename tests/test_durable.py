@@ -20,10 +20,10 @@ import pytest
 import torch
 from program import Outcome, assert_same_run, run, snapshot_path, start, steps_kept, train, wait, wait_for
 
-import snapshot
 from errors import SnapshotError
-from snapshot import SnapshotStore, find, read, step_files
-from tracking import Tracker
+from training import snapshot
+from training.logs import Tracker
+from training.snapshot import SnapshotStore, find, read, step_files
 
 FLAGS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 1, "--ledger", "--snapshot_steps", 2)
 FLAGS = (*FLAGS, "--num_workers", 1)
@@ -367,7 +367,7 @@ def test_a_disk_that_takes_no_more_logs_ends_a_run_in_one_line(
     def fail(path: Path, lines: Iterable[str]) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("tracking._append", fail)
+    monkeypatch.setattr("training.logs._append", fail)
     done = run(*FLAGS, "--max_samples", 16, "--run_dir", tmp_path / "run")
     where = tmp_path / "run" / "metrics.jsonl"
     assert done.err == f"error: {os.strerror(number)} at {where}; make room or mend the disk, and resume\n"

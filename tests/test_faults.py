@@ -15,14 +15,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from program import ledger, run, steps_kept, train
 from shards import REPO_ID
 
-import network
-import remote
 from config import resolve
 from errors import DataError
-from loader import StreamingDataLoader
-from network import Network, patiently
 from preprocess import train_transform
-from streaming import HuggingFaceImageNetDataset, epoch_order
+from stream import hub as remote
+from stream import retry as network
+from stream.dataset import HuggingFaceImageNetDataset
+from stream.loader import StreamingDataLoader
+from stream.order import epoch_order
+from stream.retry import Network, patiently
 
 Fault = Callable[[str, str], int | str | None]
 STATUSES = (408, 429, 500, 502, 503, 504)

@@ -10,7 +10,8 @@ from program import ledger, results, run, train
 
 from config import Config, resolve
 from preprocess import get_data_loaders
-from step import build_training, train_step
+from stream.local import load_digits
+from training.step import build_training, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -72,7 +73,7 @@ def test_batches_are_those_of_the_cpu(
 ) -> None:
     import preprocess
 
-    digits, _ = preprocess.load_digits()
+    digits, _ = load_digits()
     monkeypatch.setattr(preprocess, "load_cifar", lambda *_: (digits, digits))
     given = given or {"dataset": "hf", "dataset_name": str(image_set), "image_size": 48}
     config = settings(max_samples=96, **given)

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from shards import photographs
 
-import jpeg
-import pictures
 from config import resolve
-from pictures import Picture, decode
 from preprocess import train_transform
+from stream import images as pictures
+from stream import jpeg
+from stream.images import Picture, decode
 
 needs_library = pytest.mark.skipif(not jpeg.can_decode_regions(), reason="there is no libjpeg-turbo 3 here")
 SUBSAMPLING = {

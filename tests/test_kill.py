@@ -10,7 +10,7 @@ from hub import Hub
 from kill_sweep import DIGITS, STREAMED, sweep, train
 from program import assert_same_run, cut, ledger, snapshot_path
 
-from snapshot import encode, read
+from training.snapshot import encode, read
 
 pytestmark = pytest.mark.slow
 

@@ -1,71 +1,103 @@
-"""Every module imports only modules below it in the layout, wherever in the file the import stands."""
+"""Every import points down the layout, wherever in the file it stands, and stays in its wing or leads below it."""
 
 import ast
+import graphlib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUT = [
-    *("main", "run_lr_finder", "train", "profiling", "step", "lr_finder", "lr_methods", "preflight", "preprocess"),
-    *("resident", "dummy", "streaming", "webdataset", "parquet", "remote", "network", "store", "stopping", "loader"),
-    *("visualization", "tracking", "state", "snapshot", "durable", "decoding", "pictures", "jpeg", "augment", "optim"),
-    *("model_resnet50", "distributed", "config", "seeds", "errors"),
-]
-OURS = {*LAYOUT, *(folder.name for folder in ROOT.iterdir() if folder.is_dir())}
+WINGS = ("stream", "training")
+LAYERS = (
+    {"main"},
+    {"run_lr_finder"},
+    {"train"},
+    {"preflight", "lr_finder", "visualization"},
+    {"preprocess", "training"},
+    {"stream"},
+    {"model_resnet50", "config", "distributed"},
+    {"errors"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
+UNKNOWN_TO_STREAM = {"config", "model_resnet50"}
 
 
-def imported_modules(source: str) -> set[str]:
-    """The first name of every module imported anywhere in the source, in functions and under TYPE_CHECKING too."""
+def modules() -> dict[str, str]:
+    """The source of each module by its name: those of the root, and those of the wings as `wing.module`."""
+    found = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
+    for wing in WINGS:
+        for path in (ROOT / wing).glob("*.py"):
+            found[wing if path.stem == "__init__" else f"{wing}.{path.stem}"] = path.read_text()
+    return found
+
+
+def imported(source: str) -> set[str]:
+    """The full name of everything imported anywhere in the source, in functions and under TYPE_CHECKING too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {"." if node.level else str(node.module).split(".")[0]}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if not node.level else {"."}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            names.add(ast.literal_eval(node.args[0]).split(".")[0] if isinstance(node.args[0], ast.Constant) else ".")
+            names.add(ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else ".")
     return names
 
 
-def misplaced_imports(module: str, source: str) -> set[str]:
-    """What `module` imports of this repository that does not lie below it."""
-    below = set(LAYOUT[LAYOUT.index(module) + 1 :])
-    return {name for name in imported_modules(source) if name == "." or (name in OURS and name not in below)}
+def misplaced(module: str, source: str) -> set[str]:
+    """What a module imports of this repository that does not lie below it, nor in its own wing."""
+    place, wrong = module.partition(".")[0], set()
+    for name in imported(source):
+        top = name.partition(".")[0]
+        below = LEVEL.get(top, -1) > LEVEL[place] and not (place == "stream" and top in UNKNOWN_TO_STREAM)
+        at_home = top == place and place in WINGS and name != module
+        if name == "." or ((top in LEVEL or top in FOLDERS) and not below and not at_home):
+            wrong.add(name)
+    return wrong
 
 
-def test_every_top_level_module_has_its_place_in_the_layout() -> None:
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(LAYOUT)
+def test_every_module_has_its_place_and_imports_only_from_below_or_its_own_wing() -> None:
+    found = modules()
+    assert {name.partition(".")[0] for name in found} == {*LEVEL}
+    assert {name: misplaced(name, source) for name, source in found.items() if misplaced(name, source)} == {}
 
 
-@pytest.mark.parametrize("module", LAYOUT)
-def test_no_module_imports_sideways_or_upwards(module: str) -> None:
-    assert misplaced_imports(module, (ROOT / f"{module}.py").read_text()) == set()
+def test_the_modules_of_a_wing_do_not_import_each_other_in_a_circle() -> None:
+    found = modules()
+    graph = {name: {parent for parent in found for path in imported(source) if f"{path}.".startswith(f"{parent}.")}
+             - {name, *WINGS} for name, source in found.items()}  # fmt: skip
+    graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("optim", "import train"),
-        ("optim", "import optim"),
-        ("loader", "from streaming import Block"),
+def test_the_map_of_a_wing_names_its_modules_and_imports_nothing() -> None:
+    for wing in WINGS:
+        source = (ROOT / wing / "__init__.py").read_text()
+        (docstring,) = ast.parse(source).body
+        assert isinstance(docstring, ast.Expr)
+        here = {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"}
+        assert {name for name in here if f"\n    {name} " not in source} == set()
+
+
+def test_a_misplaced_import_cannot_hide() -> None:
+    for module, source in [
+        ("training.optim", "import train"),
+        ("training.optim", "import training.optim"),
+        ("training.optim", "from preprocess import Data"),
+        ("preprocess", "from training.step import Training"),
+        ("stream.loader", "from training import step"),
+        ("stream.loader", "from config import Config"),
         ("errors", "def f():\n    from config import Config"),
         ("config", "if TYPE_CHECKING:\n    import distributed as d"),
-        ("snapshot", "import os, tracking"),
-        ("snapshot", "try:\n    import visualization\nexcept ImportError:\n    pass"),
-        ("augment", "importlib.import_module('train')"),
-        ("augment", "from . import optim"),
+        ("training.snapshot", "import os, visualization"),
+        ("training.snapshot", "try:\n    import visualization\nexcept ImportError:\n    pass"),
+        ("stream.augment", "importlib.import_module('train')"),
+        ("stream.augment", "from . import optim"),
         ("train", "from tests.shards import draw"),
         ("run_lr_finder", "class A:\n    def f(self):\n        import main"),
-    ],
-)
-def test_a_misplaced_import_cannot_hide(module: str, source: str) -> None:
-    assert len(misplaced_imports(module, source)) == 1
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [("main", "import run_lr_finder, train, errors"), ("loader", "import torch\nfrom torch import optim")],
-)
-def test_an_import_from_below_or_from_outside_is_allowed(module: str, source: str) -> None:
-    assert misplaced_imports(module, source) == set()
+    ]:
+        assert len(misplaced(module, source)) == 1, (module, source)
+    for module, source in [
+        ("main", "import run_lr_finder, train, errors"),
+        ("stream.loader", "import torch\nfrom torch import optim\nfrom stream.augment import Augment"),
+        ("training.step", "from stream.augment import Augment\nfrom config import Config"),
+    ]:
+        assert misplaced(module, source) == set()

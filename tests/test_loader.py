@@ -21,10 +21,12 @@ from shards import make_imagenet_like
 
 from config import Config, resolve
 from errors import DataError
-from loader import UNREADABLE, Batch, StreamingDataLoader
-from pictures import UnreadableImage, decode
-from preprocess import LocalDataset, eval_transform, train_transform
-from streaming import BlockReader, HuggingFaceImageNetDataset, epoch_order
+from preprocess import eval_transform, train_transform
+from stream.dataset import BlockReader, HuggingFaceImageNetDataset
+from stream.images import UnreadableImage, decode
+from stream.loader import UNREADABLE, Batch, StreamingDataLoader
+from stream.local import LocalDataset
+from stream.order import epoch_order
 
 TRAIN, VAL, BATCH, STREAMS = 190, 37, 16, 4
 BAD = (3, 50, 51, 52, 189)
@@ -200,7 +202,7 @@ def test_evaluation_marks_an_unreadable_image_and_counts_it_for_nothing(damaged:
 
 
 def test_unreadable_images_are_named_and_counted_once(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "loader"):
+    with caplog.at_level(logging.WARNING, "stream.loader"):
         run(make(open_split(damaged, "train"), train=False, max_bad_fraction=0.1))
     lines = [record.getMessage() for record in caplog.records]
     assert sorted(int(line.split()[1]) for line in lines) == sorted(BAD)

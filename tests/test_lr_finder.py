@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from config import FEWEST_LR_STEPS, default_lr, resolve
 from errors import DivergedError, UsageError
-from loader import StreamingDataLoader
 from lr_finder import (
     METHODS,
     SWEEP_STEPS,
@@ -29,10 +28,11 @@ from lr_finder import (
     load_suggestion,
     save,
 )
-from lr_methods import Curve, lowest, minimum, slide, steepest, valley
-from optim import build_optimizer, build_schedule
-from preprocess import LocalDataset
-from state import rng_state
+from stream.loader import StreamingDataLoader
+from stream.local import LocalDataset
+from training.lr_curve import Curve, lowest, minimum, slide, steepest, valley
+from training.optim import build_optimizer, build_schedule
+from training.state import rng_state
 
 DIGITS = resolve({})
 Parts = tuple[nn.Module, torch.optim.Optimizer, nn.Module, Any]

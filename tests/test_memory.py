@@ -12,10 +12,10 @@ import pytest
 import torch
 from program import ROOT, Outcome, environment, metrics, wait
 
-import step
 from config import resolve
 from errors import UsageError
-from step import build_training, within_memory
+from training import step
+from training.step import build_training, within_memory
 
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -85,8 +85,9 @@ def test_only_a_lack_of_memory_makes_a_step_not_fit(monkeypatch: pytest.MonkeyPa
 LIMITED = """
 import resource, sys
 sys.path[:0] = ["tests"]
-import torch, step, preflight, train, sklearn.datasets, main
+import torch, preflight, train, sklearn.datasets, main
 from purity import shrink
+from training import step
 build, call = step.build_model, step.within_memory
 step.build_model = lambda *arguments: shrink(build(*arguments))
 

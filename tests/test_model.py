@@ -24,7 +24,7 @@ from model_resnet50 import (
     describe,
     load_pretrained_resnet50,
 )
-from step import build_training
+from training.step import build_training
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # float32 logits

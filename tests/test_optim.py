@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from config import Config, resolve
 from errors import UsageError
 from model_resnet50 import build_model
-from optim import build_optimizer, build_scaler, build_schedule, describe_schedule, momentum_of, schedule_at
+from training.optim import build_optimizer, build_scaler, build_schedule, describe_schedule, momentum_of, schedule_at
 
 PEAK = 0.37
 

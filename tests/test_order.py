@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from streaming import epoch_order, pick_blocks
+from stream.order import epoch_order, pick_blocks
 
 ROWS = np.random.default_rng(0).integers(1, 40, 60)
 TOTAL = int(ROWS.sum())

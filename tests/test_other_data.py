@@ -13,7 +13,7 @@ from program import cut, run, snapshot_path, steps_kept, train
 from shards import class_names
 from test_classes import make_parquet, rename
 
-import snapshot
+from training import snapshot
 
 pytestmark = pytest.mark.usefixtures("small_model")
 

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from shards import card, class_names, to_table
 
-import parquet
 from errors import DataError
-from parquet import LARGEST_GAP, TAIL_BYTES, Block, ParquetShards
-from remote import LocalFiles
-from streaming import HuggingFaceImageNetDataset
+from stream import parquet
+from stream.dataset import HuggingFaceImageNetDataset
+from stream.hub import LocalFiles
+from stream.parquet import LARGEST_GAP, TAIL_BYTES, Block, ParquetShards
 
 CLASSES = 1000
 FEATURES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": class_names(CLASSES)}}

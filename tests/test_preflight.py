@@ -14,11 +14,12 @@ from shards import REPO_ID, make_imagenet_like
 
 import preflight
 from config import Config, resolve
-from decoding import PROCESS_BYTES
-from loader import BATCHES_AHEAD
 from preflight import describe_data, memory_bytes, mixing
 from preprocess import Data, get_data_loaders
-from streaming import FETCH_THREADS, HuggingFaceImageNetDataset, epoch_order
+from stream.dataset import FETCH_THREADS, HuggingFaceImageNetDataset
+from stream.decode_pool import PROCESS_BYTES
+from stream.loader import BATCHES_AHEAD
+from stream.order import epoch_order
 
 CPU = torch.device("cpu")
 CLASSES, TRAIN, VAL, GROUP = 20, 1200, 40, 25

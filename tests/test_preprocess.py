@@ -14,21 +14,13 @@ import torch
 from PIL import Image
 from shards import draw, encode, make_imagenet_like, photographs
 
-from augment import Augment
 from config import Config, resolve
 from errors import DataError, UsageError
-from pictures import resize
 from preflight import describe_data
-from preprocess import (
-    AlbumentationsAdapter,
-    LocalDataset,
-    eval_transform,
-    get_data_loaders,
-    load_cifar,
-    load_digits,
-    load_image_folder,
-    train_transform,
-)
+from preprocess import AlbumentationsAdapter, eval_transform, get_data_loaders, train_transform
+from stream.augment import Augment
+from stream.images import resize
+from stream.local import LocalDataset, load_cifar, load_digits, load_image_folder
 
 DATASETS = ["digits", "cifar10", "cifar100", "imagenet1k", "imagefolder", "hf"]
 CPU = torch.device("cpu")

@@ -13,12 +13,13 @@ from program import train
 from slow import SlowTransform
 
 import preprocess
-import profiling
 import train as loop
 from config import Config, resolve
-from loader import Loader, StreamingDataLoader
-from preprocess import LocalDataset, get_data_loaders
-from profiling import ROWS, WARMUP_STEPS, TimeSpent, describe_time
+from preprocess import get_data_loaders
+from stream.loader import Loader, StreamingDataLoader
+from stream.local import LocalDataset
+from training import timing as profiling
+from training.timing import ROWS, WARMUP_STEPS, TimeSpent, describe_time
 
 pytestmark = pytest.mark.usefixtures("small_model")
 

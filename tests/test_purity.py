@@ -10,7 +10,7 @@ from hub import Hub
 from program import ROOT, TIMEOUT, TORCHRUN, environment
 from purity import EVENT_STEP, EVENTS, PRECISIONS, differences, run_cases
 
-from state import rng_state
+from training.state import rng_state
 
 pytestmark = pytest.mark.slow
 

@@ -27,11 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 import main
-import step
 from config import resolve
 from preprocess import get_data_loaders
-from stopping import StopRequest
 from train import evaluate
+from training import step
+from training.signals import StopRequest
 
 pytestmark = pytest.mark.slow
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from program import pretend_rank
 
-from augment import Augment
 from config import Config, resolve
-from loader import Batch
-from preprocess import LocalDataset, get_data_loaders, load_digits
-from resident import ResidentLoader
-from streaming import epoch_order
+from preprocess import get_data_loaders
+from stream.augment import Augment
+from stream.loader import Batch
+from stream.local import LocalDataset, load_digits
+from stream.order import epoch_order
+from stream.resident import ResidentLoader
 
 CPU = torch.device("cpu")
 COUNT, STREAMS, BATCH = 103, 4, 12

@@ -19,10 +19,10 @@ from huggingface_hub import constants
 from program import ROOT, TIMEOUT, Outcome, environment, run
 from shards import REPO_ID, make_small_set
 
-import network
-import remote
 from errors import redact
-from network import Network
+from stream import hub as remote
+from stream import retry as network
+from stream.retry import Network
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -46,7 +46,8 @@ SIGNATURE = "elsewhere"  # what the stand-in puts where the Hub puts the signatu
 RUNS = """
 import json, os, runpy, sys, traceback
 import torch
-import step, train
+import train
+from training import step
 
 def small(*arguments):
     model = build(*arguments)

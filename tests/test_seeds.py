@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import augment
-import state
-import streaming
 from config import resolve
 from preprocess import train_transform
-from seeds import Use, seeded
+from stream import augment, order
+from stream.seeds import Use, seeded
+from training import state
 
 
 def test_no_two_sources_of_a_run_start_alike() -> None:
@@ -35,7 +34,7 @@ def test_the_order_the_crops_and_the_batches_of_an_epoch_are_drawn_apart(monkeyp
     monkeypatch.setattr(np.random, "SeedSequence", recorded)
     transform = train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 8}))
     for epoch in range(3):
-        streaming.epoch_order(np.ones(50, np.int64), epoch, 0, 8, 50)
+        order.epoch_order(np.ones(50, np.int64), epoch, 0, 8, 50)
         augment.sample_bits(0, epoch, np.arange(9))
         for sample in range(12):
             transform(np.zeros((9, 9, 3), np.uint8), (0, epoch, sample))

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from errors import SnapshotError
-from snapshot import SnapshotStore, copy_to_host, encode, find, read, step_files
-from state import rng_state, set_rng_state
+from training.snapshot import SnapshotStore, copy_to_host, encode, find, read, step_files
+from training.state import rng_state, set_rng_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -291,7 +291,7 @@ def test_a_snapshot_holds_what_was_there_when_it_was_saved_though_training_goes_
 
 def test_a_write_that_failed_in_the_background_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = save_some(tmp_path, [1])
-    monkeypatch.setattr("snapshot.encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("training.snapshot.encode", lambda *_: 1 / 0)
     store.save(make_tensors(2), make_state(2))
     with pytest.raises(ZeroDivisionError):
         store.wait()

@@ -16,12 +16,12 @@ from program import train as run_main
 from purity import shrink
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import step
 import train
 from config import resolve
 from preprocess import get_data_loaders
-from step import build_training
-from stopping import StopRequest
+from training import step
+from training.signals import StopRequest
+from training.step import build_training
 
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--log_steps", 1000, "--model", "resnet18")

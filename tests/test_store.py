@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from store import HEADER, FileStore
+from stream.cache import HEADER, FileStore
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = np.random.default_rng(0).bytes(1000)
@@ -47,7 +47,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def start_python(source: str, *arguments: object) -> "subprocess.Popen[str]":
     """A process of its own, to which the store is known."""
-    command = [sys.executable, "-c", f"import os, sys, time\nfrom store import FileStore\n{source}"]
+    command = [sys.executable, "-c", f"import os, sys, time\nfrom stream.cache import FileStore\n{source}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*command, *map(str, arguments)], env=env, stdout=subprocess.PIPE, text=True)
 

@@ -14,7 +14,7 @@ import pytest
 
 from config import resolve
 from errors import UsageError
-from tracking import RESULT_COLUMNS, Stopwatch, Tracker, ledger_row, open_run_folder
+from training.logs import RESULT_COLUMNS, Stopwatch, Tracker, ledger_row, open_run_folder
 
 COLUMNS = "epoch,step,train_loss,train_top1,val_loss,val_top1,val_top5,lr,images_per_s,seconds"
 LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")

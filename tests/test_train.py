@@ -26,14 +26,14 @@ from torch import nn
 import config as configuration
 from config import Config
 from errors import DivergedError
-from loader import Batch, Cancelled
 from preprocess import get_data_loaders
-from profiling import TimeSpent
-from state import Progress
-from step import StepNumbers, Training, build_training, train_step
-from stopping import StopRequest
-from tracking import Stopwatch
+from stream.loader import Batch, Cancelled
 from train import evaluate, flush_steps
+from training.logs import Stopwatch
+from training.signals import StopRequest
+from training.state import Progress
+from training.step import StepNumbers, Training, build_training, train_step
+from training.timing import TimeSpent
 
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0)

@@ -12,7 +12,7 @@ from program import ledger, run, train
 from shards import draw, encode
 
 from errors import DataError
-from streaming import HuggingFaceImageNetDataset
+from stream.dataset import HuggingFaceImageNetDataset
 
 CLASSES, SHARDS, ROWS = 4, 3, 20
 FLAGS = ("--model", "resnet18", "--image_size", 33, "--batch_size", 16, "--epochs", 1, "--ledger")

@@ -61,7 +61,7 @@ def adopt(facts: dict[str, Any], set_attribute: Callable[[Any, str, Any], None] 
 def load_in_a_rank(folder: str, facts: str) -> None:
     """Prints how many images of CIFAR-10 a process finds that `distributed` may have joined to others."""
     import distributed
-    from preprocess import load_cifar
+    from stream.local import load_cifar
 
     adopt(json.loads(Path(facts).read_text()))
     distributed.init("cpu")

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
-from durable import open_plain, read_small, write_durably
 from errors import UsageError, redact
+from stream.files import open_plain, read_small, write_durably
 
 RESULT_COLUMNS = (
     *("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"),

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from config import Config
 from distributed import print0
-from loader import Loader, StreamingDataLoader
+from stream.loader import Loader, StreamingDataLoader
 
 WARMUP_STEPS = 3
 ROWS = 10

@@ -12,7 +12,7 @@ from typing import IO
 
 import xxhash
 
-from durable import open_plain
+from stream.files import open_plain
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import distributed
 from errors import DataError
-from network import one_line_errors
-from parquet import Block, Keep
-from remote import Files
+from stream.hub import Files
+from stream.parquet import Block, Keep
+from stream.retry import one_line_errors
 
 INDEX_THREADS = 4
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import distributed
 from errors import DataError, UsageError
-from network import one_line_errors
-from remote import Files
+from stream.hub import Files
+from stream.retry import one_line_errors
 
 Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # what is kept by this name, or made
 

@@ -19,8 +19,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from durable import sync, write_durably
 from errors import SnapshotError
+from stream.files import sync, write_durably
 
 FORMAT = "imagenet1k-snapshot-2"
 BEST = "best.safetensors"

@@ -15,9 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 import distributed
-from durable import read_small
-from network import Network, one_line_errors, patiently
-from store import FileStore
+from stream.cache import FileStore
+from stream.files import read_small
+from stream.retry import Network, one_line_errors, patiently
 
 T = TypeVar("T")
 

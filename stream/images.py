@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from jpeg import can_decode_regions, decode_region
-from seeds import Use, seeded
+from stream.jpeg import can_decode_regions, decode_region
+from stream.seeds import Use, seeded
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A

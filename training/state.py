@@ -11,8 +11,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distributed
 from errors import UsageError
-from seeds import Use, seeded
-from snapshot import Snapshot
+from stream.seeds import Use, seeded
+from training.snapshot import Snapshot
 
 OPTIMIZER_STATE = {SGD: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_avg_sq")}
 

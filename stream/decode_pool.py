@@ -1,6 +1,6 @@
 """Processes that decode and transform images, for they do not share this one's interpreter lock.
 
-A decoding process imports no more than this module does.
+`python -m stream.decode_pool` is such a process, and imports no more than this module does.
 """
 
 import contextlib
@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from errors import SIGNALS
-from pictures import EncodedImage, Transform, decode_into
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # albumentations would import it, for seconds, and need not
 
-WITHOUT_TORCH = "sys.modules['torch'] = None"  # which albumentations would import, for seconds, and need not
+from errors import SIGNALS
+from stream.images import EncodedImage, Transform, decode_into
+
 PROCESS_BYTES = 60 * 2**20  # of memory that a decoding process does not share, as seen on Linux
 ARENA_BYTES = 4 * 2**20  # of shared memory for what a process is given at once and gives back; a large image gets more
 
@@ -54,9 +56,15 @@ class DecodingPool:
             self._idle.put(_Worker(Connection(ours.detach()), arena))
             descriptors += [theirs.detach(), arena]
         if processes:
-            code = f"import sys; sys.path = {sys.path!r}; {WITHOUT_TORCH}; import decoding; decoding.main()"
-            command = [sys.executable, "-c", code, *map(str, descriptors)]
-            subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True)
+            command = [sys.executable, "-m", "stream.decode_pool", *map(str, descriptors)]
+            path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+            subprocess.Popen(
+                command,
+                env=os.environ | path,
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         for descriptor in descriptors[::2]:
             os.close(descriptor)
 
@@ -181,3 +189,7 @@ def _bytes(image: EncodedImage) -> memoryview:
 def _image(data: memoryview, shape: tuple[int, ...] | None) -> EncodedImage:
     """What lies in the arena: encoded, or pixels of this shape."""
     return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
+
+
+if __name__ == "__main__":
+    main()

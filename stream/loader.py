@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from augment import Augment
-from decoding import WorkerDied, pack, shared_pool
 from errors import DataError
-from pictures import EncodedImage, Transform, decode_into
+from stream.augment import Augment
+from stream.decode_pool import WorkerDied, pack, shared_pool
+from stream.images import EncodedImage, Transform, decode_into
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk, and the order of training."""
+"""HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk, and the reader of an epoch."""
 
 import threading
 import time
@@ -17,60 +17,20 @@ import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
-from loader import POLL_SECONDS, Cancelled
-from network import Network, one_line_errors
-from parquet import Block, ParquetShards
-from pictures import UnreadableImage, decode
-from remote import HubFiles, open_files, pin, resolve
-from seeds import Use, seeded
-from store import FileStore
-from webdataset import TarShards
+from stream.cache import FileStore
+from stream.hub import HubFiles, open_files, pin, resolve
+from stream.images import UnreadableImage, decode
+from stream.loader import POLL_SECONDS, Cancelled
+from stream.order import pick_blocks
+from stream.parquet import Block, ParquetShards
+from stream.retry import Network, one_line_errors
+from stream.webdataset import TarShards
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 256 * 2**20
 OPEN_BLOCKS = 256
 CLOSE_SECONDS = 1.0
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
-
-
-def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, window: int) -> list[np.ndarray]:
-    """The sample ids (int64) of each stream in one epoch: a pure function of its arguments.
-
-    The blocks are permuted, their samples cut into `streams` equal spans, and each span shuffled in a rolling window:
-    sample i of n goes where i + uniform(0, window / streams) sorts, so none moves further than its share of `window`
-    and a reader holds no more than that. A window over everything gives a uniform permutation. Only raw bits of
-    Philox and stable sorts are used, which no release of numpy may change.
-    """
-
-    def noise(count: int, use: Use, *stream: int) -> np.ndarray:
-        return np.random.Philox(seeded(seed, use, epoch, *stream)).random_raw(count)
-
-    permuted = np.argsort(noise(len(block_rows), Use.BLOCKS), kind="stable")
-    rows = block_rows[permuted]
-    first_ids = (np.cumsum(block_rows) - block_rows)[permuted]
-    total = int(rows.sum())
-    ids = np.repeat(first_ids - (np.cumsum(rows) - rows), rows) + np.arange(total)
-    result = []
-    for stream in range(streams):
-        span = ids[total * stream // streams : total * (stream + 1) // streams]
-        bits = noise(len(span), Use.WINDOW, stream)
-        keys = bits if window >= total else np.arange(len(span)) + bits * (window / streams / 2**64)
-        result.append(span[np.argsort(keys, kind="stable")])
-    return result
-
-
-def pick_blocks(rows: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The fewest blocks, spread evenly, that hold `limit` samples: their indices, and the rows to use of each."""
-    if limit is None or limit >= rows.sum():
-        return np.arange(len(rows)), rows
-    count = max(1, int(limit * len(rows) / rows.sum()))
-    while True:
-        picks = np.arange(count) * len(rows) // count
-        filled = np.minimum(np.cumsum(rows[picks]), limit)
-        if filled[-1] == limit:
-            used = np.diff(filled, prepend=0)
-            return picks[used > 0], used[used > 0]
-        count += 1
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import distributed
-from augment import Normalize
 from config import Config
 from distributed import print0
 from errors import UsageError
 from model_resnet50 import CIFAR_STEM_UP_TO, ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
-from optim import build_optimizer, build_scaler
-from state import seed_everything
+from stream.augment import Normalize
+from training.optim import build_optimizer, build_scaler
+from training.state import seed_everything
 
 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
 COMPILE_OPTIONS: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from loader import Batch, Loader, ids_of
+from stream.loader import Batch, Loader, ids_of
 
 
 class ResidentLoader(Loader):

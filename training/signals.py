@@ -8,7 +8,7 @@ from types import FrameType
 
 import distributed
 from errors import SIGNALS, DataError, Interrupted
-from loader import Batch, Cancelled, Loader
+from stream.loader import Batch, Cancelled, Loader
 
 ECHO_SECONDS = 1.0
 FAILED = 1000  # greater than any signal
