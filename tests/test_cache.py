@@ -13,6 +13,7 @@ from hub import Hub
 from PIL import Image
 from program import assert_same_run, ledger, metrics, snapshot_path, start, train, wait, wait_for
 from shards import REPO_ID, photographs
+from unrendered import unrendered as unrendered
 
 from pictures import decode
 from streaming import Cache, HuggingFaceImageNetDataset, reduce

@@ -14,6 +14,7 @@ from hub import FAULTS, Hub
 from huggingface_hub.errors import HfHubHTTPError
 from program import ledger, run, steps_kept, train
 from shards import REPO_ID
+from unrendered import unrendered as unrendered
 
 import network
 import remote

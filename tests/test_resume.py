@@ -21,6 +21,7 @@ from program import (
     wait,
 )
 from shards import REPO_ID
+from unrendered import unrendered as unrendered
 
 SMALL: tuple[object, ...] = ("--max_samples", 48, "--batch_size", 16, "--epochs", 2, "--ledger", "--keep_snapshots", 9)
 SMALL = (*SMALL, "--snapshot_steps", 2, "--num_workers", 1)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub import Hub
 from program import Outcome, ledger, metrics, results, run, snapshot_path, start, steps_kept, tensors, train, wait
+from unrendered import unrendered as unrendered
 
 TOKEN = "hf_right"
 SMALL: tuple[object, ...] = (

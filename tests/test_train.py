@@ -21,6 +21,7 @@ from program import (
     train,
 )
 from torch import nn
+from unrendered import unrendered as unrendered
 
 import config as configuration
 from config import Config

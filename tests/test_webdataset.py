@@ -10,6 +10,7 @@ import pytest
 from hub import Hub
 from program import ledger, run, train
 from shards import draw, encode
+from unrendered import unrendered as unrendered
 
 from errors import DataError
 from streaming import HuggingFaceImageNetDataset
