@@ -21,6 +21,8 @@ import remote
 from network import Network, patiently
 from streaming import HuggingFaceImageNetDataset
 
+pytestmark = pytest.mark.usefixtures("small_model")
+
 SMALL: tuple[object, ...] = ("--dataset", "imagenet1k", "--max_samples", 256, "--model", "resnet18", "--image_size", 33)
 SMALL = (*SMALL, "--batch_size", 64, "--epochs", 2, "--block_mb", 1, "--ledger")
 

@@ -25,6 +25,8 @@ from unrendered import unrendered as unrendered
 import lr_finder
 import run_lr_finder
 
+pytestmark = pytest.mark.usefixtures("small_model")
+
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0, "--lr_iter", 40, "--lr_start", 1e-4)
 
 
@@ -194,15 +196,3 @@ def test_a_curve_that_never_falls_is_no_answer(tmp_path: Path) -> None:
     again = run("--lr_from", tmp_path / "run" / "lr_finder" / "lr_finder.json", "--run_dir", tmp_path / "next")
     assert again.status == 2
     assert "holds no suggestion" in again.err
-
-
-@pytest.mark.slow
-def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
-    done = run("--run_dir", tmp_path / "finder", entry=run_lr_finder.main)
-    assert done.status == 0, done.err
-    source = tmp_path / "finder" / "lr_finder" / "lr_finder.json"
-    train("--lr_from", source, "--run_dir", tmp_path / "run")
-    assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.97
-    assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(
-        report(tmp_path / "finder")["suggested_lr"]
-    )

@@ -24,8 +24,10 @@ from torch import nn
 from unrendered import unrendered as unrendered
 
 import config as configuration
+import run_lr_finder
 from config import Config
 from errors import DivergedError
+from lr_finder import load_suggestion
 from preprocess import get_data_loaders
 from profiling import TimeSpent
 from state import Progress
@@ -223,6 +225,16 @@ def test_the_weights_of_a_local_folder_are_evaluated(image_set: Path, tmp_path: 
 def test_digits_with_no_flags_pass_97_percent(tmp_path: Path) -> None:
     train("--run_dir", tmp_path / "run")
     assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.97
+
+
+@pytest.mark.slow
+def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
+    done = run("--run_dir", tmp_path / "finder", entry=run_lr_finder.main)
+    assert done.status == 0, done.err
+    source = tmp_path / "finder" / "lr_finder" / "lr_finder.json"
+    train("--epochs", 4, "--lr_from", source, "--run_dir", tmp_path / "run")
+    assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.9
+    assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(load_suggestion(source))
 
 
 def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks() -> None:

@@ -15,6 +15,8 @@ from unrendered import unrendered as unrendered
 from errors import DataError
 from streaming import HuggingFaceImageNetDataset
 
+pytestmark = pytest.mark.usefixtures("small_model")
+
 CLASSES, SHARDS, ROWS = 4, 3, 20
 FLAGS = ("--model", "resnet18", "--image_size", 33, "--batch_size", 16, "--epochs", 1, "--ledger")
 
