@@ -251,7 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD" and end > first:
             broken = self.fault in ("short", "stall")
             with (repo.folder / path).open("rb") as data:
-                self.connection.sendfile(data, first, (end - first) // 2 if broken else end - first)
+                if count := (end - first) // (2 if broken else 1):
+                    self.connection.sendfile(data, first, count)
             if self.fault == "stall":
                 self.server.hub.closed.wait(STALL_SECONDS)
             if broken:

@@ -24,7 +24,7 @@ DIGITS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epoch
 DIGITS = (*DIGITS, "--snapshot_steps", 3, "--keep_snapshots", 2, "--log_steps", 1)
 STREAMED = (*DIGITS, "--dataset", "hf", "--dataset_name", REPO_ID, "--model", "resnet18", "--image_size", 33)
 STREAMED = (*STREAMED, "--block_mb", 1)
-LONGEST_LIFE = 3.0  # seconds before a random kill
+LONGEST_LIFE = 1.5  # seconds before a random kill
 
 
 def finish(process: ForkServerProcess, log: Path) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
+from unrendered import save_without_pixels
 
 import main
 from training import step
@@ -35,6 +37,7 @@ def start(*arguments: object, log: Path, place: str = "", time: int = 1) -> Fork
 def _live(argv: list[str], log: Path, place: str, time: int) -> None:
     torch.set_num_threads(1)
     step.build_model = small_with_dropout(step.build_model)
+    Figure.savefig = save_without_pixels  # type: ignore[assignment, method-assign]
     if place:
         die_inside(place, time)
     with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

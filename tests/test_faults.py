@@ -2,51 +2,35 @@
 
 import email.utils
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fault_sweep import STATUSES, seeded_faults, short_waits, sweep
 from hub import FAULTS, Hub
 from huggingface_hub.errors import HfHubHTTPError
 from program import ledger, run, steps_kept, train
 from shards import REPO_ID
+from unrendered import unrendered as unrendered
 
-from config import resolve
-from errors import DataError
-from preprocess import train_transform
 from stream import hub as remote
 from stream import retry as network
 from stream.dataset import HuggingFaceImageNetDataset
-from stream.loader import StreamingDataLoader
-from stream.order import epoch_order
 from stream.retry import Network, patiently
 
-Fault = Callable[[str, str], int | str | None]
-STATUSES = (408, 429, 500, 502, 503, 504)
+pytestmark = pytest.mark.usefixtures("small_model")
+
 SMALL: tuple[object, ...] = ("--dataset", "imagenet1k", "--max_samples", 256, "--model", "resnet18", "--image_size", 33)
 SMALL = (*SMALL, "--batch_size", 64, "--epochs", 2, "--block_mb", 1, "--ledger")
 
 
-def seeded_faults(seed: int, rate: float, kinds: tuple[int | str, ...], only: str = "") -> Fault:
-    """This share of the requests whose path has `only` in it fails, in one of these ways."""
-    rng, lock = random.Random(seed), threading.Lock()
-
-    def fault(method: str, path: str) -> int | str | None:
-        with lock:
-            return rng.choice(kinds) if only in path and rng.random() < rate else None
-
-    return fault
-
-
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits are a fraction of what users get."""
-    monkeypatch.setattr(network, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(network, "LONGEST_WAIT", 0.05)
+def hasty() -> Iterator[None]:
+    with short_waits():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,45 +77,10 @@ def test_a_hub_that_stays_away_ends_the_run_with_a_snapshot_to_go_on_from(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tenth", range(10))
-def test_no_schedule_of_faults_changes_the_order_or_hangs(
-    hub_root: Path, hub_port: int, hasty: None, monkeypatch: pytest.MonkeyPatch, tenth: int
-) -> None:
-    """500 schedules: each ends with the ids of a sound Hub, or with a DataError when every request may fail."""
-    kinds_of_fault: list[int | str] = [*STATUSES, "reset", "short"]
-    expected, given_up = None, set()
-    for seed in range(50 * tenth, 50 * tenth + 50):
-        rng = random.Random(seed)
-        rate = rng.choice([0.0, 0.1, 0.3, 0.6, 0.95])
-        patience = 0.3 if rate > 0.9 else 60.0
-        monkeypatch.setattr(remote, "START_PATIENCE", patience)
-        kinds = tuple(rng.sample(kinds_of_fault, rng.randint(1, 4)))
-        with Hub(hub_root, port=hub_port, fault=seeded_faults(seed, rate, kinds, only="/resolve/")):
-            try:
-                ids = epoch_ids(Network(stall_timeout=5, patience=patience))
-            except DataError:
-                given_up.add(rate)
-                continue
-        expected = ids if expected is None else expected
-        assert ids == expected
-    assert given_up <= {0.95}
-
-
-def epoch_ids(network: Network) -> list[int]:
-    """The ids of an epoch of 64 images, read and decoded."""
-    dataset = HuggingFaceImageNetDataset(REPO_ID, split=["train"], max_samples=64, block_bytes=30_000, network=network)
-    loader = StreamingDataLoader(
-        dataset,
-        train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 24})),
-        lambda epoch: epoch_order(dataset.block_rows, epoch, 0, 4, 32),
-        batch_size=16,
-        image_size=24,
-        train=True,
-        seed=0,
-        num_workers=2,
-        max_bad_fraction=0.0,
-    )
-    return [int(number) for batch in loader for number in batch.ids]
+@pytest.mark.parametrize("first", range(0, 50, 10))
+def test_no_schedule_of_faults_changes_the_order_or_hangs(hub_root: Path, hub_port: int, first: int) -> None:
+    """50 of the 500 schedules that fault_sweep.py goes through."""
+    assert sweep(hub_root, range(first, first + 10)).total() == 10
 
 
 def test_bytes_are_fetched_where_the_hub_redirects_to_and_its_allowance_is_noted(hub_root: Path, hub_port: int) -> None:

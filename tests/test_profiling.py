@@ -11,6 +11,7 @@ import pytest
 import torch
 from program import train
 from slow import SlowTransform
+from unrendered import unrendered as unrendered
 
 import preprocess
 import train as loop

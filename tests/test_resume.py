@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from hub import Hub
+from kill_sweep import train as train_elsewhere
 from program import (
     assert_same_run,
     cut,
@@ -15,12 +16,13 @@ from program import (
     metrics,
     run,
     snapshot_path,
-    start,
     steps_kept,
     train,
-    wait,
 )
 from shards import REPO_ID
+from unrendered import unrendered as unrendered
+
+pytestmark = pytest.mark.usefixtures("small_model")
 
 SMALL: tuple[object, ...] = ("--max_samples", 48, "--batch_size", 16, "--epochs", 2, "--ledger", "--keep_snapshots", 9)
 SMALL = (*SMALL, "--snapshot_steps", 2, "--num_workers", 1)
@@ -89,12 +91,10 @@ def test_a_run_that_streams_from_the_hub_goes_on_in_a_new_process(
 ) -> None:
     with Hub(hub_root, port=hub_port) as hub:
         whole, data = tmp_path / "whole", ("--dataset", "hf", "--dataset_name", REPO_ID)
-        first = wait(start(*data, *STREAMED, "--run_dir", whole))
-        assert first.status == 0, first.err
+        train_elsewhere(*data, *STREAMED, "--run_dir", whole, log=tmp_path / "log")
         copy = cut(whole, MIDDLE_OF_1, tmp_path / "cut")
         before = len(hub.requests)
-        second = wait(start("--resume_from", copy))
-        assert second.status == 0, second.err
+        train_elsewhere("--resume_from", copy, log=tmp_path / "log")
         read_again = sum(request.sent for request in hub.requests[before:] if request.range)
     assert_same_run(copy, whole)
     assert ledger(whole) == ledger(streamed)

@@ -8,6 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from hub import Hub
 from program import Outcome, ledger, metrics, results, run, snapshot_path, start, steps_kept, tensors, train, wait
+from unrendered import unrendered as unrendered
+
+pytestmark = pytest.mark.usefixtures("small_model")
 
 TOKEN = "hf_right"
 SMALL: tuple[object, ...] = (
@@ -96,17 +99,18 @@ def test_a_downloaded_set_trains_as_the_streamed_one(hub_root: Path, hub_port: i
 
 
 @pytest.mark.slow
-def test_the_command_of_the_manual_trains_on_a_gated_set(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
+def test_the_command_of_the_manual_trains_on_a_gated_set(
+    hub_root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     folder = tmp_path / "run"
     with Hub(hub_root, token=TOKEN, gated=True, port=hub_port) as hub:
-        flags = (*SMALL, "--scheduler", "onecycle", "--amp", "--image_size", 64, "--run_dir", folder)
-        done = wait(start(*flags, HF_TOKEN=TOKEN))
-    assert done.status == 0, done.err
+        train(*SMALL, "--scheduler", "onecycle", "--amp", "--run_dir", folder)
     assert [row["epoch"] for row in results(folder)] == ["1"]
     assert results(folder)[0]["step"] == str(STEPS)
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert steps_kept(folder) == [STEPS]
-    assert tensors(snapshot_path(folder, STEPS))["model.fc.weight"].shape == (10, 512)
+    assert tensors(snapshot_path(folder, STEPS))["model.fc.weight"].shape == (10, 128)
     assert {request.status for request in hub.requests if request.range} == {206}
 
 

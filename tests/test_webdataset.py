@@ -10,9 +10,12 @@ import pytest
 from hub import Hub
 from program import ledger, run, train
 from shards import draw, encode
+from unrendered import unrendered as unrendered
 
 from errors import DataError
 from stream.dataset import HuggingFaceImageNetDataset
+
+pytestmark = pytest.mark.usefixtures("small_model")
 
 CLASSES, SHARDS, ROWS = 4, 3, 20
 FLAGS = ("--model", "resnet18", "--image_size", 33, "--batch_size", 16, "--epochs", 1, "--ledger")

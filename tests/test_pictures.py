@@ -1,0 +1,37 @@
+"""What a run draws are pictures, in which there is something to see."""
+
+from pathlib import Path
+
+import cv2
+import pytest
+from program import run, train
+
+import run_lr_finder
+
+pytestmark = pytest.mark.usefixtures("small_model")
+
+SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0)
+
+
+def assert_can_be_seen(path: Path) -> None:
+    image = cv2.imread(str(path))
+    assert image is not None
+    assert image.std() > 1
+
+
+def test_a_run_draws_its_samples_its_plan_and_its_curves(tmp_path: Path) -> None:
+    done = train(*SMALL, "--epochs", 2, "--plot_schedule", "--run_dir", tmp_path / "run")
+    assert "plots/schedule.png" in done.out
+    assert sorted(path.name for path in (tmp_path / "run" / "plots").iterdir()) == [
+        "curves.png",
+        "samples.png",
+        "schedule.png",
+    ]
+    for path in (tmp_path / "run" / "plots").iterdir():
+        assert_can_be_seen(path)
+
+
+def test_the_finder_draws_its_sweep(tmp_path: Path) -> None:
+    done = run(*SMALL, "--lr_iter", 16, "--run_dir", tmp_path / "run", entry=run_lr_finder.main)
+    assert done.status in (0, 4), done.err
+    assert_can_be_seen(tmp_path / "run" / "lr_finder" / "lr_finder.png")
