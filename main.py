@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import config as configuration
 import run_lr_finder
@@ -165,58 +165,31 @@ def _fit(
     import distributed
     from distributed import print0
     from train import Run, fit
-    from training.logs import Tracker
+    from training.journal import Journal
     from training.optim import build_schedule, describe_schedule
     from training.signals import StopRequest
-    from training.snapshot import BEST, SnapshotStore
-    from training.timing import StepProfiler, TimeSpent
-    from visualization import CurvePlotter, plot_schedule
+    from visualization import RunPictures, plot_schedule
 
-    stop = StopRequest.listening(data.train, data.val)
+    stop, steps = StopRequest.listening(data.train, data.val), len(data.train)
     if snapshot is None and config.lr == "auto":
         progress.lr = run_lr_finder.search(config, data, training, folder, stop)
         print0(f"lr        {progress.lr:.4g} from the finder")
     distributed.require_agreement({"the learning rate": progress.lr, "the step to go on from": progress.step})
-    schedule = build_schedule(training.optimizer, config, progress.lr, len(data.train), progress.step)
-    print0(f"schedule  {describe_schedule(config, config.epochs * len(data.train))}")
+    schedule = build_schedule(training.optimizer, config, progress.lr, steps, progress.step)
+    print0(f"schedule  {describe_schedule(config, config.epochs * steps)}")
     on_rank0 = distributed.rank() == 0
     if config.plot_schedule and on_rank0:
-        print0(f"schedule  {plot_schedule(config, progress.lr, len(data.train), folder / 'plots' / 'schedule.png')}")
-    profiler = None
-    if config.profile and on_rank0:
-        profiler = StepProfiler(config.profile, folder / "profile" / "trace.json", training.device)
-    tracker = Tracker(folder if on_rank0 else None, config.ledger)
-    tracker.rewind(progress.step, progress.epoch)
-    store = SnapshotStore(folder / "snapshots", config.keep_snapshots, tracker.logs) if on_rank0 else None
-    dropped = store.rewind(progress.step) if store else []
-    if BEST in dropped:
-        progress.best_top1 = -1.0  # the best that is left was not kept, so the next one is kept in its place
+        print0(f"schedule  {plot_schedule(config, progress.lr, steps, folder / 'plots' / 'schedule.png')}")
+    record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
+    record |= {"data": data.fingerprint(), "steps_per_epoch": steps}
+    pictures = RunPictures(folder, data.classes) if on_rank0 else None
+    journal = Journal(config, training, progress, data.train, record, folder if on_rank0 else None, pictures)
+    dropped = journal.rewind()
     if snapshot is not None:
         print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
         for name in dropped:
             print0(f"dropped   {name}, a later step of the same run")
-    run = Run(
-        config=config,
-        data=data,
-        training=training,
-        progress=progress,
-        tracker=tracker,
-        store=store,
-        folder=folder if on_rank0 else None,
-        schedule=schedule,
-        record={
-            "config": asdict(config),
-            "revision": data.revision,
-            "classes": data.classes,
-            "data": data.fingerprint(),
-            "steps_per_epoch": len(data.train),
-        },
-        stop=stop,
-        spent=TimeSpent(training.device),
-        profiler=profiler,
-        curves=CurvePlotter(folder) if on_rank0 else None,
-    )
-    fit(run)
+    fit(Run(data, training, progress, schedule, config.epochs, stop, journal))
 
 
 def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_per_epoch: int) -> list[str]:

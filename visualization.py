@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from config import Config
 from errors import complain
 from stream.files import write_durably
+from stream.loader import Batch
 from training.optim import describe_schedule, schedule_at
 
 DPI = 110
@@ -52,34 +53,40 @@ def plot_curves(run_dir: Path) -> Path:
     return _save(figure, run_dir / "plots" / "curves.png")
 
 
-class CurvePlotter:
-    """Draws the curves of a run in a thread of its own, for which no step waits. A failure is warned of once."""
+class RunPictures:
+    """Draws a run into its folder: its curves in a thread of their own. What cannot be drawn is warned of once."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, classes: Sequence[str]) -> None:
         self._run_dir = run_dir
+        self._classes = classes
         self._thread = ThreadPoolExecutor(1, "curves")
         self._drawing: Future[None] | None = None
         self._behind = False
         self._warned = False
 
-    def draw(self) -> None:
+    def samples(self, batch: Batch) -> None:
+        """Draw the images of the first batch."""
+        path = self._run_dir / "plots" / "samples.png"
+        self._try(lambda: plot_samples(batch.images.cpu().numpy(), batch.labels.tolist(), self._classes, path))
+
+    def curves(self) -> None:
         """Draw what the logs hold now; while an earlier picture is being drawn, `close` will draw it."""
         self._behind = self._drawing is not None and not self._drawing.done()
         if not self._behind:
-            self._drawing = self._thread.submit(self._draw)
+            self._drawing = self._thread.submit(self._try, lambda: plot_curves(self._run_dir))
 
     def close(self) -> None:
-        """Wait until the picture shows everything."""
+        """Wait until the curves show everything."""
         if self._behind:
-            self._thread.submit(self._draw)
+            self._thread.submit(self._try, lambda: plot_curves(self._run_dir))
         self._thread.shutdown()
 
-    def _draw(self) -> None:
+    def _try(self, draw: Callable[[], object]) -> None:
         try:
-            plot_curves(self._run_dir)
+            draw()
         except Exception as error:
             if not self._warned:
-                complain(f"warning: cannot draw {self._run_dir / 'plots' / 'curves.png'} ({error}); training goes on")
+                complain(f"warning: a picture in {self._run_dir / 'plots'} cannot be drawn ({error}); training goes on")
             self._warned = True
 
 

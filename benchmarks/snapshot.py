@@ -52,7 +52,7 @@ def main() -> None:
         for number in range(given.rounds + 1):
 
             def saved(number: int = number) -> None:
-                """As train.save_snapshot does it."""
+                """As Journal.save does it."""
                 held, state = capture(model, optimizer, scaler, Progress(step=number))
                 assert all_finite(model)
                 store.save(held, state)

@@ -10,7 +10,7 @@ import pytest
 from program import results, train
 
 import visualization
-from visualization import CURVE_POINTS, CurvePlotter
+from visualization import CURVE_POINTS, RunPictures
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -55,11 +55,11 @@ def test_a_thread_that_draws_is_asked_for_no_more_than_it_can_do(
         drawn.append(folder)
 
     monkeypatch.setattr(visualization, "plot_curves", wait_and_draw)
-    plotter = CurvePlotter(tmp_path)
+    pictures = RunPictures(tmp_path, [])
     for _ in range(50):
-        plotter.draw()
+        pictures.curves()
     free.set()
-    plotter.close()
+    pictures.close()
     assert len(drawn) == 2
 
 

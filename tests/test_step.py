@@ -33,7 +33,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compi
 
 METHODS = ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__format__", "__array__")
 OPERATORS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique", "_unique2")
-MAY_WAIT = ("flush_steps(", "plot_samples(", "save_snapshot(")
+MAY_WAIT = ("self.flush()", "pictures.samples(", "self.save()")
 REAL_BUILD = step.build_model
 
 

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,12 +30,11 @@ from errors import DivergedError
 from lr_finder import load_suggestion
 from preprocess import get_data_loaders
 from stream.loader import Batch, Cancelled
-from train import evaluate, flush_steps
-from training.logs import Stopwatch
+from train import evaluate
+from training.journal import Journal
 from training.signals import StopRequest
 from training.state import Progress
-from training.step import StepNumbers, Training, build_training, train_step
-from training.timing import TimeSpent
+from training.step import Training, build_training, train_step
 
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0)
@@ -276,26 +274,20 @@ def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
     assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(load_suggestion(source, settings()))
 
 
-def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks() -> None:
-    losses, model = [1.0, math.nan, math.nan, math.nan, 1.0], torch.nn.Linear(1, 1)
-    one, ids = torch.tensor(1), torch.zeros(1, dtype=torch.int64)
-    steps = [
-        {"step": step, "numbers": StepNumbers(torch.tensor(loss), one, torch.tensor(False)), "ids": ids}
-        for step, loss in enumerate(losses, 1)
-    ]
-    logged: list[float] = []
-    training_run: Any = SimpleNamespace(
-        config=SimpleNamespace(ledger=False, max_bad_steps=3, batch_size=1),
-        progress=Progress(step=5),
-        store=None,
-        watch=Stopwatch(),
-        spent=TimeSpent(CPU),
-        pending=steps,
-        data=SimpleNamespace(train=[0] * 9),
-        tracker=SimpleNamespace(log_steps=lambda rows, *_: logged.extend(row["loss"] for row in rows)),
-        training=SimpleNamespace(model=model, scaler=torch.amp.GradScaler(enabled=False)),
-    )
-    model(torch.ones(1)).backward()
+def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(tmp_path: Path) -> None:
+    config = settings(max_bad_steps=3, max_samples=144, log_steps=5)
+    loader, training = get_data_loaders(config, CPU).train, build_training(config, 10, CPU)
+    (tmp_path / "snapshots").mkdir()
+    journal = Journal(config, training, Progress(), loader, {}, tmp_path)
+    journal.start_epoch()
+
+    def run_five() -> None:
+        for batch, loss in zip(loader, [1.0, math.nan, math.nan, math.nan, 1.0], strict=False):
+            with journal.timed_step(batch):
+                numbers = train_step(training, batch.images, batch.labels)
+            journal.step(batch, numbers._replace(loss=torch.tensor(loss)))
+
     with pytest.raises(DivergedError, match="diverged at step 2: at step 5"):
-        flush_steps(training_run)
-    assert len(logged) == 5
+        run_five()
+    journal.close()
+    assert len(metrics(tmp_path)) == 5

@@ -11,6 +11,7 @@ What is kept
     logs         the run's folder, the console, results.csv, metrics.jsonl, the ledger
 
 Around it
+    journal      what a run keeps of itself while it goes: all of the above, called by the loop
     signals      how a run is stopped from outside
     timing       where an epoch's time went; traces of single steps
 """

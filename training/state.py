@@ -1,5 +1,6 @@
 """What the next step depends on: everything that a snapshot must hold, taken out of a run and put back."""
 
+import math
 import random
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,6 +38,23 @@ class Progress:
     skipped_steps: int = 0
     bad_steps: int = 0
     best_top1: float = -1.0
+
+    def add(self, loss: float, correct: int, skipped: bool) -> None:
+        """Count one step's loss, its correct images of all ranks, and whether the scaler skipped it."""
+        finite = math.isfinite(loss)
+        self.skipped_steps += skipped
+        self.bad_steps = 0 if finite and not skipped else self.bad_steps + 1
+        self.last_loss = loss
+        if finite:
+            self.loss_sum += loss
+            self.losses += 1
+        self.correct += correct
+
+    def end_epoch(self, top1: float) -> None:
+        """Count the epoch as completed, with this validation accuracy."""
+        self.best_top1 = max(self.best_top1, top1)
+        self.epoch += 1
+        self.loss_sum, self.losses, self.correct, self.train_seconds = 0.0, 0, 0, 0.0
 
 
 def capture(

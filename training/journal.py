@@ -1,0 +1,207 @@
+"""The journal of a run: its numbers, its time, its pictures and its snapshots, kept while it goes."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import distributed
+from config import Config
+from distributed import print0
+from errors import DivergedError
+from stream.loader import Batch, Loader
+from training.logs import Stopwatch, Tracker
+from training.optim import momentum_of
+from training.snapshot import BEST, SnapshotStore
+from training.state import Progress, all_finite, capture
+from training.step import StepNumbers, Training
+from training.timing import StepProfiler, TimeSpent, describe_time
+
+
+class Pictures(Protocol):
+    """What draws a run."""
+
+    def samples(self, batch: Batch) -> None:
+        """The images of the first batch."""
+
+    def curves(self) -> None:
+        """The logs up to now, without anybody waiting for it."""
+
+    def close(self) -> None:
+        """Wait until everything is drawn."""
+
+
+class Journal:
+    """Counts the steps of a run in its `progress`, and keeps what there is to tell of them.
+
+    Every rank has one and calls it alike, for numbers are means over ranks. Only the one with a `folder`, rank 0's,
+    writes anything. `record` is what snapshots say of the run beside its progress.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        training: Training,
+        progress: Progress,
+        loader: Loader,
+        record: dict[str, Any],
+        folder: Path | None,
+        pictures: Pictures | None = None,
+    ) -> None:
+        self.config = config
+        self.training = training
+        self.progress = progress
+        self.loader = loader
+        self.record = record
+        self.pictures = pictures
+        self.spent = TimeSpent(training.device)
+        self.tracker = Tracker(folder, config.ledger)
+        self.store = SnapshotStore(folder / "snapshots", config.keep_snapshots, self.tracker.logs) if folder else None
+        self.profiler: StepProfiler | None = None
+        if config.profile and folder:
+            self.profiler = StepProfiler(config.profile, folder / "profile" / "trace.json", training.device)
+        self._watch = Stopwatch()
+        self._pending: list[dict[str, Any]] = []
+
+    def rewind(self) -> list[str]:
+        """Forget what the logs and snapshots hold beyond `progress`; returns the names of the snapshots dropped."""
+        self.tracker.rewind(self.progress.step, self.progress.epoch)
+        dropped = self.store.rewind(self.progress.step) if self.store else []
+        if BEST in dropped:
+            self.progress.best_top1 = -1.0  # the file of the best that is left is gone: the next one takes its place
+        return dropped
+
+    def start_epoch(self) -> None:
+        """The steps of an epoch come next, from where `progress` stands."""
+        steps = len(self.loader)
+        first = self.progress.step - self.progress.epoch * steps
+        self.tracker.start_epoch(self.progress.epoch + 1, self.config.epochs, steps, first)
+        self._watch = Stopwatch(self.progress.train_seconds)
+        self.spent.begin()
+
+    @contextlib.contextmanager
+    def timed_step(self, batch: Batch) -> Iterator[None]:
+        """Around a training step on this batch."""
+        if self.progress.step == 0 and self.pictures is not None:
+            with self.spent.part("other"):
+                self.pictures.samples(batch)
+        with self.spent.step():
+            yield
+
+    def step(self, batch: Batch, numbers: StepNumbers) -> None:
+        """A step is done, its schedule has not moved on yet. Logs and saves when it is time to.
+
+        Raises DivergedError and SnapshotError, see `flush` and `save`.
+        """
+        config, progress, group = self.config, self.progress, self.training.optimizer.param_groups[0]
+        progress.step += 1
+        progress.last_lr = group["lr"]
+        plan = {"lr": group["lr"], "momentum": momentum_of(group)}
+        row = {"step": progress.step, "epoch": progress.epoch + 1, **plan, "ids": batch.ids, "numbers": numbers}
+        self._pending.append(row)
+        if self.profiler is not None:
+            with self.spent.part("other"):
+                self.profiler.step()
+        is_last = progress.step == (progress.epoch + 1) * len(self.loader)
+        if progress.step % config.log_steps == 0 or is_last:
+            self.flush()
+        if config.snapshot_steps and progress.step % config.snapshot_steps == 0 and not is_last:
+            self.save()
+
+    def flush(self) -> None:
+        """Fetch the numbers of the steps since the last time from the device, and log them.
+
+        Raises DivergedError after too many steps in a row without a finite loss, or skipped by the scaler, and
+        SnapshotError when a snapshot could not be written.
+        """
+        if self.store is not None:
+            self.store.check()
+        rows, self._pending = self._pending, []
+        if not rows:
+            return
+        numbers = torch.stack([torch.stack([number.float() for number in row.pop("numbers")]) for row in rows])
+        ids = torch.stack([row["ids"] for row in rows]).numpy()
+        if self.config.ledger:
+            ids = distributed.gather_columns(ids)
+        means = distributed.mean_over_ranks(numbers).tolist()  # the one place where training waits for the device
+        self.progress.train_seconds = self._watch.seconds()
+        self.spent.collect()
+        diverged_at = 0
+        for row, row_ids, (loss, correct, skipped) in zip(rows, ids, means, strict=True):
+            all_correct = round(correct * distributed.world_size())
+            row.update(loss=loss, top1=all_correct / self.config.batch_size, ids=row_ids, skipped=bool(skipped))
+            self.progress.add(loss, all_correct, bool(skipped))
+            if self.progress.bad_steps >= self.config.max_bad_steps and not diverged_at:
+                diverged_at = row["step"] - self.progress.bad_steps + 1
+        done = self.progress.step - self.progress.epoch * len(self.loader)
+        self.tracker.log_steps(rows, done, done * self.config.batch_size / max(self.progress.train_seconds, 1e-9))
+        if diverged_at:
+            raise self._diverged(diverged_at)
+
+    def end_epoch(self, result: dict[str, float], seconds: float) -> None:
+        """Log an epoch and its evaluation, which took `seconds`; count it as completed, and save."""
+        progress = self.progress
+        images, train_seconds = len(self.loader) * self.config.batch_size, progress.train_seconds
+        self.tracker.end_epoch(
+            {
+                "epoch": progress.epoch + 1,
+                "step": progress.step,
+                "train_loss": progress.loss_sum / progress.losses if progress.losses else math.nan,
+                "train_top1": progress.correct / images,
+                **result,
+                "lr": progress.last_lr,
+                "images_per_s": images / train_seconds,
+                "seconds": train_seconds + seconds,
+            }
+        )
+        if self.pictures is not None:
+            self.pictures.curves()
+        is_best = result["val_top1"] > progress.best_top1
+        progress.end_epoch(result["val_top1"])
+        self.save(best=is_best and self.config.save_best)
+        print0(f"time      {describe_time(self.spent.shares(), self.config, self.loader, train_seconds)}")
+
+    def save(self, best: bool = False) -> Path | None:
+        """Log what is pending, then save everything the next step depends on. Rank 0 writes, and returns the path.
+
+        Raises DivergedError rather than save weights that are not finite, on all ranks when one has them.
+        """
+        self.flush()
+        training = self.training
+        with self.spent.part("snapshot"):
+            tensors, state = capture(training.model, training.optimizer, training.scaler, self.progress)
+            if distributed.largest_over_ranks(int(not all_finite(training.model))):
+                raise self._diverged(self.progress.step - max(0, self.progress.bad_steps - 1))
+            return self.store.save(tensors, self.record | state, best) if self.store else None
+
+    def save_before_stopping(self, cause: str) -> None:
+        """Save where the run stands, wait until that is on the disk, and say so."""
+        self.flush()
+        self.tracker.close()
+        path = self.save()
+        if self.store is not None:
+            self.store.wait()
+        print0(f"stopped by {cause} at step {self.progress.step}; snapshot {path}")
+
+    def close(self) -> None:
+        """Finish what is being written and drawn. Raises SnapshotError."""
+        self.tracker.close()
+        for part in (self.profiler, self.pictures):
+            if part is not None:
+                part.close()
+        if self.store is not None:
+            self.store.wait()
+
+    def _diverged(self, first: int) -> DivergedError:
+        scaler, progress = self.training.scaler, self.progress
+        gradients = [p.grad for p in self.training.model.parameters() if p.grad is not None]
+        scale = f", the gradient scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+        return DivergedError(
+            f"training diverged at step {first}: at step {progress.step} the loss is {progress.last_loss:.4g}, the "
+            f"learning rate {progress.last_lr:.3g}, the gradient norm {nn.utils.get_total_norm(gradients):.3g}{scale}; "
+            "--resume_from the last good snapshot with a lower --override lr=..., or clip with --max_grad_norm"
+        )
