@@ -43,15 +43,25 @@ FROM_PRESET: Any = object()
 
 
 def flag(
-    group: str, help: str, default: Any, *, on_resume: str = "fixed", short: Any = None, **argparse_options: Any
+    group: str,
+    help: str,
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    on_resume: str = "fixed",
+    short: Any = None,
+    **argparse_options: Any,
 ) -> Any:
-    """One flag, with `short` in place of its default in the help.
+    """One flag: its value is at least `least`, greater than `above`, at most `most`; `short` is its default in the help.
 
     `on_resume` is "fixed" for what would change the result, "kept" for what may be given anew, and "forgotten" for
     what concerns one launch only.
     """
-    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "argparse": argparse_options}
-    return field(default=default, metadata=metadata)
+    bounds = {"least": least, "above": above, "most": most}
+    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
+    return field(default=default, metadata=metadata | {"argparse": argparse_options})
 
 
 def _learning_rate(text: str) -> float | str:
@@ -69,119 +79,94 @@ class Config:
     data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/; cifar: where its files are or go", None, short="data", on_resume="kept")
     image_column: str | None = flag("data", "name of the image column", None, short="the Image feature")
     label_column: str | None = flag("data", "name of the label column", None, short="the ClassLabel feature")
-    num_classes: int | None = flag("data", "classes of a WebDataset, where an index tells its lengths but not its labels", None, short="told by the data")
+    num_classes: int | None = flag("data", "classes of a WebDataset, where an index tells its lengths but not its labels", None, short="told by the data", least=2)
     train_split: str = flag("data", "split to train on", "train")
     val_split: str | None = flag("data", "split to evaluate on", None, short="validation, val, valid or test")
-    max_samples: int | None = flag("data", "use at most this many images of each split, spread evenly over it", None, short="all")
-    image_size: int = flag("data", "height and width of a training image, pixels", FROM_PRESET)
-    eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size")
+    max_samples: int | None = flag("data", "use at most this many images of each split, spread evenly over it", None, short="all", least=1)
+    image_size: int = flag("data", "height and width of a training image, pixels", FROM_PRESET, least=1)
+    eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size", least=1)
     crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
-    cutout: int = flag("data", "side of the grey square that is put into each training image, pixels", 0)
+    cutout: int = flag("data", "side of the grey square that is put into each training image, pixels", 0, least=0)
     dummy_data: bool = flag("data", "imagenet1k: try everything on generated images in its schema; no token needed", False)
     cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept")
-    cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept")
-    cache_short_side: int | None = flag("data", "reduce images to this short side, pixels, before they are kept", None, short="kept as they are")
-    stall_timeout: float = flag("data", "seconds without a byte after which a request is repeated", 60.0, on_resume="kept")
-    network_patience: float = flag("data", "minutes without progress after which the run writes a snapshot and ends", 30.0, on_resume="kept")
+    cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept", above=0)
+    cache_short_side: int | None = flag("data", "reduce images to this short side, pixels, before they are kept", None, short="kept as they are", least=1)
+    stall_timeout: float = flag("data", "seconds without a byte after which a request is repeated", 60.0, on_resume="kept", above=0)
+    network_patience: float = flag("data", "minutes without progress after which the run writes a snapshot and ends", 30.0, on_resume="kept", above=0)
     no_streaming: bool = flag("data", "download the whole dataset first, then read it from disk", False, on_resume="kept")
-    streams: int = flag("data", "parallel streams an epoch is cut into; ranks share them out", FROM_PRESET)
-    shuffle_window: int = flag("data", "images in the rolling shuffle windows, all streams together", 8192)
-    block_mb: int = flag("data", "megabytes of a parquet file fetched with one request", 32)
-    max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept")
-    num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes")
+    streams: int = flag("data", "parallel streams an epoch is cut into; ranks share them out", FROM_PRESET, least=1)
+    shuffle_window: int = flag("data", "images in the rolling shuffle windows, all streams together", 8192, least=1)
+    block_mb: int = flag("data", "megabytes of a parquet file fetched with one request", 32, least=1)
+    max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept", least=0, most=1)
+    num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes", least=0)
 
     model: str = flag("model", "resnet18, resnet34, resnet50, resnet101 or resnet152", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
     use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")
 
-    epochs: int = flag("training", "passes over the training set", FROM_PRESET)
-    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET)
-    accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1)
-    lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=_learning_rate, metavar="X|auto", short="by linear scaling of the batch")
+    epochs: int = flag("training", "passes over the training set", FROM_PRESET, least=1)
+    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=2)
+    accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1, least=1)
+    lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=_learning_rate, metavar="X|auto", short="by linear scaling of the batch", above=0)
     lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None)
     optimizer: str = flag("training", "sgd with Nesterov momentum, or adamw", "sgd", choices=("sgd", "adamw"))
-    head_lr_scale: float = flag("training", "learning rate of the classifier over that of the rest, for fine-tuning", 1.0)
-    momentum: float = flag("training", "SGD momentum (AdamW: first beta), where OneCycle does not cycle it", 0.9)
-    weight_decay: float = flag("training", "L2 penalty on weights; biases and norms have none", FROM_PRESET)
-    label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0)
-    max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping")
+    head_lr_scale: float = flag("training", "learning rate of the classifier over that of the rest, for fine-tuning", 1.0, above=0)
+    momentum: float = flag("training", "SGD momentum (AdamW: first beta), where OneCycle does not cycle it", 0.9, least=0, most=1)
+    weight_decay: float = flag("training", "L2 penalty on weights; biases and norms have none", FROM_PRESET, least=0)
+    label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0, least=0, most=1)
+    max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping", above=0)
     amp: bool = flag("training", "mixed precision", False)
     amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has it")
     compile: bool = flag("training", "compile the model with torch.compile: about a minute at the start, then faster steps on a GPU", False)
     device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is")
-    seed: int = flag("training", "decides weights, order and augmentation", 0)
+    seed: int = flag("training", "decides weights, order and augmentation", 0, least=0)
     deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
 
     scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", choices=("onecycle", "cosine", "step"))
-    warmup_epochs: float = flag("schedule", "epochs of linear warm-up; under onecycle, of its rising part instead of --onecycle_pct_start", 0.0)
-    step_size: int = flag("schedule", "step: epochs between decays", 30)
-    gamma: float = flag("schedule", "step: factor of each decay", 0.1)
-    onecycle_pct_start: float = flag("schedule", "share of the steps spent rising", 0.3)
-    onecycle_div_factor: float = flag("schedule", "peak over initial learning rate", 25.0)
-    onecycle_final_div_factor: float = flag("schedule", "initial over final learning rate", 1e4)
+    warmup_epochs: float = flag("schedule", "epochs of linear warm-up; under onecycle, of its rising part instead of --onecycle_pct_start", 0.0, least=0)
+    step_size: int = flag("schedule", "step: epochs between decays", 30, least=1)
+    gamma: float = flag("schedule", "step: factor of each decay", 0.1, above=0)
+    onecycle_pct_start: float = flag("schedule", "share of the steps spent rising", 0.3, least=0, most=1)
+    onecycle_div_factor: float = flag("schedule", "peak over initial learning rate", 25.0, above=0)
+    onecycle_final_div_factor: float = flag("schedule", "initial over final learning rate", 1e4, above=0)
     onecycle_anneal_strategy: str = flag("schedule", "shape of each part", "cos", choices=("cos", "linear"))
     onecycle_three_phase: bool = flag("schedule", "fall as steeply as it rose, then anneal", False)
-    onecycle_base_momentum: float = flag("schedule", "momentum at the peak of the learning rate", 0.85)
-    onecycle_max_momentum: float = flag("schedule", "momentum at both ends", 0.95)
+    onecycle_base_momentum: float = flag("schedule", "momentum at the peak of the learning rate", 0.85, least=0, most=1)
+    onecycle_max_momentum: float = flag("schedule", "momentum at both ends", 0.95, least=0, most=1)
     onecycle_fixed_momentum: bool = flag("schedule", "do not cycle the momentum: keep --momentum", False)
     plot_schedule: bool = flag("schedule", "draw learning rate and momentum over the run into plots/schedule.png before it starts", False, on_resume="forgotten")
 
     find_lr: bool = flag("finder", "run the learning rate finder, then stop", False, on_resume="forgotten")
-    lr_start: float = flag("finder", "first learning rate of the sweep", 1e-5, on_resume="kept")
+    lr_start: float = flag("finder", "first learning rate of the sweep", 1e-5, on_resume="kept", above=0)
     lr_end: float = flag("finder", "last learning rate of the sweep", 10.0, on_resume="kept")
-    lr_iter: int = flag("finder", "steps in all, spent on sweeps of about 50 from the same weights", 100, on_resume="kept")
+    lr_iter: int = flag("finder", "steps in all, spent on sweeps of about 50 from the same weights", 100, on_resume="kept", least=FEWEST_LR_STEPS)
     lr_step_mode: str = flag("finder", "how the rate grows", "exp", choices=("exp", "linear"), on_resume="kept")
-    lr_smooth_f: float = flag("finder", "weight of the newest loss in the smoothed one, in (0, 1]", 0.2, on_resume="kept")
-    lr_val: int = flag("finder", "judge each step by the loss on the first N validation images, in whole batches, not by the training loss", 0, on_resume="kept")
-    lr_diverge_th: float = flag("finder", "stop when the smoothed loss exceeds this many times its best", 5.0, on_resume="kept")
+    lr_smooth_f: float = flag("finder", "weight of the newest loss in the smoothed one, in (0, 1]", 0.2, on_resume="kept", above=0, most=1)
+    lr_val: int = flag("finder", "judge each step by the loss on the first N validation images, in whole batches, not by the training loss", 0, on_resume="kept", least=0)
+    lr_diverge_th: float = flag("finder", "stop when the smoothed loss exceeds this many times its best", 5.0, on_resume="kept", above=1)
 
     run_dir: str | None = flag("run", "folder of the run", None, on_resume="forgotten", short="runs/DATASET-TIME")
     resume_from: str | None = flag("run", "go on from a run folder or a snapshot file; flags not given keep their saved values. auto: from --run_dir if it has a snapshot, else start anew", None, on_resume="forgotten")
     override: Sequence[str] = flag("run", "on a resume, insist on changing this setting (repeatable); data=changed: on training on other data", (), action="append", metavar="NAME=VALUE", on_resume="forgotten")
     evaluate: bool = flag("run", "evaluate the snapshot of --resume_from (or --use_pretrained), then stop", False, on_resume="forgotten")
     save_best: bool = flag("run", "also keep the snapshot with the best val_top1 as best.safetensors", False, on_resume="kept")
-    snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept")
-    keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept")
-    max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept")
-    log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept")
+    snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept", least=0)
+    keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept", least=1)
+    max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept", least=1)
+    log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept", least=1)
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
-    profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten")
+    profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten", least=0)
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{name} {value} is not a finite number")
-            if isinstance(value, str) and "://" in value:
-                raise UsageError(f"--{name} is a URL; give a Hub id or something on this machine")
-        at_least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 1, "eval_size": 1, "streams": 1,
-                    "shuffle_window": 1, "block_mb": 1, "num_workers": 0, "step_size": 1, "lr_iter": FEWEST_LR_STEPS, "lr_val": 0,
-                    "snapshot_steps": 0, "max_bad_steps": 1, "keep_snapshots": 1, "log_steps": 1, "max_samples": 1, "seed": 0,
-                    "cache_short_side": 1, "num_classes": 2, "cutout": 0, "profile": 0}  # fmt: skip
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"--{name} {value} is too small; it must be at least {least}")
-        between = {"momentum": (0, 1), "label_smoothing": (0, 1), "max_bad_fraction": (0, 1), "onecycle_pct_start": (0, 1),
-                   "onecycle_base_momentum": (0, 1), "onecycle_max_momentum": (0, 1)}  # fmt: skip
-        for name, (low, high) in between.items():
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"--{name} {getattr(self, name)} is out of range; it must be from {low} to {high}")
-        for name in ("lr", "head_lr_scale", "lr_start", "lr_smooth_f", "gamma", "onecycle_div_factor", "onecycle_final_div_factor",
-                     "max_grad_norm", "cache_limit_gb", "stall_timeout", "network_patience"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, float) and value <= 0:
-                raise UsageError(f"--{name} {value} is out of range; it must be greater than 0")
-        if self.weight_decay < 0 or self.warmup_epochs < 0:
-            raise UsageError("--weight_decay and --warmup_epochs cannot be negative")
+        for item in dataclasses.fields(self):
+            _check_bounds(f"--{item.name}", getattr(self, item.name), item.metadata["bounds"])
         if self.warmup_epochs >= self.epochs:
             raise UsageError(
                 f"--warmup_epochs {self.warmup_epochs:g} leaves nothing of --epochs {self.epochs}; use less"
             )
         if self.lr_end <= self.lr_start:
             raise UsageError(f"--lr_end {self.lr_end:g} must be greater than --lr_start {self.lr_start:g}")
-        if self.lr_smooth_f > 1 or self.lr_diverge_th <= 1:
-            raise UsageError("--lr_smooth_f must be at most 1, and --lr_diverge_th greater than 1")
         if self.lr is not None and self.lr_from is not None:
             raise UsageError("--lr and --lr_from both name a learning rate; give one of them")
         if self.use_pretrained and self.model not in ("auto", "resnet50"):
@@ -259,6 +244,22 @@ class Config:
             raise UsageError(
                 "BatchNorm needs two images in a pass; use a larger --batch_size or fewer --accumulate_steps"
             )
+
+
+def _check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> None:
+    if isinstance(value, str) and "://" in value:
+        raise UsageError(f"{name} is a URL; give a Hub id or something on this machine")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, above, most = (bounds[kind] for kind in ("least", "above", "most"))
+    if not math.isfinite(value):
+        raise UsageError(f"{name} {value} is not a finite number")
+    if least is not None and value < least:
+        raise UsageError(f"{name} {value} is too small; it must be at least {least}")
+    if above is not None and value <= above:
+        raise UsageError(f"{name} {value} is too small; it must be greater than {above}")
+    if most is not None and value > most:
+        raise UsageError(f"{name} {value} is too large; it must be at most {most}")
 
 
 def _names(*on_resume: str) -> set[str]:
