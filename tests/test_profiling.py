@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from program import train
+from purity import shrink
 from slow import SlowTransform
 from unrendered import unrendered as unrendered
 
 import preprocess
 import profiling
+import step
 import train as loop
 from config import Config, resolve
 from loader import Loader, StreamingDataLoader
@@ -204,7 +206,9 @@ def times_of(folder: Path, read: float, transform: float, epochs: int) -> list[s
     slow, val = (kind(images, [0, 1] * 24, ["a", "b"]) for kind in (SlowToRead, LocalDataset))
     slow.seconds = read  # type: ignore[attr-defined]
 
+    build_model = step.build_model
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "build_model", lambda *arguments: shrink(build_model(*arguments)))
         patch.setattr(preprocess, "load_image_folder", lambda path: (slow, val))
         patch.setattr(preprocess, "train_transform", lambda config: SlowTransform(transform))
         data = ("--dataset", "imagefolder", "--data_dir", folder, "--image_size", 32)
