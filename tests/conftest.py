@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from shards import make_imagenet_like, make_small_set
+from unrendered import unrendered as unrendered
 
 
 def _free_port() -> int:

@@ -15,7 +15,6 @@ import torch
 from hub import Hub
 from program import Outcome, assert_same_run, cut, ledger, run, snapshot_path, start, steps_kept, tensors, train, wait
 from safetensors.torch import save_file
-from unrendered import unrendered as unrendered
 
 import run_lr_finder
 from stream import hub as remote

@@ -14,7 +14,6 @@ from huggingface_hub import constants
 from PIL import Image
 from program import TIMEOUT, assert_same_run, ledger, metrics, run, start, steps_kept, train, wait
 from shards import REPO_ID, photographs
-from unrendered import unrendered as unrendered
 
 from stream.dataset import Cache, HuggingFaceImageNetDataset, reduce
 from stream.images import decode

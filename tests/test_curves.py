@@ -14,6 +14,12 @@ from visualization import CURVE_POINTS, RunPictures
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def unrendered() -> None:
+    """These pictures are rendered."""
+
+
 SMALL = ("--max_samples", 32, "--batch_size", 16, "--num_workers", 0, "--epochs", 3)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from program import ROOT, run
 from purity import shrink
-from unrendered import unrendered as unrendered
 
 import config
 from training import step

@@ -14,7 +14,6 @@ from hub import Hub
 from huggingface_hub import constants
 from program import results, run, steps_kept, train
 from shards import make_imagenet_like, to_table
-from unrendered import unrendered as unrendered
 
 from config import resolve
 from preprocess import get_data_loaders

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from program import Outcome, assert_same_run, run, snapshot_path, start, steps_kept, train, wait, wait_for
-from unrendered import unrendered as unrendered
 
 from errors import SnapshotError
 from training import snapshot

@@ -14,7 +14,6 @@ from hub import FAULTS, Hub
 from huggingface_hub.errors import HfHubHTTPError
 from program import ledger, run, steps_kept, train
 from shards import REPO_ID
-from unrendered import unrendered as unrendered
 
 from stream import hub as remote
 from stream import retry as network

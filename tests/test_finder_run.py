@@ -20,7 +20,6 @@ from program import (
     train,
 )
 from purity import mishap
-from unrendered import unrendered as unrendered
 
 import lr_finder
 import run_lr_finder

@@ -10,6 +10,12 @@ import run_lr_finder
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def unrendered() -> None:
+    """These pictures are rendered."""
+
+
 SMALL = ("--max_samples", 48, "--batch_size", 16, "--num_workers", 0)
 
 

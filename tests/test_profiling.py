@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from program import train
+from purity import shrink
 from slow import SlowTransform
-from unrendered import unrendered as unrendered
 
 import preprocess
-import train as loop
 from config import Config, resolve
 from preprocess import get_data_loaders
 from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset
+from training import journal, step
 from training import timing as profiling
 from training.timing import ROWS, WARMUP_STEPS, TimeSpent, describe_time
 
@@ -96,7 +96,7 @@ def test_a_run_says_once_an_epoch_where_its_time_went(tmp_path: Path, monkeypatc
         seen.append(shares)
         return describe_time(shares, *rest)
 
-    monkeypatch.setattr(loop, "describe_time", noting)
+    monkeypatch.setattr(journal, "describe_time", noting)
     done = train(*SMALL, "--epochs", 3, "--snapshot_steps", 3, "--run_dir", tmp_path / "run")
     lines = [line for line in done.out.splitlines() if line.startswith("time ")]
     assert len(lines) == len(seen) == 3
@@ -205,7 +205,9 @@ def times_of(folder: Path, read: float, transform: float, epochs: int) -> list[s
     slow, val = (kind(images, [0, 1] * 24, ["a", "b"]) for kind in (SlowToRead, LocalDataset))
     slow.seconds = read  # type: ignore[attr-defined]
 
+    build_model = step.build_model
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "build_model", lambda *arguments: shrink(build_model(*arguments)))
         patch.setattr(preprocess, "load_image_folder", lambda path: (slow, val))
         patch.setattr(preprocess, "train_transform", lambda config: SlowTransform(transform))
         data = ("--dataset", "imagefolder", "--data_dir", folder, "--image_size", 32)

@@ -20,7 +20,6 @@ from program import (
     train,
 )
 from shards import REPO_ID
-from unrendered import unrendered as unrendered
 
 pytestmark = pytest.mark.usefixtures("small_model")
 

@@ -18,7 +18,6 @@ from hub import Hub
 from huggingface_hub import constants
 from program import ROOT, TIMEOUT, Outcome, environment, run
 from shards import REPO_ID, make_small_set
-from unrendered import unrendered as unrendered
 
 from errors import redact
 from stream import hub as remote

@@ -15,7 +15,6 @@ from program import metrics, results, snapshot_path, tensors
 from program import train as run_main
 from purity import shrink
 from torch.utils._python_dispatch import TorchDispatchMode
-from unrendered import unrendered as unrendered
 
 import train
 from config import resolve

@@ -30,7 +30,6 @@ from hub import Hub
 from program import ROOT, Outcome, cut, run, snapshot_path, train
 from shards import REPO_ID, encode, photographs
 from transformers import ResNetConfig
-from unrendered import unrendered as unrendered
 
 import lr_finder
 from errors import DataError

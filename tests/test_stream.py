@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from hub import Hub
 from program import Outcome, ledger, metrics, results, run, snapshot_path, start, steps_kept, tensors, train, wait
-from unrendered import unrendered as unrendered
 
 pytestmark = pytest.mark.usefixtures("small_model")
 

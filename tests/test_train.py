@@ -21,7 +21,6 @@ from program import (
     train,
 )
 from torch import nn
-from unrendered import unrendered as unrendered
 
 import config as configuration
 import run_lr_finder
@@ -269,7 +268,7 @@ def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
     done = run("--run_dir", tmp_path / "finder", entry=run_lr_finder.main)
     assert done.status == 0, done.err
     source = tmp_path / "finder" / "lr_finder" / "lr_finder.json"
-    train("--epochs", 4, "--lr_from", source, "--run_dir", tmp_path / "run")
+    train("--epochs", 5, "--lr_from", source, "--run_dir", tmp_path / "run")
     assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.9
     assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(load_suggestion(source, settings()))
 

@@ -10,7 +10,6 @@ import pytest
 from hub import Hub
 from program import ledger, run, train
 from shards import draw, encode
-from unrendered import unrendered as unrendered
 
 from errors import DataError
 from stream.dataset import HuggingFaceImageNetDataset

@@ -1,4 +1,7 @@
-"""Most of the time of a short run goes to the pixels of its pictures; a test module does without by this fixture."""
+"""Most of the time of a short run would go to the pixels of its pictures.
+
+A module whose tests look at pictures has a fixture of the same name that does nothing.
+"""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
