@@ -1,11 +1,13 @@
 """Batches in the order of an epoch, and StreamingDataLoader, which fetches and decodes images in parallel."""
 
+import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -172,83 +174,132 @@ class StreamingDataLoader(Loader):
         self.read_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        streams = self.order(self.epoch)
+        epoch, streams = self.epoch, self.order(self.epoch)
         spans = self._spans(streams) if streams else []
-        batches = [ids_of(streams, parts) for parts in spans]
-        if not batches:
-            return
-        self.read_seconds = 0.0
-        reader = self.dataset.reader(np.concatenate(batches))
-        epoch = _Epoch(self, reader, streams, self.epoch)
-        pool: ThreadPoolExecutor | _CallingThread
-        pool = ThreadPoolExecutor(self.num_workers, "decode") if self.num_workers else _CallingThread()
-        ahead: deque[_Pending] = deque()
-        try:
-            for parts, ids in zip(spans, batches, strict=True):
-                ahead.append(_Pending(epoch, pool, parts, ids))
-                if len(ahead) > (BATCHES_AHEAD if self.num_workers else 0):
-                    yield self._on_device(ahead.popleft().wait(), epoch.number)
-            while ahead:
-                yield self._on_device(ahead.popleft().wait(), epoch.number)
-        finally:
-            epoch.cancelled = True
-            reader.close()
-            pool.shutdown(cancel_futures=True)
+        if spans:
+            self.read_seconds = 0.0
+            with contextlib.closing(_EpochReader(self, epoch, streams, spans)) as reader:
+                for batch in reader.batches():
+                    yield self._on_device(batch, epoch)
 
 
-class _Epoch:
-    """What the reading threads of one iteration share."""
+class _Begun(NamedTuple):
+    """A batch, the tasks that fill it, and the ids that it was to have, some of which may be replaced."""
 
-    def __init__(self, loader: StreamingDataLoader, reader: Reader, streams: list[np.ndarray], number: int) -> None:
-        self.loader = loader
-        self.reader = reader
-        self.streams = streams
-        self.number = number
-        self.cancelled = False
+    batch: Batch
+    tasks: list[Future[None]]
+    scheduled: np.ndarray
+
+
+class _EpochReader:
+    """Makes the batches of an epoch. With workers that happens in threads, some batches ahead of their use.
+
+    `spans` has the part of each stream that goes into each batch. A place is a stream and a position in it.
+    """
+
+    def __init__(
+        self, loader: StreamingDataLoader, epoch: int, streams: list[np.ndarray], spans: list[list[tuple[int, int]]]
+    ) -> None:
+        self._loader = loader
+        self._epoch = epoch
+        self._streams = streams
+        self._spans = spans
+        self._reader = loader.dataset.reader(np.concatenate([ids_of(streams, parts) for parts in spans]))
+        self._threads = ThreadPoolExecutor(loader.num_workers, "decode") if loader.num_workers else None
+        self._closed = False
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
-    def fill(self, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, places: list[tuple[int, int]]) -> None:
-        """Fill these rows of a batch with the samples at these places, each a stream and a position in it."""
+    def batches(self) -> Iterator[Batch]:
+        """The batches, on the host."""
+        begun: deque[_Begun] = deque()
+        for parts in self._spans:
+            begun.append(self._begin(parts))
+            if len(begun) > (BATCHES_AHEAD if self._threads else 0):
+                yield self._finish(begun.popleft())
+        while begun:
+            yield self._finish(begun.popleft())
+
+    def close(self) -> None:
+        """Leave what is not yet begun undone."""
+        self._closed = True
+        self._reader.close()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def _begin(self, parts: list[tuple[int, int]]) -> _Begun:
+        """A batch that is being filled; without threads it is full."""
+        places = [(stream, position) for stream, span in enumerate(parts) for position in range(*span)]
+        size, pin = self._loader.image_size, self._loader.device.type == "cuda"  # PyTorch keeps pinned memory for reuse
+        batch = Batch(
+            torch.empty((len(places), size, size, 3), dtype=torch.uint8, pin_memory=pin),
+            torch.empty(len(places), dtype=torch.int64, pin_memory=pin),
+            torch.empty(len(places), dtype=torch.int64),
+        )
+        tasks = []
+        for first in range(0, len(places), SAMPLES_PER_TASK):
+            rows = slice(first, first + SAMPLES_PER_TASK)
+            images, labels, ids = (tensor[rows].numpy() for tensor in batch)
+            fill = partial(self._fill, images, labels, ids, places[rows])
+            if self._threads is None:
+                fill()
+            else:
+                tasks.append(self._threads.submit(fill))
+        return _Begun(batch, tasks, ids_of(self._streams, parts))
+
+    def _finish(self, begun: _Begun) -> Batch:
+        """Wait until a batch is full. Its samples are not needed again."""
+        for task in begun.tasks:
+            while not task.done():
+                wait([task], POLL_SECONDS)
+                if self._loader.should_stop():
+                    raise Cancelled
+            task.result()
+        self._reader.release(begun.scheduled)
+        return begun.batch
+
+    def _fill(self, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, places: list[tuple[int, int]]) -> None:
+        """Fill these rows of a batch with the samples at these places."""
+        if self._closed:
+            return
         encoded = []
         for row, (stream, position) in enumerate(places):
-            ids[row] = self.streams[stream][position]
+            ids[row] = self._streams[stream][position]
             image, labels[row] = self._read(int(ids[row]))
             encoded.append(image)
         for row, error in enumerate(self._decode(encoded, ids, images)):
             if error is None:
                 continue
             self._count_bad(int(ids[row]), error)
-            if self.loader.train:
-                self._fill_with_next(row, images, labels, ids, places[row])
+            if self._loader.train:
+                self._fill_with_next(images[row : row + 1], labels[row:], ids[row : row + 1], *places[row])
             else:
                 images[row], labels[row] = 0, UNREADABLE
 
     def _fill_with_next(
-        self, row: int, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, place: tuple[int, int]
+        self, image: np.ndarray, label: np.ndarray, sample_id: np.ndarray, stream: int, position: int
     ) -> None:
-        """Fill a row with the next sample of the stream, after the one at `place`, that can be read."""
-        stream, position = place
-        order = self.streams[stream]
+        """Fill a row with the next sample of the stream, after the one at this position, that can be read."""
+        order = self._streams[stream]
         for offset in range(1, len(order)):
-            ids[row] = order[(position + offset) % len(order)]
-            image, labels[row] = self._read(int(ids[row]))
-            (error,) = self._decode([image], ids[row : row + 1], images[row : row + 1])
+            sample_id[0] = order[(position + offset) % len(order)]
+            encoded, label[0] = self._read(int(sample_id[0]))
+            (error,) = self._decode([encoded], sample_id, image)
             if error is None:
                 return
-            self._count_bad(int(ids[row]), error)
+            self._count_bad(int(sample_id[0]), error)
         raise DataError("not one image of a stream can be read; check the dataset")
 
     def _read(self, sample_id: int) -> tuple[EncodedImage, int]:
         asked = perf_counter()
-        sample = self.reader.read(sample_id)
+        sample = self._reader.read(sample_id)
         with self._lock:
-            self.loader.read_seconds += perf_counter() - asked
+            self._loader.read_seconds += perf_counter() - asked
         return sample
 
     def _decode(self, encoded: list[EncodedImage], ids: np.ndarray, out: np.ndarray) -> list[Exception | None]:
-        loader = self.loader
-        seeds = [(loader.seed, self.number, sample_id) for sample_id in ids.tolist()]
+        loader = self._loader
+        seeds = [(loader.seed, self._epoch, sample_id) for sample_id in ids.tolist()]
         if loader.pool is None:
             rows = zip(out, encoded, seeds, strict=True)
             return [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
@@ -264,57 +315,10 @@ class _Epoch:
             if sample_id in self._bad:
                 return
             self._bad.add(sample_id)
-            total = len(self.loader.dataset)
+            total = len(self._loader.dataset)
             log.warning("image %d cannot be read (%s); %d so far of %d", sample_id, error, len(self._bad), total)
-            if len(self._bad) > self.loader.max_bad:
+            if len(self._bad) > self._loader.max_bad:
                 raise DataError(
                     f"{len(self._bad)} of {total} images cannot be read, the last one number {sample_id}; "
                     "mend the dataset or raise --max_bad_fraction"
                 )
-
-
-class _Pending:
-    """A batch that is being decoded into place."""
-
-    def __init__(self, epoch: _Epoch, pool: Any, spans: list[tuple[int, int]], ids: np.ndarray) -> None:
-        size = epoch.loader.image_size
-        self.epoch = epoch
-        self.scheduled = ids
-        pin = epoch.loader.device.type == "cuda"  # from PyTorch's cache of pinned memory, which uses it again
-        self.images = torch.empty((len(ids), size, size, 3), dtype=torch.uint8, pin_memory=pin)
-        self.labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=pin)
-        self.ids = torch.empty(len(ids), dtype=torch.int64)
-        places = [(stream, position) for stream, (a, b) in enumerate(spans) for position in range(a, b)]
-        self.tasks: list[Future[None]] = [
-            pool.submit(self._fill, first, places[first : first + SAMPLES_PER_TASK])
-            for first in range(0, len(places), SAMPLES_PER_TASK)
-        ]
-
-    def _fill(self, first: int, places: list[tuple[int, int]]) -> None:
-        if not self.epoch.cancelled:
-            rows = slice(first, first + len(places))
-            images, labels, ids = (tensor[rows].numpy() for tensor in (self.images, self.labels, self.ids))
-            self.epoch.fill(images, labels, ids, places)
-
-    def wait(self) -> Batch:
-        for task in self.tasks:
-            while not task.done():
-                wait([task], POLL_SECONDS)
-                if self.epoch.loader.should_stop():
-                    raise Cancelled
-            task.result()
-        self.epoch.reader.release(self.scheduled)
-        return Batch(self.images, self.labels, self.ids)
-
-
-class _CallingThread:
-    """An executor that does the work at once, where it was asked for: no threads, plain tracebacks."""
-
-    def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
-        future: Future[None] = Future()
-        function(*arguments)
-        future.set_result(None)
-        return future
-
-    def shutdown(self, cancel_futures: bool) -> None:
-        pass
