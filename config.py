@@ -161,39 +161,24 @@ class Config:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_bounds(f"--{item.name}", getattr(self, item.name), item.metadata["bounds"])
-        if self.warmup_epochs >= self.epochs:
-            raise UsageError(
-                f"--warmup_epochs {self.warmup_epochs:g} leaves nothing of --epochs {self.epochs}; use less"
-            )
-        if self.lr_end <= self.lr_start:
-            raise UsageError(f"--lr_end {self.lr_end:g} must be greater than --lr_start {self.lr_start:g}")
-        if self.lr is not None and self.lr_from is not None:
-            raise UsageError("--lr and --lr_from both name a learning rate; give one of them")
-        if self.use_pretrained and self.model not in ("auto", "resnet50"):
-            raise UsageError(f"--use_pretrained loads a ResNet-50; leave out --model {self.model}")
-        if self.dataset == "hf" and not self.dataset_name:
-            raise UsageError(
-                "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"
-            )
-        if self.dataset != "hf" and self.dataset_name:
-            raise UsageError(f"--dataset_name goes with --dataset hf, not with --dataset {self.dataset}")
-        if self.dummy_data and self.dataset != "imagenet1k":
-            raise UsageError("--dummy_data goes with --dataset imagenet1k")
-        if not self.cache_dir and (self.cache_limit_gb or self.cache_short_side):
-            raise UsageError("--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in")
-        if self.dataset == "imagefolder" and not self.data_dir:
-            raise UsageError(
-                "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"
-            )
-        self._check_batch()
-
-    def _check_batch(self) -> None:
-        if self.batch_size % self.streams:
-            lower = self.batch_size // self.streams * self.streams
-            nearest = " or ".join(str(n) for n in (lower, lower + self.streams) if n)
-            raise UsageError(
-                f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"
-            )
+        lower = self.batch_size // self.streams * self.streams
+        nearest = " or ".join(str(batch) for batch in (lower, lower + self.streams) if batch)
+        # fmt: off
+        for wrong, message in (
+            (self.warmup_epochs >= self.epochs, f"--warmup_epochs {self.warmup_epochs:g} leaves nothing of --epochs {self.epochs}; use less"),
+            (self.lr_end <= self.lr_start, f"--lr_end {self.lr_end:g} must be greater than --lr_start {self.lr_start:g}"),
+            (self.lr is not None and self.lr_from, "--lr and --lr_from both name a learning rate; give one of them"),
+            (self.use_pretrained and self.model not in ("auto", "resnet50"), f"--use_pretrained loads a ResNet-50; leave out --model {self.model}"),
+            (self.dataset == "hf" and not self.dataset_name, "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"),
+            (self.dataset != "hf" and self.dataset_name, f"--dataset_name goes with --dataset hf, not with --dataset {self.dataset}"),
+            (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
+            (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
+            (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
+            (self.batch_size % self.streams, f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"),
+        ):
+            if wrong:
+                raise UsageError(message)
+        # fmt: on
 
     @property
     def expects_other_data(self) -> bool:
@@ -231,19 +216,16 @@ class Config:
 
     def check_world(self, world: int) -> None:
         """Refuse a number of ranks that cannot share this batch evenly."""
-        if self.streams % world:
-            raise UsageError(
-                f"--streams {self.streams} is not divisible by {world} ranks; give --streams a multiple of {world}"
-            )
         share = self.batch_size // world
-        if share % self.accumulate_steps:
-            raise UsageError(
-                f"a rank's share of {share} images is not divisible by --accumulate_steps {self.accumulate_steps}"
-            )
-        if share // self.accumulate_steps < 2:
-            raise UsageError(
-                "BatchNorm needs two images in a pass; use a larger --batch_size or fewer --accumulate_steps"
-            )
+        # fmt: off
+        for wrong, message in (
+            (self.streams % world, f"--streams {self.streams} is not divisible by {world} ranks; give --streams a multiple of {world}"),
+            (share % self.accumulate_steps, f"a rank's share of {share} images is not divisible by --accumulate_steps {self.accumulate_steps}"),
+            (share // self.accumulate_steps < 2, "BatchNorm needs two images in a pass; use a larger --batch_size or fewer --accumulate_steps"),
+        ):
+            if wrong:
+                raise UsageError(message)
+        # fmt: on
 
 
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> None:
@@ -285,13 +267,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    result = _Parser(
-        prog,
-        usage="%(prog)s [flags]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
     hints = typing.get_type_hints(Config)
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):

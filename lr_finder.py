@@ -10,7 +10,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,79 +22,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from config import CONSTANT_SHARE, FEWEST_LR_STEPS, Config
-from errors import DivergedError, UsageError
+from config import FEWEST_LR_STEPS, Config
+from errors import UsageError
 from stream.files import read_small, write_durably
 from stream.loader import Batch, Loader
-from training.lr_curve import METHODS, WITNESSES, average, why_unreadable
+from training.lr_curve import METHODS, SWEEP_STEPS, RangeTest, read_sweeps
 from training.state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "lowest"
 DECIDES_LR = ("dataset", "dataset_name", "image_size", "model", "use_pretrained", "optimizer", "batch_size")
-SWEEP_STEPS = 50
-HALVES_AGREE = {"high": 2.0, "medium": 3.0}  # the largest ratio of learning rates for each confidence
-METHODS_AGREE = {"high": 6.0, "medium": 10.0}
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class RangeTest:
-    """A range test: learning rates, losses (means over the sweeps, of equal length) and each method's suggestion.
-
-    `halves` are what the same method says of every other sweep and of the rest; there are none after a single sweep.
-    Suggestions are OneCycle's `max_lr`, None where the curve shows none.
-    """
-
-    lr: list[float]
-    loss: list[float]
-    smoothed_loss: list[float]
-    suggestions: dict[str, float | None]
-    method: str
-    stopped: str
-    sweeps: int
-    halves: list[float | None]
-
-    @property
-    def suggested_lr(self) -> float:
-        """The chosen method's `max_lr`. Raises DivergedError when the curve shows none."""
-        lr = self.suggestions[self.method]
-        if lr is None:
-            raise DivergedError(
-                f"the finder suggests no learning rate: {self.stopped}; give --lr, or mend the model or data"
-            )
-        return lr
-
-    @property
-    def constant_lr(self) -> float:
-        """What the schedules that start at their highest rate should start from; OneCycle only touches its peak."""
-        return self.suggested_lr * CONSTANT_SHARE
-
-    @property
-    def confidence(self) -> tuple[str, str]:
-        """high, medium or low, and in words why and what to do about it.
-
-        The halves must agree, and the methods that look for the end of the fall as this one does (see WITNESSES).
-        """
-        lr = self.suggested_lr
-        if not self.halves:
-            return "low", f"one sweep cannot be checked against another; use --lr_iter {2 * SWEEP_STEPS} or more"
-        if None in self.halves:
-            return "low", "one half of the sweeps shows no learning rate; use a larger --lr_iter"
-        halves = _ratio([half for half in self.halves if half is not None])
-        witnesses = [value for name, value in self.suggestions.items() if name in WITNESSES and value is not None]
-        methods = _ratio([lr, *witnesses])
-        told = f"the halves of the sweeps agree within x{halves:.1f}, {', '.join(WITNESSES)} within x{methods:.1f}"
-        for level in ("high", "medium"):
-            if halves <= HALVES_AGREE[level] and methods <= METHODS_AGREE[level]:
-                return level, told if level == "high" else f"{told}; look at the curve, or use a larger --lr_iter"
-        if halves > HALVES_AGREE["medium"]:
-            return "low", f"{told}; use a larger --lr_iter"
-        return "low", f"{told}; look at the curve, and try a few rates around the suggestion"
-
-
-def _ratio(values: list[float]) -> float:
-    return max(values) / min(values)
 
 
 class _NotFinite(Exception):
@@ -262,22 +199,19 @@ def find_lr_advanced(
         raise UsageError(f"--lr_iter {num_iter} is too short a sweep to read; use {FEWEST_LR_STEPS} or more")
     count = max(1, num_iter // SWEEP_STEPS)
     finder = LRFinder(model, optimizer, criterion, train_step=train_step, grad_scaler=grad_scaler)
-    batches = endless(loader)
-    sweeps: list[dict[str, list[float]]] = []
-    endings: list[str] = []
+    options = {"start_lr": start_lr, "end_lr": end_lr, "num_iter": num_iter // count, "step_mode": step_mode}
+    sweeps, endings = _sweep(finder, loader, count, **options, smooth_f=smooth_f, diverge_th=diverge_th)
+    return read_sweeps(sweeps, endings, smooth_f, method)
+
+
+def _sweep(finder: LRFinder, loader: Any, count: int, **options: Any) -> tuple[list[dict[str, list[float]]], list[str]]:
+    """The history of each of `count` sweeps from the same weights, and how it ended."""
+    batches, sweeps, endings = endless(loader), [], []
     try:
         for number in range(count):
             if number:
                 torch.manual_seed(number)  # each sweep drops out and shuffles otherwise
-            finder.range_test(
-                batches,
-                start_lr=start_lr,
-                end_lr=end_lr,
-                num_iter=num_iter // count,
-                step_mode=step_mode,
-                smooth_f=smooth_f,
-                diverge_th=diverge_th,
-            )
+            finder.range_test(batches, **options)
             sweeps.append(finder.history)
             endings.append(finder.stopped)
             finder.reset()
@@ -285,22 +219,7 @@ def find_lr_advanced(
         finder.reset()
         if isinstance(batches, _StreamIterator):
             batches.close()
-    curve = average(sweeps)
-    stopped = min(zip(sweeps, endings, strict=True), key=lambda sweep: len(sweep[0]["lr"]))[1]
-    problem = why_unreadable(curve, smooth_f, stopped)
-    suggestions = {name: None if problem else suggest(curve) for name, suggest in METHODS.items()}
-    parts = [average(sweeps[first::2]) for first in range(2)] if count > 1 else []
-    halves = [None if why_unreadable(part, smooth_f, "") else METHODS[method](part) for part in parts]
-    return RangeTest(
-        lr=curve.lr.tolist(),
-        loss=curve.loss.tolist(),
-        smoothed_loss=curve.smoothed.tolist(),
-        suggestions=suggestions,
-        method=method,
-        stopped=problem or stopped,
-        sweeps=count,
-        halves=halves,
-    )
+    return sweeps, endings
 
 
 def find_lr(model: nn.Module, optimizer: Optimizer, criterion: nn.Module, loader: Any, **options: Any) -> float:

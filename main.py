@@ -94,9 +94,6 @@ def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
     """Raises UsageError when the data is not the snapshot's, unless an override says so: then prints what differs."""
     from distributed import print0
 
-    if "data" not in snapshot.state:
-        print0("note      an earlier version saved this: its epoch goes on in another order, with other random crops")
-        return
     lines = data.changes(snapshot.state)
     if lines and not config.expects_other_data:
         raise UsageError(

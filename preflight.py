@@ -5,7 +5,7 @@ import numpy as np
 import distributed
 from config import Config
 from preprocess import Data
-from stream.dataset import AHEAD_BYTES, FETCH_THREADS, HuggingFaceImageNetDataset
+from stream.dataset import FETCH_THREADS, HuggingFaceImageNetDataset, blocks_ahead
 from stream.decode_pool import PROCESS_BYTES
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
@@ -85,7 +85,7 @@ def memory_bytes(config: Config, data: Data) -> int:
     assert isinstance(train, HuggingFaceImageNetDataset)
     sizes = np.array([block.size for block in train.blocks])
     largest = int(sizes.max())
-    ahead = max(1, min(FETCH_THREADS, AHEAD_BYTES // largest)) * largest + FETCH_THREADS * largest
+    ahead = (blocks_ahead(largest) + FETCH_THREADS) * largest
     batch = data.train.batch_size * config.image_size**2 * 3
     in_use = 0 if train.cache else _most_in_use(train, data.train.order(0), sizes, config.batch_size // config.streams)
     held = min(in_use + ahead, int(2 * sizes.sum())) + (BATCHES_AHEAD + 2) * batch

@@ -151,7 +151,7 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
         source, cache = str(make_dummy_data()) if config.dummy_data else config.dataset_id, _cache(config)
         asked = revision or config.dataset_revision
         open_split = partial(
-            HuggingFaceImageNetDataset,
+            HuggingFaceImageNetDataset.open,
             source,
             revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache)),
             image_column=config.image_column,

@@ -32,7 +32,7 @@ def ours(source: str, cache_dir: Path | None = None) -> Epoch:
     from stream.order import epoch_order
 
     cache = Cache(cache_dir) if cache_dir else None
-    dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES, cache=cache)
+    dataset = HuggingFaceImageNetDataset.open(source, split=["train"], block_bytes=BLOCK_BYTES, cache=cache)
     loader = StreamingDataLoader(
         dataset,
         train_transform(resolve({"dataset": "imagenet1k", "image_size": SIZE})),
@@ -60,7 +60,7 @@ def decoding_alone(source: str) -> Epoch:
     from preprocess import train_transform
     from stream.dataset import HuggingFaceImageNetDataset
 
-    dataset = HuggingFaceImageNetDataset(source, split=["train"], block_bytes=BLOCK_BYTES)
+    dataset = HuggingFaceImageNetDataset.open(source, split=["train"], block_bytes=BLOCK_BYTES)
     blocks = map(dataset.read_block, range(len(dataset.blocks)))
     images = [image.as_py() for block in blocks for image in block.images]
     transform = train_transform(resolve({"dataset": "imagenet1k", "image_size": SIZE}))

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from errors import DataError
 from stream.cache import FileStore
-from stream.hub import HubFiles, open_files, pin, resolve
+from stream.hub import Files, HubFiles, open_files, pin, resolve
 from stream.images import UnreadableImage, decode
 from stream.loader import POLL_SECONDS, Cancelled
 from stream.order import pick_blocks
@@ -53,14 +53,35 @@ class BlockData:
 class HuggingFaceImageNetDataset:
     """One split of an image classification dataset in parquet files or WebDataset shards, read block by block.
 
-    `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision is
-    pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives, of which
-    the first that exists is taken. Raises DataError when the data is missing, unreachable, not authorised or not
-    labelled, UsageError when a column that was asked for does not exist.
+    `open` makes one. `revision` is a commit, None for a local folder; of the rows of each block the first `block_rows`
+    are used.
     """
 
     def __init__(
         self,
+        source: str,
+        revision: str | None,
+        files: Files,
+        shards: "ParquetShards | TarShards",
+        blocks: list[Block],
+        block_rows: np.ndarray,
+        cache: FileStore | None,
+        short_side: int | None,
+    ) -> None:
+        self.source = source
+        self.revision = revision
+        self.classes = shards.classes
+        self.blocks = blocks
+        self.block_rows = block_rows
+        self.cache = cache
+        self._files = files
+        self._shards = shards
+        self._short_side = short_side
+        self._ends = np.cumsum(block_rows)
+
+    @classmethod
+    def open(
+        cls,
         source: str,
         *,
         split: list[str],
@@ -73,38 +94,40 @@ class HuggingFaceImageNetDataset:
         streaming: bool = True,
         network: Network = Network(),  # noqa: B008 (frozen)
         cache: Cache | None = None,
-    ) -> None:
+    ) -> "HuggingFaceImageNetDataset":
+        """Find the files of a split and read their indexes.
+
+        `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision
+        is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives, of
+        which the first that exists is taken. Raises DataError when the data is missing, unreachable, not authorised or
+        not labelled, UsageError when a column that was asked for does not exist.
+        """
         store = _store_of(source, cache)
         listing = resolve(source, revision, store)
-        self.source = source
-        self.revision = listing.commit
-        self.split = _first_split(source, split, listing.splits)
-        self._files = open_files(source, listing.commit, listing.splits[self.split], streaming, network)
+        name = _first_split(source, split, listing.splits)
+        files = open_files(source, listing.commit, listing.splits[name], streaming, network)
 
         def keep_by_commit(name: str, make: Callable[[], bytes]) -> bytes | memoryview:
             return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
 
-        columns = (image_column, label_column)
-        self._shards: ParquetShards | TarShards
-        if self._files.names[0].endswith(".tar"):
-            self._shards = TarShards(source, self._files, keep_by_commit, num_classes, listing.lengths)
+        shards: ParquetShards | TarShards
+        if files.names[0].endswith(".tar"):
+            shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
-            self._shards = ParquetShards(source, self._files, keep_by_commit, columns, listing.features)
-        self.classes = self._shards.classes
-        blocks = self._shards.blocks(block_bytes)
-        picks, self.block_rows = pick_blocks(np.array([block.rows for block in blocks], np.int64), max_samples)
-        self.blocks = [blocks[pick] for pick in picks]
-        self._ends = np.cumsum(self.block_rows)
-        if not len(self):
-            raise DataError(f"{source} has no images in split {self.split}; give another split")
-        for block in self.blocks:
-            for _, low, high in self._shards.label_ranges(block) or ():
-                self._check_labels(block, low, high)
-        self.cache = store if cache and isinstance(self._files, HubFiles) else None
-        self._short_side = cache.short_side if cache else None
+            shards = ParquetShards(source, files, keep_by_commit, (image_column, label_column), listing.features)
+        every = shards.blocks(block_bytes)
+        picks, block_rows = pick_blocks(np.array([block.rows for block in every], np.int64), max_samples)
+        if not block_rows.sum():
+            raise DataError(f"{source} has no images in split {name}; give another split")
+        kept_in, side = (store, cache.short_side) if cache and isinstance(files, HubFiles) else (None, None)
+        dataset = cls(source, listing.commit, files, shards, [every[pick] for pick in picks], block_rows, kept_in, side)
+        for block in dataset.blocks:
+            for _, low, high in shards.label_ranges(block) or ():
+                dataset._check_labels(block, low, high)
+        return dataset
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The block of each sample, and its row there."""
@@ -224,6 +247,11 @@ def reduce(encoded: bytes, short_side: int) -> bytes:
     return bytes(cv2.imencode(".jpg", smaller, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
 
 
+def blocks_ahead(largest: int) -> int:
+    """How many blocks are fetched ahead of their use, the largest having so many bytes."""
+    return max(1, min(FETCH_THREADS, AHEAD_BYTES // largest))
+
+
 class BlockReader:
     """Reads each block of an epoch once, some blocks ahead of use, and forgets it when its last sample was used.
 
@@ -236,8 +264,7 @@ class BlockReader:
         self._left = dict(zip(blocks.tolist(), counts.tolist(), strict=True))
         self._queue = blocks[np.argsort(first_use)].tolist()
         self._place = {block: place for place, block in enumerate(self._queue)}
-        largest = max(dataset.blocks[block].size for block in self._queue)
-        self._ahead = max(1, min(FETCH_THREADS, AHEAD_BYTES // largest))
+        self._ahead = blocks_ahead(max(dataset.blocks[block].size for block in self._queue))
         self._asked = 0
         self._blocks: dict[int, Future[BlockData | None]] = {}
         self._open: OrderedDict[int, BlockData] = OrderedDict()

@@ -61,7 +61,9 @@ def short_waits() -> Iterator[pytest.MonkeyPatch]:
 
 def epoch_ids(name: str, network: Network) -> list[int]:
     """The ids of an epoch of 64 images, read and decoded."""
-    dataset = HuggingFaceImageNetDataset(name, split=["train"], max_samples=64, block_bytes=30_000, network=network)
+    dataset = HuggingFaceImageNetDataset.open(
+        name, split=["train"], max_samples=64, block_bytes=30_000, network=network
+    )
     loader = StreamingDataLoader(
         dataset,
         train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 24})),

@@ -112,7 +112,7 @@ def test_reduced_images_are_smaller_decode_and_have_a_place_of_their_own(
 ) -> None:
     with Hub(hub_root, port=hub_port):
         whole, reduced = (
-            HuggingFaceImageNetDataset(REPO_ID, split=["train"], cache=Cache(tmp_path / "cache", short_side=side))
+            HuggingFaceImageNetDataset.open(REPO_ID, split=["train"], cache=Cache(tmp_path / "cache", short_side=side))
             for side in (None, 40)
         )
         blocks = [dataset.read_block(0) for dataset in (whole, reduced)]

@@ -144,7 +144,7 @@ def test_every_image_can_be_decoded_and_every_label_is_a_class(home: Path) -> No
 def test_the_streaming_dataset_finds_both_splits_and_their_classes(home: Path) -> None:
     folder = str(dummy.make_dummy_data())
     for split, count in FEW.items():
-        dataset = HuggingFaceImageNetDataset(folder, split=[split])
+        dataset = HuggingFaceImageNetDataset.open(folder, split=[split])
         assert (len(dataset), len(dataset.classes), dataset.revision) == (count, dummy.CLASSES, None)
 
 
@@ -215,5 +215,5 @@ def test_whoever_may_read_its_place_may_read_it(home: Path) -> None:
 def test_the_whole_set_has_room_for_a_usual_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     folder = str(dummy.make_dummy_data())
-    train_set, val_set = (HuggingFaceImageNetDataset(folder, split=[split]) for split in dummy.IMAGES)
+    train_set, val_set = (HuggingFaceImageNetDataset.open(folder, split=[split]) for split in dummy.IMAGES)
     assert (len(train_set), len(val_set)) == (1024, 256)

@@ -84,14 +84,14 @@ def test_no_schedule_of_faults_changes_the_order_or_hangs(hub_root: Path, hub_po
 
 def test_bytes_are_fetched_where_the_hub_redirects_to_and_its_allowance_is_noted(hub_root: Path, hub_port: int) -> None:
     with Hub(hub_root, port=hub_port, redirect=True) as hub:
-        dataset = HuggingFaceImageNetDataset(REPO_ID, split=["validation"])
+        dataset = HuggingFaceImageNetDataset.open(REPO_ID, split=["validation"])
         since = len(hub.requests)
         found = dataset.read_block(0)
     files = dataset._files
     assert isinstance(files, remote.HubFiles)
     assert [request.status for request in hub.requests[since:]] == [302, 206]
     assert files._interval == 90 / 900
-    on_disk = HuggingFaceImageNetDataset(str(hub_root / "datasets" / REPO_ID), split=["validation"]).read_block(0)
+    on_disk = HuggingFaceImageNetDataset.open(str(hub_root / "datasets" / REPO_ID), split=["validation"]).read_block(0)
     assert found.images.equals(on_disk.images)
 
 

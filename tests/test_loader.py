@@ -59,7 +59,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_split(folder: Path, split: str, block_bytes: int = 30_000) -> HuggingFaceImageNetDataset:
-    return HuggingFaceImageNetDataset(str(folder), split=[split], block_bytes=block_bytes)
+    return HuggingFaceImageNetDataset.open(str(folder), split=[split], block_bytes=block_bytes)
 
 
 def make(dataset: Any, train: bool = True, **changes: Any) -> StreamingDataLoader:

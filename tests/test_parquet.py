@@ -388,7 +388,7 @@ def make_set(folder: Path, images: list[bytes | None], labels: list[int | None],
 
 
 def open_set(folder: Path) -> HuggingFaceImageNetDataset:
-    return HuggingFaceImageNetDataset(str(folder), split=["train"], block_bytes=1)
+    return HuggingFaceImageNetDataset.open(str(folder), split=["train"], block_bytes=1)
 
 
 def test_an_image_that_is_null_or_without_bytes_is_empty_and_its_neighbours_are_whole(tmp_path: Path) -> None:
@@ -438,4 +438,4 @@ def test_labels_are_int64_whatever_the_file_stores(tmp_path: Path) -> None:
 def test_a_split_without_one_image_is_refused(tmp_path: Path, limit: int | None) -> None:
     folder = make_set(tmp_path / "set", [], [])
     with pytest.raises(DataError, match="no images in split train"):
-        HuggingFaceImageNetDataset(str(folder), split=["train"], max_samples=limit)
+        HuggingFaceImageNetDataset.open(str(folder), split=["train"], max_samples=limit)

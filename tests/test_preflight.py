@@ -12,7 +12,6 @@ from hub import Hub
 from program import pretend_rank
 from shards import REPO_ID, make_imagenet_like
 
-import preflight
 from config import Config, resolve
 from preflight import describe_data, memory_bytes, mixing
 from preprocess import Data, get_data_loaders
@@ -62,13 +61,13 @@ def settings(source: Path | str, **changes: Any) -> Config:
 
 def load(config: Config, monkeypatch: pytest.MonkeyPatch, block_bytes: int = 1) -> Data:
     """The loaders of a config whose blocks are so small."""
-    original = HuggingFaceImageNetDataset.__init__
+    original = HuggingFaceImageNetDataset.open
 
-    def with_small_blocks(self: HuggingFaceImageNetDataset, source: str, **options: Any) -> None:
-        original(self, source, **options | {"block_bytes": block_bytes})
+    def with_small_blocks(source: str, **options: Any) -> HuggingFaceImageNetDataset:
+        return original(source, **options | {"block_bytes": block_bytes})
 
     with monkeypatch.context() as patch:
-        patch.setattr(HuggingFaceImageNetDataset, "__init__", with_small_blocks)
+        patch.setattr(HuggingFaceImageNetDataset, "open", with_small_blocks)
         return get_data_loaders(config, CPU)
 
 
@@ -152,7 +151,7 @@ def test_the_mixing_that_the_footers_tell_is_that_of_the_labels(
 ) -> None:
     """Groups of part of a class, of nearly one, and of several."""
     folder = make_set(tmp_path, sort_by_class=True, rows_per_group=rows_per_group)
-    dataset = HuggingFaceImageNetDataset(str(folder), split=["train"], block_bytes=1)
+    dataset = HuggingFaceImageNetDataset.open(str(folder), split=["train"], block_bytes=1)
     labels = dataset.estimated_labels()
     assert labels is not None
     order = epoch_order(dataset.block_rows, 0, 0, 8, window)
@@ -162,7 +161,7 @@ def test_the_mixing_that_the_footers_tell_is_that_of_the_labels(
 def test_the_estimate_gives_each_image_a_label_of_its_row_group(sorted_set: Path) -> None:
     labels = real_labels(sorted_set)
     for limit in (None, 333):
-        dataset = HuggingFaceImageNetDataset(str(sorted_set), split=["train"], block_bytes=1, max_samples=limit)
+        dataset = HuggingFaceImageNetDataset.open(str(sorted_set), split=["train"], block_bytes=1, max_samples=limit)
         estimated = dataset.estimated_labels()
         assert estimated is not None
         assert len(estimated) == len(dataset) == (limit or TRAIN)
@@ -292,7 +291,7 @@ def test_the_memory_in_use_is_that_of_the_blocks_held_at_the_fullest_step(
     steps = len(data.train) + bool(TRAIN % batch)
     held = most_held(data, batch // streams, sizes, steps)
     assert max(sizes) <= held <= sum(sizes)
-    monkeypatch.setattr(preflight, "AHEAD_BYTES", 0)
+    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
     ahead = (1 + FETCH_THREADS) * max(sizes)
     batches = (BATCHES_AHEAD + 2) * batch * 8 * 8 * 3
     assert memory_bytes(config, data) == min(held + ahead, 2 * sum(sizes)) + batches
@@ -303,7 +302,7 @@ def test_a_rank_holds_only_the_blocks_of_its_streams(
     shuffled_set: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     config = settings(shuffled_set, shuffle_window=400, batch_size=40)
-    monkeypatch.setattr(preflight, "AHEAD_BYTES", 0)
+    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
     for rank in range(world):
         pretend_rank(monkeypatch, rank, world)
         data = load(config, monkeypatch)
@@ -357,7 +356,7 @@ def test_the_cache_line_counts_the_blocks_that_are_kept(
 def test_a_cache_holds_no_window_in_memory(
     sorted_root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "AHEAD_BYTES", 0)
+    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
     config = settings(REPO_ID, cache_dir=str(tmp_path / "cache"))
     with Hub(sorted_root, port=hub_port):
         data = load(config, monkeypatch)

@@ -204,7 +204,7 @@ def test_a_strangers_file_is_refused_by_a_flag(tmp_path: Path, flag: str, kind: 
 
 def seal(state: Any, header: dict[str, Any] | None = None, data: bytes = b"") -> bytes:
     """A snapshot file with a correct digest."""
-    metadata = {"format": snapshot.FORMAT, "sha256": "0" * 64, "state": json.dumps(state)}
+    metadata = {"sha256": "0" * 64, "format": snapshot.FORMAT, "state": json.dumps(state)}
     text = json.dumps({"__metadata__": metadata, **(header or {})}, separators=(",", ":")).encode()
     file = struct.pack("<Q", len(text)) + text + data
     return file.replace(b"0" * 64, hashlib.sha256(file).hexdigest().encode(), 1)
@@ -520,7 +520,7 @@ def test_a_tar_member_of_impossible_size_ends_the_reading(tmp_path: Path, size: 
     (folder / "train-0.tar").write_bytes(good[:second] + header + good[second:])
     split = {"filenames": ["train-0.tar"], "shard_lengths": [8]}
     (folder / "_info.json").write_text(json.dumps({"splits": {"all": split}}))
-    dataset = HuggingFaceImageNetDataset(str(folder), split=["train"], num_classes=2)
+    dataset = HuggingFaceImageNetDataset.open(str(folder), split=["train"], num_classes=2)
     with alarm(10), pytest.raises(DataError, match=r"train-0\.tar"):
         dataset.read_block(0)
 
@@ -612,7 +612,7 @@ def cache(small_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
     with Hub(small_hub, port=port):
         for split in ("train", "validation"):
-            HuggingFaceImageNetDataset(REPO_ID, split=[split], cache=Cache(folder)).read_block(0)
+            HuggingFaceImageNetDataset.open(REPO_ID, split=[split], cache=Cache(folder)).read_block(0)
     return folder
 
 
@@ -673,7 +673,7 @@ def read(home: Path, small_hub: Path, port: int) -> list[int]:
     """The labels of the training set through the cache, read as `survive` runs."""
     (home / "precious").write_bytes(PRECIOUS)
     with Hub(small_hub, port=port), watched_pipes(home) as waited_at, bounded_memory():
-        dataset = HuggingFaceImageNetDataset(REPO_ID, split=["train"], cache=Cache(home / "a" / "cache"))
+        dataset = HuggingFaceImageNetDataset.open(REPO_ID, split=["train"], cache=Cache(home / "a" / "cache"))
         block = dataset.read_block(0)
     assert waited_at == []
     assert len(block.images) == len(block.labels) == len(dataset) == 8

@@ -45,7 +45,7 @@ def make_set(folder: Path, kind: str = "cls", with_lengths: bool = False) -> Pat
 
 
 def open_split(folder: Path, **options: int) -> HuggingFaceImageNetDataset:
-    return HuggingFaceImageNetDataset(str(folder), split=["train"], num_classes=options.get("num_classes"))
+    return HuggingFaceImageNetDataset.open(str(folder), split=["train"], num_classes=options.get("num_classes"))
 
 
 @pytest.mark.parametrize("kind", ["cls", "json"])

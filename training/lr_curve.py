@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import FEWEST_LR_STEPS
+from config import CONSTANT_SHARE, FEWEST_LR_STEPS
+from errors import DivergedError
 
+SWEEP_STEPS = 50
+HALVES_AGREE = {"high": 2.0, "medium": 3.0}  # the largest ratio of learning rates for each confidence
+METHODS_AGREE = {"high": 6.0, "medium": 10.0}
 FIRST_POINTS = 8
 LEAST_FALL = 0.02
 SKIP_START = 10
@@ -107,3 +111,80 @@ METHODS: dict[str, Callable[[Curve], float]] = {
     "slide": slide,
 }
 WITNESSES = ("steepest", "minimum")  # valley and slide look for the fall, and say far less
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """A range test: learning rates, losses (means over the sweeps, of equal length) and each method's suggestion.
+
+    `halves` are what the same method says of every other sweep and of the rest; there are none after a single sweep.
+    Suggestions are OneCycle's `max_lr`, None where the curve shows none.
+    """
+
+    lr: list[float]
+    loss: list[float]
+    smoothed_loss: list[float]
+    suggestions: dict[str, float | None]
+    method: str
+    stopped: str
+    sweeps: int
+    halves: list[float | None]
+
+    @property
+    def suggested_lr(self) -> float:
+        """The chosen method's `max_lr`. Raises DivergedError when the curve shows none."""
+        lr = self.suggestions[self.method]
+        if lr is None:
+            raise DivergedError(
+                f"the finder suggests no learning rate: {self.stopped}; give --lr, or mend the model or data"
+            )
+        return lr
+
+    @property
+    def constant_lr(self) -> float:
+        """What the schedules that start at their highest rate should start from; OneCycle only touches its peak."""
+        return self.suggested_lr * CONSTANT_SHARE
+
+    @property
+    def confidence(self) -> tuple[str, str]:
+        """high, medium or low, and in words why and what to do about it.
+
+        The halves must agree, and the methods that look for the end of the fall as this one does (see WITNESSES).
+        """
+        lr = self.suggested_lr
+        if not self.halves:
+            return "low", f"one sweep cannot be checked against another; use --lr_iter {2 * SWEEP_STEPS} or more"
+        if None in self.halves:
+            return "low", "one half of the sweeps shows no learning rate; use a larger --lr_iter"
+        halves = _ratio([half for half in self.halves if half is not None])
+        witnesses = [value for name, value in self.suggestions.items() if name in WITNESSES and value is not None]
+        methods = _ratio([lr, *witnesses])
+        told = f"the halves of the sweeps agree within x{halves:.1f}, {', '.join(WITNESSES)} within x{methods:.1f}"
+        for level in ("high", "medium"):
+            if halves <= HALVES_AGREE[level] and methods <= METHODS_AGREE[level]:
+                return level, told if level == "high" else f"{told}; look at the curve, or use a larger --lr_iter"
+        if halves > HALVES_AGREE["medium"]:
+            return "low", f"{told}; use a larger --lr_iter"
+        return "low", f"{told}; look at the curve, and try a few rates around the suggestion"
+
+
+def _ratio(values: list[float]) -> float:
+    return max(values) / min(values)
+
+
+def read_sweeps(sweeps: list[dict[str, list[float]]], endings: list[str], smooth_f: float, method: str) -> RangeTest:
+    """What the histories of some sweeps say together, and every other one of them and the rest apart."""
+    curve = average(sweeps)
+    stopped = min(zip(sweeps, endings, strict=True), key=lambda sweep: len(sweep[0]["lr"]))[1]
+    problem = why_unreadable(curve, smooth_f, stopped)
+    parts = [average(sweeps[first::2]) for first in range(2)] if len(sweeps) > 1 else []
+    return RangeTest(
+        lr=curve.lr.tolist(),
+        loss=curve.loss.tolist(),
+        smoothed_loss=curve.smoothed.tolist(),
+        suggestions={name: None if problem else suggest(curve) for name, suggest in METHODS.items()},
+        method=method,
+        stopped=problem or stopped,
+        sweeps=len(sweeps),
+        halves=[None if why_unreadable(part, smooth_f, "") else METHODS[method](part) for part in parts],
+    )

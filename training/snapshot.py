@@ -1,7 +1,7 @@
 """Snapshots: write in the background, verify, find and prune. One safetensors file each, and no pickle.
 
-The header's metadata holds `state`, the run's settings and counters as JSON, and `sha256`, the digest of the whole file
-with the 64 characters of the digest itself set to zeros: one flipped bit anywhere, header or tensors, is found.
+The header's metadata starts with `sha256`, the digest of the whole file with these 64 characters set to zeros: one
+flipped bit anywhere, header or tensors, is found. Its `state` holds the run's settings and counters as JSON.
 """
 
 import hashlib
@@ -22,11 +22,12 @@ import torch
 from errors import SnapshotError
 from stream.files import sync, write_durably
 
-FORMAT = "imagenet1k-snapshot-2"
+FORMAT = "imagenet1k-snapshot-3"
 BEST = "best.safetensors"
 SPARE_BYTES = 2**20
 _NO_DIGEST = "0" * 64
-_MARK = b'"sha256":"'
+_FIRST = b'{"__metadata__":{"sha256":"'
+_DIGEST = slice(8 + len(_FIRST), 8 + len(_FIRST) + len(_NO_DIGEST))  # where it stands in the file
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -54,7 +55,7 @@ def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> tuple[byt
     Not by safetensors' own writer, which makes a copy and keeps the interpreter to itself meanwhile: training would
     stand still.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "sha256": _NO_DIGEST, "state": json.dumps(state)}}
+    header: dict[str, Any] = {"__metadata__": {"sha256": _NO_DIGEST, "format": FORMAT, "state": json.dumps(state)}}
     data, end = [], 0
     for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):  # so that each lies aligned
         tensor = tensors[name]
@@ -67,8 +68,7 @@ def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> tuple[byt
     digest = hashlib.sha256(text)
     for part in data:
         digest.update(part)
-    at = text.index(_MARK + _NO_DIGEST.encode()) + len(_MARK)
-    return text[:at], digest.hexdigest().encode(), text[at + len(_NO_DIGEST) :], *data
+    return text[: _DIGEST.start], digest.hexdigest().encode(), text[_DIGEST.stop :], *data
 
 
 def copy_to_host(tensors: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -96,16 +96,17 @@ def read(path: Path) -> Snapshot:
         (length,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + length])
         metadata = header["__metadata__"]
-        digest, state = metadata["sha256"], json.loads(metadata["state"])
-        at = data.index(_MARK + digest.encode(), 0, 8 + length) + len(_MARK)
-        if metadata["format"] != FORMAT or not isinstance(state, dict):
-            raise ValueError(metadata["format"])
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        saved_as, state = metadata["format"], json.loads(metadata["state"])
+        if not str(saved_as).startswith("imagenet1k-snapshot-") or not isinstance(state, dict):
+            raise ValueError(saved_as)
+    except (struct.error, ValueError, LookupError, TypeError, RecursionError):
         raise SnapshotError(f"{path} is not a snapshot of this program, or it is damaged; give another") from None
-    zeroed = hashlib.sha256(data[:at])
+    if saved_as != FORMAT:
+        raise SnapshotError(f"{path} was saved by another version of this program; go on with that one, or start anew")
+    zeroed = hashlib.sha256(data[: _DIGEST.start])
     zeroed.update(_NO_DIGEST.encode())
-    zeroed.update(memoryview(data)[at + len(_NO_DIGEST) :])
-    if zeroed.hexdigest() != digest:
+    zeroed.update(memoryview(data)[_DIGEST.stop :])
+    if zeroed.hexdigest().encode() != data[_DIGEST]:
         raise SnapshotError(f"{path} is damaged: its SHA-256 does not match; give an older one")
     try:
         return Snapshot(path, safetensors.torch.load(data), state)
