@@ -273,8 +273,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):
         title = item.metadata["group"]
-        if title not in groups:
-            groups[title] = result.add_argument_group(title)
+        group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
         options = dict(item.metadata["argparse"])
         if hints[item.name] is bool:
             options["action"] = "store_true"
@@ -284,7 +283,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
             if "choices" not in options:
                 options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         text = f"{item.metadata['help']} (default: {_default_text(item)})"
-        groups[title].add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
+        group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
     return result
 
 
@@ -309,7 +308,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
 def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     """The saved settings with those given that cannot change the result, and those named by `--override`.
 
-    Raises UsageError with a table of old and new when a given flag would change the result unasked.
+    Raises UsageError with a table when a given flag would change the result unasked.
     """
     if not isinstance(saved, dict):
         raise SnapshotError("the snapshot holds no settings of this program; give another")
