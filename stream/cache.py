@@ -1,56 +1,59 @@
-"""Files that several processes share on one disk: each is whole and checked, or not there."""
+"""Bytes that threads and processes share on one disk. An entry is whole and checked, or it is not there."""
 
 import contextlib
-import fcntl
 import logging
 import mmap
-import os
+import re
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import xxhash
+from filelock import FileLock
 
-from stream.files import open_plain
+from stream.files import open_plain, read_small, write_durably
 
 log = logging.getLogger(__name__)
 
 HEADER = 64  # bytes: the XXH3-128 digest of what follows, and zeros, so that what follows is aligned
+OWN = ".store"  # the subfolder of the locks and of the total
+LOCKS = 1024  # files that all names share; so many that a thread seldom waits for another name
 
 
 class FileStore:
-    """Bytes by name in a folder. What is kept was written to a temporary file, synced and renamed.
+    """Bytes by name in a folder.
 
-    With a `limit`, in bytes, what is marked as used makes room for what is new; when nothing is, the new is not kept.
+    Whoever makes an entry holds the lock of its name, so that it is made once. It is written beside its place, synced
+    and renamed, so that readers need no lock. A disk that refuses it costs a warning and no data.
+    A `limit` is in bytes. What is marked as used makes room for what is new; when nothing is, the new is not kept. All
+    stores with a limit share a total, in a file. Each measures the folder once, for what others added.
+    A thread holds the lock of one name at most and takes that of the room last, so no circle of waiting can close.
     """
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder = folder
         self.limit = limit
         self._checked: set[str] = set()
-        self._used: dict[str, None] = {}
+        self._used: OrderedDict[str, None] = OrderedDict()
+        self._measured = False
         self._complained = False
 
     def get(self, name: str, make: Callable[[], bytes]) -> bytes | memoryview:
-        """What is kept under `name`; if nothing sound is, `make` it, in one process at a time, and keep it."""
-        kept = self.find(name)
-        if kept is not None:
+        """What is kept under `name`. If nothing sound is, `make` it and keep it; `make` must not ask the store."""
+        if (kept := self.find(name)) is not None:
             return kept
-        with self._claim(name) as file:
-            kept = self.find(name)
-            if kept is not None:
+        with self._claim(name) as keep:
+            if (kept := self.find(name)) is not None:
                 return kept
             data = make()
-            if file is not None:
-                self._keep(name, file, data)
+            keep(data)
         return self.find(name) or data
 
     def put(self, name: str, data: bytes) -> None:
         """Keep `data` under `name`, in place of what is there."""
-        with self._claim(name) as file:
-            if file is not None:
-                self._keep(name, file, data)
+        with self._claim(name) as keep:
+            keep(data)
 
     def find(self, name: str) -> memoryview | None:
         """What is kept under `name`, mapped from the disk, or None. What is damaged is thrown away."""
@@ -65,6 +68,7 @@ class FileStore:
                 log.warning("%s is damaged and will be made again", path)
                 with contextlib.suppress(OSError):
                     path.unlink()
+                self._measured = False
                 return None
             self._checked.add(name)
         return data[HEADER:]
@@ -75,67 +79,74 @@ class FileStore:
 
     def forget_used(self) -> None:
         """A new epoch needs everything again."""
-        self._used.clear()
+        self._used = OrderedDict()
 
     def names(self) -> set[str]:
         """What is kept, unchecked, by names relative to the folder."""
-        files = (path for path in self.folder.rglob("*") if path.is_file() and path.suffix not in (".tmp", ".lock"))
-        return {path.relative_to(self.folder).as_posix() for path in files}
+        return {name for name, _ in self._walk() if not name.endswith(".tmp")}
 
     @contextlib.contextmanager
-    def _claim(self, name: str) -> Iterator[IO[bytes] | None]:
-        """A temporary file for `name` that no other process has at the same time; None where the disk refuses one."""
-        temporary = self.folder / f"{name}.tmp"
+    def _claim(self, name: str) -> Iterator[Callable[[bytes], None]]:
+        """Hold the lock of a name, and give what keeps data under it: nothing where the disk refuses the lock."""
         try:
-            file = _lock(temporary)
+            lock = self._lock(f"{xxhash.xxh32_intdigest(name.encode()) % LOCKS}.lock")
         except OSError as error:
             self._complain(error)
-            yield None
-            return
-        with file:
-            try:
-                yield file
-            finally:  # still locked, and only if it is ours: once renamed, another process may have made the next
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                        temporary.unlink()
+            yield lambda data: None
+        else:
+            with lock:
+                yield lambda data: self._keep(name, data)
 
-    def _keep(self, name: str, file: IO[bytes], data: bytes) -> None:
-        if self.limit is None:
-            self._write(name, file, data)
-            return
+    def _lock(self, name: str) -> contextlib.AbstractContextManager[object]:
+        """A lock that is held already. FileLock does not open a link, but it would go through a folder that is one."""
+        if (self.folder / OWN).is_symlink():
+            raise OSError(None, "its locks lie behind a link")
+        return FileLock(self.folder / OWN / name, poll_interval=0.01, fallback_to_soft=False).acquire()
+
+    def _keep(self, name: str, data: bytes) -> None:
         try:
-            with _lock(self.folder / "room.lock"):
-                if self._make_room(HEADER + len(data), self.limit):
-                    self._write(name, file, data)
+            if self.limit is None:
+                self._write(name, data)
+            else:
+                with self._lock("room.lock"):
+                    self._write_within(self.limit, name, data)
         except OSError as error:
             self._complain(error)
 
-    def _write(self, name: str, file: IO[bytes], data: bytes) -> None:
-        try:
-            file.truncate(0)
-            for part in (xxhash.xxh3_128_digest(data).ljust(HEADER, b"\0"), data):
-                left = memoryview(part)
-                while left:
-                    left = left[file.write(left) :]
-            os.fsync(file.fileno())
-            os.replace(file.name, self.folder / name)
-            self._checked.add(name)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.truncate(0)
-            self._complain(error)
+    def _write(self, name: str, data: bytes) -> None:
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_durably(self.folder / name, xxhash.xxh3_128_digest(data).ljust(HEADER, b"\0"), data)
+        self._checked.add(name)
 
-    def _make_room(self, size: int, limit: int) -> bool:
-        total = sum(_size(path) for path in self.folder.rglob("*"))
-        while total + size > limit and self._used:
-            name = next(iter(self._used))
-            del self._used[name]
-            self._checked.discard(name)
-            with contextlib.suppress(FileNotFoundError):
-                total -= (self.folder / name).stat().st_size
-                (self.folder / name).unlink()
-        return total + size <= limit
+    def _write_within(self, limit: int, name: str, data: bytes) -> None:
+        size, total, used = HEADER + len(data), self._take_total(), self._used
+        while total + size > limit and used:
+            oldest, _ = used.popitem(last=False)
+            self._checked.discard(oldest)
+            total -= _size(self.folder / oldest)
+            (self.folder / oldest).unlink(missing_ok=True)
+        if total + size <= limit:
+            total += size - sum(_size(self.folder / old) for old in (name, f"{name}.tmp"))
+            self._write(name, data)
+        (self.folder / OWN / "total").write_text(f"{total} {total}")
+
+    def _take_total(self) -> int:
+        """Bytes in the folder. The file is gone until the next total: if a write fails, the folder is measured anew."""
+        path, noted = self.folder / OWN / "total", None
+        with contextlib.suppress(OSError):
+            noted = re.fullmatch(rb"(\d{1,18}) \1", read_small(path))
+        path.unlink(missing_ok=True)
+        if noted and self._measured:
+            return int(noted[1])
+        self._measured = True
+        return sum(size for _, size in self._walk())
+
+    def _walk(self) -> Iterator[tuple[str, int]]:
+        """The name and the size of each file that is not empty, the store's own left out."""
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            if not name.startswith(f"{OWN}/") and (size := _size(path)):
+                yield name, size
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:
@@ -144,20 +155,8 @@ class FileStore:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, 0 for a folder and for what another process has just renamed or removed."""
+    """Bytes of a file, 0 for what is none and for what another process has just renamed or removed."""
     with contextlib.suppress(FileNotFoundError):
-        status = path.stat()
+        status = path.lstat()
         return status.st_size if stat.S_ISREG(status.st_mode) else 0
     return 0
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """The file at `path`, made if need be and locked. One that was renamed or removed meanwhile is no longer it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "ab", buffering=0, opener=open_plain)  # noqa: SIM115 (the caller closes it)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()

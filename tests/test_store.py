@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from stream.cache import HEADER, FileStore
+from stream import cache
+from stream.cache import HEADER, OWN, FileStore
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = np.random.default_rng(0).bytes(1000)
@@ -31,14 +32,18 @@ def never() -> bytes:
     raise AssertionError("made although it is kept")
 
 
+def files(folder: Path) -> list[Path]:
+    """What lies in the folder, temporary files too but neither the locks nor the total."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.parent != folder / OWN]
+
+
 def kept(folder: Path) -> dict[str, bytes]:
-    """What lies in the folder, temporary files too but no locks, without the headers."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return {path.relative_to(folder).as_posix(): path.read_bytes()[HEADER:] for path in files}
+    """The files of the folder without their headers."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()[HEADER:] for path in files(folder)}
 
 
 def size_on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files(folder))
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -47,7 +52,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def start_python(source: str, *arguments: object) -> "subprocess.Popen[str]":
     """A process of its own, to which the store is known."""
-    command = [sys.executable, "-c", f"import os, sys, time\nfrom stream.cache import FileStore\n{source}"]
+    imports = "import os, sys, time\nfrom pathlib import Path\nfrom stream.cache import FileStore\n"
+    command = [sys.executable, "-c", imports + source]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*command, *map(str, arguments)], env=env, stdout=subprocess.PIPE, text=True)
 
@@ -75,7 +81,7 @@ def test_what_is_kept_comes_back_unmade(tmp_path: Path, name: str, data: bytes) 
 
 def test_what_is_kept_comes_back_in_another_process(tmp_path: Path) -> None:
     FileStore(tmp_path).put("a", DATA)
-    source = "sys.stdout.write(bytes(FileStore(__import__('pathlib').Path(sys.argv[1])).find('a')).hex())"
+    source = "sys.stdout.write(bytes(FileStore(Path(sys.argv[1])).find('a')).hex())"
     assert output(start_python(source, tmp_path)) == DATA.hex()
 
 
@@ -103,6 +109,14 @@ def test_names_are_those_of_whole_files(tmp_path: Path) -> None:
         store.put(name, DATA)
     (tmp_path / "store" / "b" / "d.arrow.tmp").write_bytes(b"half")
     assert store.names() == {"a", "b/c.arrow"}
+
+
+def test_what_is_kept_is_found_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path)
+    store.put("a", DATA)
+    monkeypatch.setattr(cache, "FileLock", lambda *arguments, **options: never())
+    for again in (store, FileStore(tmp_path)):
+        assert bytes(again.find("a") or b"") == bytes(again.get("a", never)) == DATA
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -159,6 +173,20 @@ def test_what_is_damaged_is_not_found_and_thrown_away(tmp_path: Path) -> None:
     store = damaged(tmp_path, b"\1" * 200)
     assert store.find("a") is None
     assert kept(tmp_path) == {}
+
+
+@pytest.mark.parametrize("damage", [b"", b"rubbish", b"-100 -100", b"1", b"492 49", b"492 483", b"9" * 9999, None])
+def test_a_total_that_is_damaged_or_gone_is_measured_anew(tmp_path: Path, damage: bytes | None) -> None:
+    store = fill(tmp_path, "abc", entries=5)
+    total = tmp_path / OWN / "total"
+    if damage is None:
+        total.unlink()
+    else:
+        total.write_bytes(damage)
+    for name in "defg":
+        store.put(name, entry(name))
+    assert store.names() == {*"abcde"}
+    assert total.read_text().split()[0] == str(5 * ENTRY)
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -247,9 +275,19 @@ def test_a_disk_that_is_full_in_mid_write_costs_one_warning_and_no_data(
     assert kept(tmp_path) == {"a": DATA}
 
 
+def test_what_is_interrupted_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            store.put("a", DATA)
+    assert kept(tmp_path) == {}
+    assert bytes(store.get("a", lambda: DATA)) == DATA
+
+
 def test_what_a_killed_writer_left_is_not_in_the_way_and_is_gone_after(tmp_path: Path) -> None:
     source = "os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
-    source += "FileStore(__import__('pathlib').Path(sys.argv[1])).put('a', b'rubbish' * 1000)"
+    source += "FileStore(Path(sys.argv[1])).put('a', b'rubbish' * 1000)"
     process = start_python(source, tmp_path)
     process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
@@ -258,6 +296,43 @@ def test_what_a_killed_writer_left_is_not_in_the_way_and_is_gone_after(tmp_path:
     assert store.find("a") is None
     assert bytes(store.get("a", lambda: DATA)) == DATA
     assert kept(tmp_path) == {"a": DATA}
+
+
+def test_what_was_damaged_takes_nothing_of_the_limit(tmp_path: Path) -> None:
+    fill(tmp_path, "abc", entries=3)
+    store = fill(tmp_path, "d", entries=3)
+    (tmp_path / "a").write_bytes(b"rubbish")
+    assert bytes(store.get("a", lambda: entry("a"))) == entry("a")
+    assert store.names() == {*"abc"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_takes_nothing_of_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store = fill(tmp_path, "a", entries=3)
+    with monkeypatch.context() as patch:
+        refuse(patch, call)
+        for name in "bcdef":
+            store.put(name, entry(name))
+    for name in "ghi":
+        store.put(name, entry(name))
+    assert store.names() == {*"agh"}
+
+
+def test_what_a_killed_writer_left_counts_for_others_that_run(tmp_path: Path) -> None:
+    store = fill(tmp_path, "a", entries=3)
+    source = "os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
+    source += "FileStore(Path(sys.argv[1]), int(sys.argv[2])).put('b', bytes(100))"
+    assert start_python(source, tmp_path, 3 * ENTRY).wait(PATIENCE) == -signal.SIGKILL
+    assert set(kept(tmp_path)) == {"a", "b.tmp"}
+    for name in "cde":
+        store.put(name, entry(name))
+    assert set(kept(tmp_path)) == {"a", "b.tmp", "c"}
+    store.mark_used("c")
+    store.put("b", entry("b"))
+    store.put("d", entry("d"))
+    assert set(kept(tmp_path)) == {*"abd"}
 
 
 # ---- several at once -------------------------------------------------------------------------------------------------
@@ -284,7 +359,6 @@ def test_threads_that_ask_at_once_have_it_made_once(tmp_path: Path) -> None:
 
 def test_processes_that_ask_at_once_have_it_made_once(tmp_path: Path) -> None:
     source = """
-from pathlib import Path
 mine, others, folder, notes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 def make():
     with open(notes / "made", "a") as file:
@@ -397,6 +471,20 @@ def test_two_that_put_at_once_do_not_take_away_each_others_temporary_file(
     assert kept(tmp_path) == {"a": OTHER}
 
 
+def test_locks_are_few_and_names_that_share_one_are_all_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LOCKS", 2)
+    store = FileStore(tmp_path, 200 * ENTRY)
+
+    def work(thread: int) -> None:
+        for number in range(20):
+            name = f"{number}/{thread}"
+            assert bytes(store.get(name, lambda: entry(name))) == entry(name)  # noqa: B023
+
+    in_threads(work)
+    assert len(store.names()) == 160
+    assert sorted(os.listdir(tmp_path / OWN)) == ["0.lock", "1.lock", "room.lock", "total"]
+
+
 # ---- the limit -------------------------------------------------------------------------------------------------------
 
 ENTRY = HEADER + 100
@@ -500,6 +588,72 @@ def test_the_disk_never_holds_more_than_the_limit(tmp_path: Path) -> None:
         elif not rng.integers(10):
             store.forget_used()
         assert size_on_disk(tmp_path) <= 5000
+
+
+def test_many_new_entries_have_the_folder_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[Path] = []
+    rglob = Path.rglob
+
+    def counted(path: Path, *arguments: Any, **options: Any) -> Any:
+        walks.append(path)
+        return rglob(path, *arguments, **options)
+
+    store = fill(tmp_path, "abc", entries=3)
+    monkeypatch.setattr(Path, "rglob", counted)
+    for number in range(100):
+        store.mark_used("abc"[number] if number < 3 else str(number - 3))
+        store.put(str(number), entry(str(number)))
+    assert walks == []
+    other = FileStore(tmp_path, 3 * ENTRY)
+    for number in range(100, 200):
+        other.mark_used(str(number - 3))
+        other.put(str(number), entry(str(number)))
+    assert walks == [tmp_path]
+    assert other.names() == {"197", "198", "199"}
+
+
+def test_stores_of_one_folder_and_limit_see_each_others_total(tmp_path: Path) -> None:
+    one, other = (FileStore(tmp_path, 4 * ENTRY) for _ in range(2))
+    for store, name, left in [
+        (one, "a", "a"),
+        (other, "b", "ab"),
+        (one, "c", "abc"),
+        (other, "d", "abcd"),
+        (one, "e", "abcd"),
+        (other, "f", "abcd"),
+    ]:
+        store.put(name, entry(name))
+        assert one.names() == other.names() == set(left)
+    other.mark_used("a")
+    other.put("g", bytes(10))
+    assert one.names() == {*"bcdg"}
+    one.put("h", bytes(100))
+    one.put("i", bytes(26))
+    assert one.names() == {*"bcdgi"}
+    assert size_on_disk(tmp_path) == 4 * ENTRY
+
+
+def test_processes_of_one_folder_never_exceed_their_limit_together(tmp_path: Path) -> None:
+    """Each looks at the disk at its fullest: the room is its own, and what it has just written is not renamed yet."""
+    source = """
+import random
+folder, limit, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+rng, store, replace = random.Random(seed), FileStore(folder, limit), os.replace
+def replace_within(source, target):
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent.name != ".store"]
+    assert sum(sizes) <= limit, sizes
+    print(seed, end="")
+    replace(source, target)
+os.replace = replace_within
+for _ in range(300):
+    name = str(rng.randrange(30))
+    (store.put if rng.random() < 0.2 else lambda n, d: store.get(n, lambda: d))(name, bytes(rng.randrange(1500)))
+    store.mark_used(str(rng.randrange(30)))
+"""
+    written = [output(process) for process in [start_python(source, tmp_path, 5000, seed) for seed in (1, 2)]]
+    assert min(map(len, written)) > 20
+    assert size_on_disk(tmp_path) <= 5000
+    assert (tmp_path / OWN / "total").read_text() == f"{size_on_disk(tmp_path)} {size_on_disk(tmp_path)}"
 
 
 def in_threads(work: Callable[[int], None]) -> None:

@@ -669,11 +669,11 @@ def poisoned(cache: Path, home: Path, pattern: str) -> Path:
     return entry
 
 
-def read(home: Path, small_hub: Path, port: int) -> list[int]:
+def read(home: Path, small_hub: Path, port: int, limit: int | None = None) -> list[int]:
     """The labels of the training set through the cache, read as `survive` runs."""
     (home / "precious").write_bytes(PRECIOUS)
     with Hub(small_hub, port=port), watched_pipes(home) as waited_at, bounded_memory():
-        dataset = HuggingFaceImageNetDataset.open(REPO_ID, split=["train"], cache=Cache(home / "a" / "cache"))
+        dataset = HuggingFaceImageNetDataset.open(REPO_ID, split=["train"], cache=Cache(home / "a" / "cache", limit))
         block = dataset.read_block(0)
     assert waited_at == []
     assert len(block.images) == len(block.labels) == len(dataset) == 8
@@ -725,6 +725,27 @@ def test_a_cache_entry_that_is_no_file_of_ours_is_made_again(
     sound = pq.read_table(small_hub / "datasets" / REPO_ID / "data" / "train-00000-of-00001.parquet")
     assert read(tmp_path, small_hub, hub_port) == sound["label"].to_pylist()
     assert_unharmed(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "pipe", "zeros", "link", "nowhere", "a folder's link"])
+@pytest.mark.parametrize("what", ["locks", "total"])
+def test_a_lock_or_a_total_that_is_no_file_of_ours_does_no_harm(
+    small_hub: Path, cache: Path, hub_port: int, tmp_path: Path, what: str, kind: str
+) -> None:
+    poisoned(cache, tmp_path, "*train*.arrow").unlink()
+    (lock, *_) = (tmp_path / "a" / "cache").rglob("*.lock")
+    if kind == "a folder's link":
+        shutil.rmtree(lock.parent)
+        lock.parent.symlink_to(tmp_path / "a")
+    elif what == "total":
+        plant(lock.with_name("total"), kind, tmp_path)
+    else:
+        for path in (lock.with_name("room.lock"), *lock.parent.glob("*.lock")):
+            plant(path, kind, tmp_path)
+    sound = pq.read_table(small_hub / "datasets" / REPO_ID / "data" / "train-00000-of-00001.parquet")
+    assert read(tmp_path, small_hub, hub_port, limit=2**30) == sound["label"].to_pylist()
+    assert_unharmed(tmp_path)
+    assert (tmp_path / "precious").read_bytes() == PRECIOUS
 
 
 @pytest.mark.parametrize(("pattern", "content"), [("*train*.arrow", b"x"), ("*train*.footer", DEEP), ("listing", DEEP)])
