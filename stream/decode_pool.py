@@ -32,7 +32,7 @@ ARENA_BYTES = 4 * 2**20  # shared memory for the images of one task and their re
 
 
 def pack(transform: Transform) -> bytes:
-    """A transform, pickled for a decoding process. Pickles only pass between a parent and its workers; no file has one."""
+    """A transform, pickled for a decoding process. Pickles pass between a parent and its workers only."""
     return pickle.dumps(transform)
 
 
