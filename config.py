@@ -1,4 +1,4 @@
-"""Every flag, declared once: argparse in, one frozen and validated `Config` out."""
+"""Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ OTHER_DATA = "data=changed"  # what --override takes beside settings
 
 @dataclass(frozen=True)
 class Preset:
-    """What a dataset's flags default to. `lr` is the peak rate for a batch of 256 under OneCycle."""
+    """A dataset's defaults. `lr` is the peak rate for a batch of 256 under OneCycle."""
 
     image_size: int
     batch_size: int
@@ -54,10 +54,10 @@ def flag(
     short: Any = None,
     **argparse_options: Any,
 ) -> Any:
-    """One flag: its value is at least `least`, greater than `above`, at most `most`; `short` is its default in the help.
+    """One flag: at least `least`, greater than `above`, at most `most`; `short` describes its default in the help.
 
-    `on_resume` is "fixed" for what would change the result, "kept" for what may be given anew, and "forgotten" for
-    what concerns one launch only.
+    `on_resume` is "fixed" for a flag that would change the result, "kept" for one whose saved value a resume may
+    replace, and "forgotten" for one that concerns a single launch.
     """
     bounds = {"least": least, "above": above, "most": most}
     metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
@@ -182,7 +182,7 @@ class Config:
 
     @property
     def expects_other_data(self) -> bool:
-        """Whether an override says that the data is not what it was, or makes it so."""
+        """Whether an override allows other data than the snapshot's, or changes a data flag."""
         about_data = {item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "data"}
         return any(text == OTHER_DATA or text.partition("=")[0] in about_data for text in self.override)
 
@@ -193,16 +193,16 @@ class Config:
 
     @property
     def dataset_id(self) -> str:
-        """The Hub id, folder or name that the data comes from."""
+        """The Hub id, folder or dataset name that the data comes from."""
         names = {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}
         return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
 
     def fixed(self) -> dict[str, Any]:
-        """The flags, `--name`, that change the result, with their values: those that a snapshot holds a resume to."""
+        """The flags, as `--name`, that change the result, with their values: those that a resume must not change."""
         return {f"--{name}": value for name, value in vars(self).items() if name in _names("fixed")}
 
     def check_schedule(self, steps_per_epoch: int) -> None:
-        """Refuse a OneCycle whose rising part is a single step, over which PyTorch's divides by zero."""
+        """Refuse a OneCycle whose rising part is a single step, for which PyTorch's divides by zero."""
         total = self.epochs * steps_per_epoch
         if self.scheduler == "onecycle" and self.pct_start * total == 1:
             raise UsageError(
@@ -293,7 +293,7 @@ def parse(prog: str, description: str, argv: Sequence[str] | None) -> dict[str, 
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
-    """A whole `Config`: the flags given, the dataset's defaults for the rest. Raises UsageError."""
+    """A complete `Config`: the given flags, and the dataset's defaults for the rest. Raises UsageError."""
     values = dict(given)
     preset = PRESETS[values.get("dataset", "digits")]
     for name in ("image_size", "batch_size", "epochs", "weight_decay", "streams"):
@@ -306,9 +306,9 @@ def resolve(given: Mapping[str, Any]) -> Config:
 
 
 def resume(saved: Any, given: Mapping[str, Any]) -> Config:
-    """The saved settings with those given that cannot change the result, and those named by `--override`.
+    """The saved settings, updated by given flags that cannot change the result and by `--override`.
 
-    Raises UsageError with a table when a given flag would change the result unasked.
+    Raises UsageError with a table when a given flag would change the result without an override.
     """
     if not isinstance(saved, dict):
         raise SnapshotError("the snapshot holds no settings of this program; give another")
@@ -340,9 +340,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def default_lr(config: Config) -> tuple[float, str]:
-    """The linear-scaled learning rate (Goyal et al. 2017) and its derivation in words.
+    """The learning rate by linear scaling (Goyal et al. 2017), and its derivation in words.
 
-    The constant schedules start at the rate that OneCycle only peaks at, so they get a quarter of it: for ImageNet
+    Cosine and step start at their highest rate, which OneCycle only peaks at, so they get a quarter of it: for ImageNet
     0.1 per 256 images (Goyal et al.) against 0.4 (ffcv-imagenet trains at 1.7 for 1,024).
     """
     base = PRESETS[config.dataset].lr * (1.0 if config.scheduler == "onecycle" else CONSTANT_SHARE)

@@ -1,7 +1,7 @@
-"""torchrun: one process a device, and the few collective operations the program needs.
+"""torchrun: one process per device, and the few collective operations the program needs.
 
-Numbers of the training step are reduced where they are; everything else (signals, ids, evaluation counts) goes through
-a gloo group on the host, which never makes a GPU wait.
+Values of the training step are reduced on the device; everything else (signals, ids, evaluation counts) goes through a
+gloo group on the host, which never makes a GPU wait.
 """
 
 import atexit
@@ -23,10 +23,10 @@ _host_group: Any = None
 
 
 def init(device_flag: str, patience: float = 1800.0) -> torch.device:
-    """Join torchrun's processes, if there are any, until this one ends, and return this process's device.
+    """Join torchrun's process group, if there is one, and return this process's device.
 
-    Ranks wait for each other MARGIN seconds longer than for the network, `patience` seconds, so that the one whose data
-    does not come can say so first. Raises UsageError for a device that this machine does not have.
+    Ranks wait `patience` seconds for the network, and MARGIN seconds longer for each other, so that a rank whose data
+    does not arrive reports that first. Raises UsageError for a device that this machine does not have.
     """
     global _host_group
     device = _pick_device(device_flag)
@@ -41,9 +41,9 @@ def init(device_flag: str, patience: float = 1800.0) -> torch.device:
 
 
 def _join(backend: str, timeout: datetime.timedelta) -> None:
-    """Form the process group, apart from what a group before a restart left in torchrun's store (pytorch #135712).
+    """Form the process group, with a prefix that hides what earlier attempts left in the store (pytorch #135712).
 
-    Of several nodes each counts its own restarts; torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    On several nodes each counts its own restarts, so torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
@@ -66,8 +66,8 @@ def _pick_device(flag: str) -> torch.device:
 
 
 def _leave() -> None:
-    """Leave the process groups. The threads of the host's end with the last reference to it: one of them that frees
-    a tensor of Python's while the interpreter is taken down would abort the process.
+    """Leave the process groups. Dropping the last reference to the host's group ends its threads: a thread that freed
+    a Python tensor during interpreter shutdown would abort the process.
     """
     global _host_group
     _host_group = None
@@ -75,7 +75,7 @@ def _leave() -> None:
 
 
 def rank() -> int:
-    """This process's number among all, 0 without torchrun."""
+    """This process's rank, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -85,18 +85,18 @@ def world_size() -> int:
 
 
 def print0(*values: Any, sep: str = " ") -> None:
-    """Print on rank 0 only, at once."""
+    """Print on rank 0 only, and flush."""
     if rank() == 0:
         print(*values, sep=sep, flush=True)
 
 
 def _group_of(tensor: torch.Tensor) -> Any:
-    """The host's group for a tensor there; DDP keeps the other one, and its threads, to the end of the process."""
+    """The host's group for a CPU tensor, else the default group, which DDP keeps until the process ends."""
     return _host_group if tensor.is_cpu else None
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a float tensor over ranks; the tensor itself on one rank."""
+    """The mean of a float tensor over all ranks; on one rank, the tensor itself."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values, group=_group_of(values))
@@ -105,7 +105,7 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
-    """The sum of a host array over ranks, exact for integers."""
+    """The sum of a host array over all ranks, exact for integers."""
     if world_size() > 1:
         tensor = torch.from_numpy(values.copy())
         dist.all_reduce(tensor, group=_host_group)
@@ -114,7 +114,7 @@ def sum_over_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def gather_columns(values: np.ndarray) -> np.ndarray:
-    """Arrays of shape (k, n) on each rank -> (k, ranks x n) in the order of the ranks, on every rank."""
+    """Arrays of shape (k, n) on each rank -> (k, ranks x n) in rank order, on every rank."""
     if world_size() > 1:
         parts = [torch.empty_like(torch.from_numpy(values)) for _ in range(world_size())]
         dist.all_gather(parts, torch.from_numpy(values), group=_host_group)
@@ -123,7 +123,7 @@ def gather_columns(values: np.ndarray) -> np.ndarray:
 
 
 def largest_over_ranks(value: int) -> int:
-    """The largest of one integer over ranks: how ranks agree that one of them was told to stop."""
+    """The maximum of an integer over all ranks: how ranks agree that one of them was told to stop."""
     if world_size() > 1:
         tensor = torch.tensor([value])
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group)
@@ -132,14 +132,14 @@ def largest_over_ranks(value: int) -> int:
 
 
 def copy_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite these tensors with rank 0's."""
+    """Overwrite these tensors with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0, group=_group_of(tensor))
 
 
 def from_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, the only one that calls it, on every rank; its UserError is raised on all."""
+    """Call `make` on rank 0 only, and return its result, or raise its UserError, on every rank."""
     if world_size() == 1:
         return make()
     box: list[Any] = [None, None]
@@ -155,7 +155,7 @@ def from_rank0(make: Callable[[], T]) -> T:
 
 
 def require_agreement(facts: Mapping[str, Any], error: type[UserError] = UsageError) -> None:
-    """Raise `error` on all ranks when a fact, by its name, is not the same on each."""
+    """Raise `error`, naming the fact, on all ranks when one of the `facts` differs between ranks."""
     if world_size() == 1:
         return
     told: list[Any] = [None] * world_size()

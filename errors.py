@@ -1,4 +1,4 @@
-"""Errors a user can cause: each is one line and an exit status, and no traceback."""
+"""Errors a user can cause: each is shown as one line, without a traceback, and has an exit status."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
-    """Base of the errors that are shown as one line, `error: what is wrong; what to do`."""
+    """Base class of errors that are shown as one line, `error: what is wrong; what to do`."""
 
     status = 1
 
@@ -31,7 +31,7 @@ class DataError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss stopped being a finite number, or the learning rate finder found nothing."""
+    """The loss is no longer finite, or the learning rate finder found no rate."""
 
     status = 4
 
@@ -43,7 +43,7 @@ class SnapshotError(UserError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; what there was to save is saved by the time the front door sees this."""
+    """A signal asked the run to stop. By the time the front door sees this, everything has been saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
@@ -51,25 +51,25 @@ class Interrupted(Exception):
 
 
 def redact(text: str) -> str:
-    """Without the passwords in URLs, the queries of URLs, which may sign them, and the Hub's tokens."""
+    """The text without passwords in URLs, the query strings of URLs (they may hold signatures) and Hub tokens."""
     text = re.sub(r"(\w:/{1,2})[^/@\s]+@", r"\1", text)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1", text)
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
 def complain(line: str) -> None:
-    """Write a line to stderr, in one piece, for several ranks may be writing."""
+    """Write a line to stderr with one call, because several ranks may write at once."""
     sys.stderr.write(f"{line}\n")
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """What SIGTERM and SIGUSR1 do before there is anything to save."""
+    """Handles SIGTERM and SIGUSR1 while there is nothing to save yet."""
     complain(f"stopped by {signal.Signals(signum).name}")
     os._exit(128 + signum)
 
 
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
-    """Call `run` and return the exit status of the process; with `debug`, tracebacks come through."""
+    """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, _leave)

@@ -1,4 +1,4 @@
-"""The learning rate finder: torch-lr-finder's range test, made to leave no trace and to answer only when it can.
+"""The learning rate finder: torch-lr-finder's range test, which restores everything and suggests only readable rates.
 
 Source: Smith 2017, Cyclical Learning Rates for Training Neural Networks; the sweep itself is torch-lr-finder's.
 """
@@ -36,16 +36,16 @@ TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _NotFinite(Exception):
-    """Ends a sweep whose loss is no longer a number."""
+    """Ends a sweep whose loss is no longer finite."""
 
 
 class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
     """torch-lr-finder's `LRFinder`, with these differences.
 
-    `train_step(images, labels) -> loss` is used for the steps when given, so that the sweep trains exactly as training
-    will. The smoothed loss is bias-corrected, the raw one is kept in `history["raw_loss"]`, the first non-finite loss
-    ends the sweep and stays out of the curve, and `reset` restores the scaler, the random number generators, the
-    training mode and the gradients too.
+    When `train_step(images, labels) -> loss` is given, it performs the steps, so that the sweep trains exactly as
+    training will. The smoothed loss is bias-corrected, and the raw loss is kept in `history["raw_loss"]`. The first
+    non-finite loss ends the sweep and is left out of the curve. `reset` also restores the scaler, the random number
+    generators and the training mode, and clears the gradients.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         diverge_th: float = 5.0,
         **options: Any,
     ) -> None:
-        """One sweep, as torch-lr-finder's `range_test`; also takes one of our `Loader`s.
+        """One sweep, as torch-lr-finder's `range_test`; `train_loader` may also be one of our `Loader`s.
 
-        An optimiser that a schedule was attached to is taken as well; `reset` gives its settings back.
+        The optimiser may have a schedule attached; `reset` restores its settings.
         """
         self._smooth_f = smooth_f or 1.0
         self._average = 0.0
         self._raw: list[float] = []
         self._validating = val_loader is not None
         for group in self.optimizer.param_groups:
-            group.pop("initial_lr", None)  # of a schedule; the sweep's own would take it for its own
+            group.pop("initial_lr", None)  # of a schedule; the sweep's schedule would start from it
         batches = endless(train_loader)
         self.stopped = "the sweep reached its last learning rate"
         torch_lr_finder.lr_finder.tqdm = partial(tqdm, disable=True if distributed.rank() else None, leave=False)
@@ -104,7 +104,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         self.history["raw_loss"] = self._raw
 
     def _check_for_scheduler(self) -> None:
-        """An optimiser with a schedule is welcome."""
+        """Accepts an optimiser with a schedule, which torch-lr-finder refuses."""
 
     def _train_batch(self, train_iter: Iterator[Any], *arguments: Any, **options: Any) -> float:
         for group in self.optimizer.param_groups:
@@ -120,7 +120,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         return self._note(float(super()._validate(*arguments, **options)))
 
     def _note(self, loss: float) -> float:
-        """The smoothed loss with this one. Raises _NotFinite."""
+        """Record a loss and return the smoothed loss. Raises _NotFinite."""
         if not math.isfinite(loss):
             raise _NotFinite
         self._raw.append(loss)
@@ -128,7 +128,7 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         return self._average / (1 - (1 - self._smooth_f) ** len(self._raw))
 
     def reset(self) -> None:
-        """Put back everything as it was when this finder was made."""
+        """Restore everything as it was when this finder was created."""
         super().reset()
         optimizer = copy.deepcopy(self.state_cacher.retrieve("optimizer"))  # which takes these very tensors for its own
         self.optimizer.load_state_dict(optimizer)
@@ -163,7 +163,7 @@ class _StreamIterator(torch_lr_finder.TrainDataLoaderIter):  # type: ignore[misc
 
 
 def endless(loader: Any) -> Any:
-    """Batches without end, in the form that torch-lr-finder takes; what has that form already is left as it is."""
+    """The loader's batches without end, in the form that torch-lr-finder takes; other iterators are returned as is."""
     if isinstance(loader, Loader):
         return _StreamIterator(loader)
     return torch_lr_finder.TrainDataLoaderIter(loader) if isinstance(loader, DataLoader) else loader
@@ -187,11 +187,11 @@ def find_lr_advanced(
 ) -> RangeTest:
     """Sweep the learning rate from `start_lr` to `end_lr`, and return the curve with every method's suggestion.
 
-    The `num_iter` steps are spent on sweeps of about SWEEP_STEPS each, all from the same weights and on other batches,
-    whose losses are averaged. So more steps make the same curve clearer; a single longer sweep would be another curve,
-    for the model learns on the way. `train_step(images, labels) -> loss` does a step when given.
-    Model, optimiser, scaler and random number generators are as before afterwards, also after an exception.
-    Raises UsageError for an unknown method or too few steps to tell anything.
+    The `num_iter` steps are split into sweeps of about SWEEP_STEPS each, all from the same weights but on different
+    batches, and their losses are averaged. More steps therefore make the same curve clearer; a single longer sweep
+    would give another curve, because the model learns meanwhile. `train_step(images, labels) -> loss` performs a step
+    when given. Model, optimiser, scaler and random number generators are restored, also after an exception.
+    Raises UsageError for an unknown method or too few steps for a readable curve.
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method}; choose from {', '.join(METHODS)}")
@@ -223,7 +223,7 @@ def _sweep(finder: LRFinder, loader: Any, count: int, **options: Any) -> tuple[l
 
 
 def find_lr(model: nn.Module, optimizer: Optimizer, criterion: nn.Module, loader: Any, **options: Any) -> float:
-    """One learning rate for OneCycle's `max_lr`; options as `find_lr_advanced`. Raises DivergedError without one."""
+    """A rate for OneCycle's `max_lr`; options as in `find_lr_advanced`. Raises DivergedError if there is none."""
     return find_lr_advanced(model, optimizer, criterion, loader, **options).suggested_lr
 
 
@@ -255,7 +255,7 @@ def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
 def load_suggestion(path: Path, config: Config) -> float:
     """The learning rate that an lr_finder.json suggests for this schedule.
 
-    Raises UsageError when the file holds none, or one for another model, optimiser, batch or dataset.
+    Raises UsageError when the file holds none, or one for another model, optimiser, batch size or dataset.
     """
     try:
         report = json.loads(read_small(path))

@@ -5,10 +5,10 @@
     python main.py --dataset imagenet1k --scheduler onecycle --amp     # train (needs HF_TOKEN and the licence)
     python main.py --dataset hf --dataset_name timm/mini-imagenet      # any image set on the Hub, or a parquet folder
     python main.py --dataset imagefolder --data_dir photos             # photos/train/CLASS/*.jpg and photos/val/
-    python main.py --resume_from runs/NAME                             # go on after a kill, as if nothing happened
-    python main.py ... --run_dir runs/NAME --resume_from auto          # the same line starts it and goes on with it
+    python main.py --resume_from runs/NAME                             # resume after a kill, as if nothing happened
+    python main.py ... --run_dir runs/NAME --resume_from auto          # the same command starts or resumes the run
     python main.py --resume_from runs/NAME --evaluate                  # only evaluate
-    torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process a GPU
+    torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process per GPU
 
 A run writes config.json, results.csv, metrics.jsonl, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
 arguments, or a resume whose settings changed; 3 data missing, unreachable, not authorised or too corrupt; 4 training
@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
-    """The settings of this run, and the snapshot it goes on from."""
+    """The settings of this run, and the snapshot it resumes from, if any."""
     source = _resume_source(given)
     if source is None:
         if "override" in given:
@@ -145,7 +145,7 @@ def _train(
 
 
 def _folder_of(snapshot: "Snapshot | None") -> Path | None:
-    """The run that a snapshot lies in; one that lies elsewhere goes on in a new folder."""
+    """The run folder that holds the snapshot; None for a snapshot elsewhere, which is resumed in a new folder."""
     if snapshot is None or snapshot.path.parent.name != "snapshots":
         return None
     return snapshot.path.parent.parent
@@ -190,9 +190,9 @@ def _fit(
 
 
 def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_per_epoch: int) -> list[str]:
-    """What will not be as it was: the learning rate if an override changes it, and the number of ranks.
+    """A line for each thing that differs from the saved run: the learning rate after an override, the number of ranks.
 
-    Raises UsageError for an override that changes what a step is.
+    Raises UsageError for an override under which this run cannot continue.
     """
     import distributed
     from training.optim import compare_plans
@@ -218,7 +218,7 @@ def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_p
 
 
 def _known_lr(config: Config) -> float:
-    """The (peak) learning rate as far as it is known without the finder, 0.0 otherwise. Says where it comes from."""
+    """The (peak) learning rate, or 0.0 when only the finder can tell it. Prints where it comes from."""
     from distributed import print0
 
     if config.lr == "auto":

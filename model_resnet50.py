@@ -16,7 +16,7 @@ CIFAR_STEM_UP_TO = 32
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution that keeps the size (at stride 1)."""
+    """3x3 convolution that keeps the image size at stride 1."""
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
@@ -77,8 +77,8 @@ class ResNet(nn.Module):
     """float (N, 3, H, W) -> logits (N, num_classes).
 
     The ImageNet stem (7x7 stride 2, max pool) reduces the size fourfold before the blocks; the CIFAR stem (3x3,
-    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). A bottleneck starts as the identity
-    (Goyal et al. 2017, section 5.1); basic blocks do not, for the small networks they make then start too slowly.
+    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). Bottlenecks are initialised to the
+    identity (Goyal et al. 2017, section 5.1); basic blocks are not, because small networks of them start too slowly.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ResNet(nn.Module):
 
 
 class ResNet34(ResNet):
-    """ResNet-34, or -18, of basic blocks."""
+    """ResNet-34 or -18, made of basic blocks."""
 
     def __init__(self, num_classes: int = 1000, depth: int = 34, cifar_stem: bool = False) -> None:
         super().__init__(BasicBlock, {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth], num_classes, cifar_stem)
@@ -130,7 +130,7 @@ class ResNet34(ResNet):
 
 
 class ResNet50(ResNet):
-    """ResNet-50 v1.5, or -101 or -152, of bottlenecks."""
+    """ResNet-50 v1.5, -101 or -152, made of bottlenecks."""
 
     def __init__(self, num_classes: int = 1000, depth: int = 50, cifar_stem: bool = False) -> None:
         layers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
@@ -142,7 +142,7 @@ DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "res
 
 
 def build_model(num_classes: int, image_size: int, name: str = "auto") -> ResNet34 | ResNet50:
-    """The ResNet called `name`, or the one that suits the images: ResNet-50, ResNet-34 up to 32 pixels, -18 up to 8.
+    """The ResNet called `name`; `auto` chooses by image size: ResNet-18 up to 8 pixels, -34 up to 32, else -50.
 
     Images of up to 32 pixels get the CIFAR stem. Raises UsageError for an unknown name.
     """
@@ -171,8 +171,8 @@ RESNET50_V15 = {  # the transformers configuration that computes what ResNet50 c
 def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000) -> ResNet50:
     """ResNet-50 v1.5 with the safetensors weights of a transformers checkpoint: a Hub id or a local folder.
 
-    The head is new when the number of classes differs. Raises DataError when the weights cannot be had, are damaged or
-    incomplete, UsageError when they are not those of a ResNet-50 v1.5.
+    The head is newly initialised when the number of classes differs. Raises DataError when the weights are unavailable,
+    damaged or incomplete, UsageError when they are not those of a ResNet-50 v1.5.
     """
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -209,7 +209,7 @@ def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: i
 
 
 def _torchvision_name(name: str) -> str:
-    """A parameter's name in transformers' ResNet -> in torchvision's, and here."""
+    """A parameter's name in transformers' ResNet -> its name in torchvision's, which is ours."""
     if name.startswith("classifier.1."):
         return name.replace("classifier.1.", "fc.")
     *path, part, leaf = name.split(".")

@@ -1,4 +1,4 @@
-"""What a streamed run will read, mix and hold in memory: told before the model is built."""
+"""What a streamed run will read, mix and hold in memory, printed before the model is built."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ BATCHES_LOOKED_AT = 64
 
 
 def describe_data(config: Config, data: Data) -> list[str]:
-    """A line each for what the data is and, when it is streamed, what streaming it takes."""
+    """Lines that describe the data and, when it is streamed, what streaming it takes."""
     train, val = data.train.dataset, data.val.dataset
     lines = [
         f"images    {config.dataset_id}: {len(train):,} for training, {len(val):,} for validation; "
@@ -64,9 +64,10 @@ def _mixing_line(config: Config, train: HuggingFaceImageNetDataset) -> str:
 
 
 def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
-    """The distinct classes in a batch over those of a uniform shuffle, a mean over some batches of an epoch.
+    """The distinct classes in a batch over those under a uniform shuffle, averaged over some batches of an epoch.
 
-    `labels` by sample id, `order` the sample ids of each stream, `share` the samples that a batch takes of a stream.
+    `labels` is indexed by sample id, `order` has the sample ids of each stream, and a batch takes `share` samples from
+    each stream.
     """
     steps = min(map(len, order)) // share
     looked_at = np.random.default_rng(0).permutation(steps)[:BATCHES_LOOKED_AT]
@@ -80,7 +81,7 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
 
 
 def memory_bytes(config: Config, data: Data) -> int:
-    """What this rank's loader holds at most: blocks in use, blocks ahead and in transfer, batches, and processes."""
+    """The most bytes that this rank's loader holds: blocks in use, prefetched and in transfer, batches, processes."""
     train = data.train.dataset
     assert isinstance(train, HuggingFaceImageNetDataset)
     sizes = np.array([block.size for block in train.blocks])
@@ -93,7 +94,7 @@ def memory_bytes(config: Config, data: Data) -> int:
 
 
 def _most_in_use(train: HuggingFaceImageNetDataset, order: list[np.ndarray], sizes: np.ndarray, share: int) -> int:
-    """The most bytes of blocks that are between their first and their last use at any step."""
+    """The most bytes of blocks in use at any step: those between their first and their last use."""
     steps = max(map(len, order)) // share + 1
     first, last = np.full(len(sizes), steps), np.full(len(sizes), -1)
     for stream in order:

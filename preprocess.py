@@ -1,6 +1,6 @@
-"""Transforms, and `get_data_loaders`, which turns a `Config` into batches.
+"""Transforms, and `get_data_loaders`, which turns a `Config` into loaders.
 
-`HuggingFaceImageNetDataset` and `StreamingDataLoader` are exposed here too.
+`HuggingFaceImageNetDataset` and `StreamingDataLoader` can be imported from here too.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ RESIZE_RATIO = 256 / 224
 
 
 def train_transform(config: Config) -> AlbumentationsAdapter:
-    """A random crop to (image_size, image_size); flips are left to the device, see `batch_augment`."""
+    """A random crop to (image_size, image_size); flips happen on the device, see `batch_augment`."""
     size = config.image_size
     if config.crop == "fixed":
         return AlbumentationsAdapter(_resize_short_side(size), A.RandomCrop(size, size))
@@ -43,13 +43,13 @@ def train_transform(config: Config) -> AlbumentationsAdapter:
 
 
 def eval_transform(config: Config) -> AlbumentationsAdapter:
-    """The middle of the image: short side to 256/224 of eval_size, with antialiasing, then a centre crop."""
+    """Resize the short side to 256/224 of eval_size, with antialiasing, then crop the centre."""
     size = config.eval_size
     return AlbumentationsAdapter(_resize_short_side(size), A.CenterCrop(size, size))
 
 
 def batch_augment(config: Config) -> Augment:
-    """What the device does to training batches: flips (not of digits), padded crops of small sets, cutout if asked."""
+    """The augmentation of training batches on the device: flips (not for digits), padded crops (small sets), cutout."""
     padding = config.image_size // 8 if config.is_small else 0
     return Augment(config.seed, flip=config.dataset != "digits", padding=padding, cutout=config.cutout)
 
@@ -60,7 +60,7 @@ def _resize_short_side(size: int) -> A.SmallestMaxSize:
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of one process, the class names, and the commit of the Hub dataset they are read from."""
+    """The loaders of one process, the class names, and the commit of the Hub dataset (None for local data)."""
 
     train: Loader
     val: Loader
@@ -68,12 +68,12 @@ class Data:
     revision: str | None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a snapshot keeps of the data, to compare it with the data of a resume."""
+        """What a snapshot records about the data, so that a resume can compare it."""
         parts = {"training": self.train.dataset, "validation": self.val.dataset}
         return {name: {"images": len(part), "digest": part.fingerprint()} for name, part in parts.items()}
 
     def changes(self, saved: Mapping[str, Any]) -> list[str]:
-        """What differs from the data of the run that left this state of a snapshot, a line each."""
+        """A line for each difference from the data described in `saved`, the state of a snapshot."""
         renamed = first_difference(saved["classes"], self.classes)
         lines = [f"{renamed}, the snapshot's there, this data's here"] if renamed else []
         for name, now in self.fingerprint().items():
@@ -86,9 +86,9 @@ class Data:
 
 
 def get_data_loaders(config: Config, device: torch.device, revision: str | None = None) -> Data:
-    """This process's training and evaluation loaders. `revision` pins the commit of a run that is resumed.
+    """This process's training and evaluation loaders. `revision` pins the commit of a resumed run.
 
-    Raises DataError when the data is missing, unreachable or of no use, UsageError when the batch does not fit it.
+    Raises DataError when the data is missing, unreachable or unusable, UsageError when the batch size does not fit it.
     """
     world = distributed.world_size()
     config.check_world(world)

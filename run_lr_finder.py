@@ -4,8 +4,8 @@
     python run_lr_finder.py --dataset imagenet1k --batch_size 256      # streamed from the Hub, 100 steps
 
 The flags are those of main.py: give the same ones as for training. Weights, optimiser and random number generators are
-left as they were. Written to lr_finder/ in the run folder: lr_finder.png to look at, lr_finder.json for
-`main.py --lr_from`, lr_finder.csv.
+restored afterwards. The finder writes to lr_finder/ in the run folder: lr_finder.png to look at, lr_finder.json for
+`main.py --lr_from`, and lr_finder.csv.
 """
 
 import shlex
@@ -60,10 +60,10 @@ def _run(argv: list[str]) -> None:
 
 
 def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> float:
-    """Run the range test as training will step, write and draw what it found, and return the schedule's rate.
+    """Run the range test with the steps of training, write and plot the result, and return the schedule's rate.
 
-    Nothing else is changed. Raises Interrupted on all ranks when one of them was told to stop, and DivergedError when
-    the curve shows no learning rate.
+    Nothing else changes. Raises Interrupted on all ranks when one of them was told to stop, and DivergedError when the
+    curve shows no learning rate.
     """
     import torch
 

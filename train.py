@@ -21,7 +21,7 @@ from training.step import Training, train_step
 
 @dataclass
 class Run:
-    """A run in progress. Its journal counts the steps in `progress`; `schedule` has `epochs` of them."""
+    """A run in progress. Its journal counts steps in `progress`; `schedule` covers `epochs` epochs."""
 
     data: Data
     training: Training
@@ -33,7 +33,7 @@ class Run:
 
 
 def train_epoch(run: Run) -> None:
-    """Train from where `run.progress` stands to the end of its epoch."""
+    """Train from the step in `run.progress` to the end of its epoch."""
     loader, progress = run.data.train, run.progress
     loader.set_epoch(progress.epoch, progress.step - progress.epoch * len(loader))
     run.training.model.train()
@@ -51,8 +51,8 @@ def train_epoch(run: Run) -> None:
 def evaluate(training: Training, loader: Loader | list[Batch], stop: StopRequest) -> dict[str, float]:
     """Loss and top-1 and top-5 accuracy (fractions of 1) over a whole dataset, and the integer counts behind them.
 
-    Every image counts once and every batch is the same on any number of ranks; unreadable images do not count.
-    Without label smoothing. Raises Interrupted or DataError on all ranks when one of them must stop.
+    Every image counts once, and the batches are the same on any number of ranks; unreadable images do not count. The
+    loss has no label smoothing. Raises Interrupted or DataError on all ranks when one of them must stop.
     """
     distributed.copy_from_rank0(training.model.buffers())
     training.model.eval()
@@ -84,16 +84,16 @@ def evaluate(training: Training, loader: Loader | list[Batch], stop: StopRequest
 
 
 def _pad(images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of `count`, filled up with images that do not count."""
+    """The batch padded to `count` images with images that are not counted."""
     missing = count - len(images)
     return F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(labels, (0, missing), value=UNREADABLE)
 
 
 def fit(run: Run) -> None:
-    """Train to the last epoch. Each one ends with an evaluation, a row in results.csv and a snapshot.
+    """Train to the last epoch. Each epoch ends with an evaluation, a row in results.csv and a snapshot.
 
-    Raises Interrupted after a signal and DataError when the data fails, both with a snapshot written; DivergedError
-    or SnapshotError.
+    Raises Interrupted after a signal and DataError when the data fails, both after writing a snapshot; also raises
+    DivergedError and SnapshotError.
     """
     try:
         while run.progress.epoch < run.epochs:

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, the images it was fed, and the finder's curve."""
+"""Pictures of a run: its curves, its schedule, its first training images, and the finder's curve."""
 
 import csv
 import io
@@ -22,9 +22,9 @@ CURVE_POINTS = 2000
 
 
 def plot_curves(run_dir: Path) -> Path:
-    """Draw loss, accuracy, and learning rate with momentum against the step, from the run's own logs.
+    """Plot loss, accuracy, and learning rate with momentum against the step, from the run's logs.
 
-    Of a long run, CURVE_POINTS steps or up to twice as many are looked at.
+    For a long run, only CURVE_POINTS steps, or up to twice as many, are plotted.
     """
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines[:: max(1, len(lines) // CURVE_POINTS)]]
@@ -54,7 +54,7 @@ def plot_curves(run_dir: Path) -> Path:
 
 
 class RunPictures:
-    """Draws a run into its folder: its curves in a thread of their own. What cannot be drawn is warned of once."""
+    """Draws the pictures of a run into its folder, the curves in a background thread. Warns once if drawing fails."""
 
     def __init__(self, run_dir: Path, classes: Sequence[str]) -> None:
         self._run_dir = run_dir
@@ -70,13 +70,13 @@ class RunPictures:
         self._try(lambda: plot_samples(batch.images.cpu().numpy(), batch.labels.tolist(), self._classes, path))
 
     def curves(self) -> None:
-        """Draw what the logs hold now; while an earlier picture is being drawn, `close` will draw it."""
+        """Draw the logs as they are now; while an earlier picture is still being drawn, leave that to `close`."""
         self._behind = self._drawing is not None and not self._drawing.done()
         if not self._behind:
             self._drawing = self._thread.submit(self._try, lambda: plot_curves(self._run_dir))
 
     def close(self) -> None:
-        """Wait until the curves show everything."""
+        """Wait until the curves are drawn up to the last epoch."""
         if self._behind:
             self._thread.submit(self._try, lambda: plot_curves(self._run_dir))
         self._thread.shutdown()
@@ -91,7 +91,7 @@ class RunPictures:
 
 
 def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -> Path:
-    """Draw the learning rate and the momentum over the whole run, as the schedule plans them."""
+    """Plot the planned learning rate and momentum over the whole run."""
     total = config.epochs * steps_per_epoch
     steps = np.unique(np.linspace(0, total - 1, SCHEDULE_POINTS).astype(int)).tolist()
     rates, momenta = zip(*(schedule_at(config, lr, steps_per_epoch, step) for step in steps), strict=True)
@@ -112,7 +112,7 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
 
 
 def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> Path:
-    """Draw up to 32 uint8 images (N, H, W, 3), as the model gets them, with their class names."""
+    """Draw up to 32 uint8 images (N, H, W, 3) as the model sees them, with their class names."""
     count = min(32, len(images))
     rows = -(-count // 8)
     figure = Figure(figsize=(12, 1.7 * rows), layout="constrained")
@@ -133,7 +133,7 @@ def plot_lr_finder(
     stopped: str,
     path: Path,
 ) -> Path:
-    """Draw a range test on a logarithmic axis, with each method's suggestion, the end of the sweeps and its reason."""
+    """Plot a range test on a logarithmic axis, with each method's suggestion, and where and why the sweeps ended."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(lr, loss, color="C0", alpha=0.3, label="loss")

@@ -1,9 +1,9 @@
-"""From the Hub to a batch on the device: what carries an image there. Nothing here knows the program's settings.
+"""The path of an image from the Hub to a batch on the device. Nothing here knows the program's settings.
 
 What is read
     dataset      HuggingFaceImageNetDataset: a split in blocks, on the Hub or on disk, and the reader of an epoch
     order        which sample comes when: a pure function of seed and epoch
-    seeds        where random numbers come from, each use apart
+    seeds        where random numbers come from, separate for each use
     parquet      files of images and labels, read in blocks of row groups
     webdataset   tar shards of images and labels
     local        images in memory or in files: digits, CIFAR, image folders
@@ -11,9 +11,9 @@ What is read
 
 How it gets here
     hub          files on the Hub at one commit, and ranges of their bytes
-    retry        what is tried again and for how long; what the Hub's refusals mean
+    retry        what is retried and for how long; what the Hub's refusals mean
     cache        bytes that processes share on one disk
-    files        files that are whole or not there
+    files        files that are either complete or absent
 
 How it becomes a batch
     loader       StreamingDataLoader: batches in the order of an epoch
@@ -21,5 +21,5 @@ How it becomes a batch
     decode_pool  processes that decode and transform
     images       encoded images -> transformed pixels
     jpeg         regions of JPEGs
-    augment      what is done to a whole batch on the device
+    augment      augmentation of whole batches on the device
 """

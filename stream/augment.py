@@ -1,4 +1,4 @@
-"""What is done to a whole batch on the device: crop, flip and cutout, drawn for each sample, and normalisation."""
+"""Augmentation of whole batches on the device (crop, flip and cutout, drawn for each sample), and normalisation."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ DRAWS = 5  # for a sample: flip, two for the crop, two for the cutout
 
 
 class Normalize(nn.Module):
-    """uint8 images (N, H, W, 3) in 0..255 -> float32 (N, 3, H, W), channels_last, minus the mean over the deviation.
+    """uint8 images (N, H, W, 3) in 0..255 -> float32 (N, 3, H, W), channels_last, as (x - mean) / std.
 
     `mean` and `std` are per channel, for pixels scaled to 0..1 (ImageNet's are torchvision's published ones).
     """
@@ -37,8 +37,8 @@ class Normalize(nn.Module):
 class Augment:
     """Random changes of uint8 images (N, H, W, 3) that keep their size, each a function of (seed, epoch, sample id).
 
-    `padding` pixels of black on every side before a crop to the old size, `flip` left to right in half of the cases,
-    and a grey square of `cutout` pixels around a random centre (DeVries and Taylor 2017), in this order.
+    In this order: a random crop to the old size after adding `padding` black pixels on every side, a horizontal `flip`
+    with probability 1/2, and a grey square of `cutout` pixels around a random centre (DeVries and Taylor 2017).
     """
 
     seed: int
@@ -60,7 +60,7 @@ class Augment:
 
 
 def sample_bits(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """DRAWS random int64 in 0..2^32 - 1 for each sample, (N, DRAWS): outputs DRAWS * id and on of one SplitMix64.
+    """DRAWS random int64 in 0..2^32 - 1 for each sample, (N, DRAWS): outputs DRAWS * id and up of one SplitMix64.
 
     Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators.
     """
@@ -73,12 +73,12 @@ def sample_bits(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
 
 
 def _below(bits: torch.Tensor, limit: int) -> torch.Tensor:
-    """Numbers of 32 random bits -> int64 in 0..limit - 1, evenly."""
+    """Random 32-bit numbers -> int64, uniform in 0..limit - 1."""
     return bits * limit >> 32
 
 
 def crop(images: torch.Tensor, padding: int, corners: torch.Tensor) -> torch.Tensor:
-    """Images (N, H, W, 3) padded with zeros on every side, cut back to (H, W) from `corners` (N, 2) in 0..2 padding."""
+    """Pad images (N, H, W, 3) with zeros on every side, then crop to (H, W) at `corners` (N, 2) in 0..2 padding."""
     count, height, width, _ = images.shape
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     rows = corners[:, 0, None] + torch.arange(height, device=images.device)

@@ -35,7 +35,7 @@ JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
 @dataclass(frozen=True)
 class Cache:
-    """Where fetched blocks are kept, up to how many bytes, and the short side (pixels) that images are reduced to."""
+    """The folder for fetched blocks, its limit in bytes, and the short side (pixels) that images are reduced to."""
 
     folder: Path
     limit: int | None = None
@@ -44,7 +44,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class BlockData:
-    """Encoded images, binary, and their labels, int64."""
+    """Encoded images (binary) and their labels (int64)."""
 
     images: pa.ChunkedArray
     labels: np.ndarray
@@ -53,7 +53,7 @@ class BlockData:
 class HuggingFaceImageNetDataset:
     """One split of an image classification dataset in parquet files or WebDataset shards, read block by block.
 
-    `open` makes one. `revision` is a commit, None for a local folder; of the rows of each block the first `block_rows`
+    Construct it with `open`. `revision` is a commit, None for a local folder; the first `block_rows` rows of each block
     are used.
     """
 
@@ -98,9 +98,9 @@ class HuggingFaceImageNetDataset:
         """Find the files of a split and read their indexes.
 
         `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision
-        is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives, of
-        which the first that exists is taken. Raises DataError when the data is missing, unreachable, not authorised or
-        not labelled, UsageError when a column that was asked for does not exist.
+        is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives; the
+        first that exists is used. Raises DataError when the data is missing, unreachable, not authorised or not
+        labelled, UsageError when a requested column does not exist.
         """
         store = _store_of(source, cache)
         listing = resolve(source, revision, store)
@@ -130,19 +130,19 @@ class HuggingFaceImageNetDataset:
         return int(self._ends[-1])
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The block of each sample, and its row there."""
+        """The block of each sample, and its row in that block."""
         blocks = np.searchsorted(self._ends, sample_ids, side="right")
         return blocks, sample_ids - (self._ends - self.block_rows)[blocks]
 
     def cache_name(self, number: int) -> str:
-        """What a block is kept as in the cache."""
+        """The name of a block in the cache."""
         side = f".{self._short_side}" if self._short_side else ""
         return f"{self.revision}/{self.blocks[number].name}{side}.arrow"
 
     def read_block(self, number: int) -> BlockData:
-        """A block from the cache or by range requests, of which one is enough for a file of images and labels.
+        """A block from the cache or by range requests; one request is enough for a file of only images and labels.
 
-        Raises DataError, also for a label that is no class.
+        Raises DataError, also for a label outside the classes.
         """
         block = self.blocks[number]
         if self.cache is None:
@@ -161,7 +161,7 @@ class HuggingFaceImageNetDataset:
         return BlockData(images, values)
 
     def find_block(self, number: int) -> BlockData | None:
-        """A block that the cache holds, mapped from the disk, or None."""
+        """A block in the cache, memory-mapped from disk, or None."""
         kept = self.cache.find(self.cache_name(number)) if self.cache else None
         if kept is None:
             return None
@@ -169,9 +169,9 @@ class HuggingFaceImageNetDataset:
         return BlockData(table["image"], table["label"].to_numpy())
 
     def estimated_labels(self) -> np.ndarray | None:
-        """A label for each sample as the smallest and largest label of its row group suggest; None if they are unknown.
+        """A label for each sample, estimated from the smallest and largest label of its row group; None if unknown.
 
-        Groups that share at most one class with their neighbours are taken for sorted, the others for shuffled.
+        Groups that share at most one class with their neighbours are taken to be sorted, the others to be shuffled.
         """
         known = [self._shards.label_ranges(block) for block in self.blocks]
         if any(ranges is None for ranges in known):
@@ -190,7 +190,7 @@ class HuggingFaceImageNetDataset:
         )
 
     def fingerprint(self) -> str:
-        """A digest of the rows and bytes of each block, and of the rows used."""
+        """A digest of the number of rows and bytes of each block, and of the rows used."""
         sizes = np.array([(block.rows, block.size) for block in self.blocks], "<i8")
         return xxhash.xxh3_128_hexdigest(sizes.tobytes() + self.block_rows.astype("<i8").tobytes())
 
@@ -222,7 +222,7 @@ def _store_of(source: str, cache: Cache | None) -> FileStore:
 
 
 def pin_revision(source: str, revision: str, cache: Cache | None) -> str:
-    """The commit that a revision of a dataset on the Hub stands for now. Raises DataError."""
+    """The commit that a revision of a Hub dataset points to now. Raises DataError."""
     return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache))
 
 
@@ -234,7 +234,7 @@ def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -
 
 
 def reduce(encoded: bytes, short_side: int) -> bytes:
-    """A JPEG with its short side reduced to `short_side` pixels; what is smaller or unreadable stays as it is."""
+    """A JPEG with its short side reduced to `short_side` pixels; smaller and unreadable ones are returned unchanged."""
     try:
         image = decode(encoded)
     except UnreadableImage:
@@ -248,14 +248,14 @@ def reduce(encoded: bytes, short_side: int) -> bytes:
 
 
 def blocks_ahead(largest: int) -> int:
-    """How many blocks are fetched ahead of their use, the largest having so many bytes."""
+    """How many blocks are prefetched when the largest has `largest` bytes."""
     return max(1, min(FETCH_THREADS, AHEAD_BYTES // largest))
 
 
 class BlockReader:
-    """Reads each block of an epoch once, some blocks ahead of use, and forgets it when its last sample was used.
+    """Reads each block of an epoch once, some blocks ahead of use, and drops it after its last sample was used.
 
-    A block that the cache holds is not kept in memory: it is mapped from the disk when a sample is asked for.
+    A block in the cache is not kept in memory: it is memory-mapped from disk when a sample of it is read.
     """
 
     def __init__(self, dataset: HuggingFaceImageNetDataset, ids: np.ndarray) -> None:
@@ -295,7 +295,7 @@ class BlockReader:
         for _ in self._threads:
             self._wanted.put(None)
         deadline = time.monotonic() + CLOSE_SECONDS
-        for thread in self._threads:  # one that waits for the network is left to end with the process
+        for thread in self._threads:  # one that still waits for the network ends with the process
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _block(self, block: int) -> BlockData:
@@ -325,7 +325,7 @@ class BlockReader:
             return data
 
     def _fetch(self) -> None:
-        """What each fetching thread does."""
+        """The body of each fetching thread."""
         while (block := self._wanted.get()) is not None:
             if self._closed:
                 continue

@@ -1,6 +1,6 @@
-"""Processes that decode and transform images, for they do not share this one's interpreter lock.
+"""Worker processes that decode and transform images, because threads would share one interpreter lock.
 
-`python -m stream.decode_pool` is such a process, and imports no more than this module does.
+`python -m stream.decode_pool` is such a process, and imports only what this module imports.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ from typing import Any
 import numpy as np
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # type: ignore[assignment]  # albumentations would import it, for seconds, and need not
+    sys.modules["torch"] = None  # type: ignore[assignment]  # albumentations imports it if it can, which takes seconds
 
 from errors import SIGNALS
 from stream.images import EncodedImage, Transform, decode_into
 
-PROCESS_BYTES = 60 * 2**20  # of memory that a decoding process does not share, as seen on Linux
-ARENA_BYTES = 4 * 2**20  # of shared memory for what a process is given at once and gives back; a large image gets more
+PROCESS_BYTES = 60 * 2**20  # memory that a decoding process does not share, as measured on Linux
+ARENA_BYTES = 4 * 2**20  # shared memory for the images of one task and their results; a large image gets more
 
 
 def pack(transform: Transform) -> bytes:
-    """A transform as a decoding process takes it. Only a parent and its own processes exchange pickles, never files."""
+    """A transform, pickled for a decoding process. Pickles pass between a parent and its workers only."""
     return pickle.dumps(transform)
 
 
 class WorkerDied(Exception):
-    """A decoding process has ended unasked, or could not be started."""
+    """A decoding process ended unexpectedly, or could not be started."""
 
 
 class DecodingPool:
     """Processes that decode and transform; each serves one thread of this process at a time.
 
-    They start in the background, and end when this object or this process does, however it ends.
+    They start in the background, and end with this object or this process, however that ends.
     """
 
     def __init__(self, processes: int) -> None:
@@ -71,9 +71,10 @@ class DecodingPool:
     def run(
         self, transform: bytes, images: Sequence[EncodedImage], seeds: Sequence[tuple[int, ...]], out: np.ndarray
     ) -> list[Exception | None]:
-        """Decodes and transforms (by a Transform, packed) into `out`, uint8 (N, H, W, 3).
+        """Decode `images` and apply a packed transform, into `out`, uint8 (N, H, W, 3).
 
-        Returns for each image None, or why it cannot be read and its row of `out` was left as it is. Raises WorkerDied.
+        Returns for each image None, or the reason it cannot be read; its row of `out` is then unchanged. Raises
+        WorkerDied.
         """
         worker = self._idle.get()
         try:
@@ -87,13 +88,13 @@ class DecodingPool:
 
 
 def shared_pool(processes: int) -> DecodingPool:
-    """The pool of so many processes that all loaders of this process share."""
+    """The pool with this many processes, which all loaders of this process share."""
     return _pool_of(processes, os.getpid())
 
 
 @functools.cache
 def _pool_of(processes: int, pid: int) -> DecodingPool:
-    """By the process too, for one that was forked must not speak on its parent's sockets."""
+    """Cached by `pid` too, because a forked process must not use its parent's sockets."""
     return DecodingPool(processes)
 
 
@@ -106,7 +107,7 @@ def _anonymous_file() -> int:
 
 
 class _Worker:
-    """A decoding process as its parent sees it. The arena holds transformed images first, then those to be decoded."""
+    """A decoding process, seen from its parent. The arena holds the transformed images, then the encoded ones."""
 
     def __init__(self, connection: Connection, arena: int) -> None:
         self._connection = connection
@@ -116,7 +117,7 @@ class _Worker:
     def run(
         self, transform: bytes, images: Sequence[EncodedImage], seeds: Sequence[tuple[int, ...]], out: np.ndarray
     ) -> list[Exception | None]:
-        """As `DecodingPool.run`, for as many images from the first on as ARENA_BYTES hold, and at least one."""
+        """As `DecodingPool.run`, for the first images that fit into ARENA_BYTES, and at least one."""
         parts = [_bytes(image) for image in images]
         ends = np.cumsum([len(part) for part in parts]) + out[0].nbytes * np.arange(1, len(images) + 1)
         count = max(1, int(np.searchsorted(ends, ARENA_BYTES, side="right")))
@@ -149,18 +150,18 @@ class _Worker:
 
 
 def main() -> None:
-    """Become as many decoding processes as there are pairs of a socket and an arena among the arguments."""
+    """Fork into one decoding process for each pair of descriptors, a socket and an arena, in the arguments."""
     numbers = [int(argument) for argument in sys.argv[1:]]
     pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
     mine = next((pair for pair in pairs[1:] if not os.fork()), pairs[0])
     for number in {*numbers} - {*mine}:
         os.close(number)
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent hung up
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent closed the socket
         serve(Connection(mine[0]), mine[1])
 
 
 def serve(connection: Connection, arena: int) -> None:
-    """What a decoding process does. Signals are for its parent to act on."""
+    """The loop of a decoding process. It ignores signals, which its parent handles."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     memory = memoryview(mmap.mmap(arena, 0))
@@ -187,7 +188,7 @@ def _bytes(image: EncodedImage) -> memoryview:
 
 
 def _image(data: memoryview, shape: tuple[int, ...] | None) -> EncodedImage:
-    """What lies in the arena: encoded, or pixels of this shape."""
+    """An image in the arena: encoded, or pixels of this shape."""
     return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever instant a process is killed or a disk fills."""
+"""Files that are either complete or absent, whenever a process is killed or a disk fills up."""
 
 import contextlib
 import errno
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:
-    """Put a file in place with these contents: written beside it, synced, renamed, and the folder synced.
+    """Write a file with these contents: to a temporary file beside it, fsync, rename, fsync of the folder.
 
-    A crash leaves the old file or the new one. Raises OSError, with the old file intact.
+    After a crash there is either the old file or the new one. Raises OSError; the old file is then intact.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -29,7 +29,7 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the contents of a file, or the names in a folder, are on the disk."""
+    """Wait until the contents of a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,12 +38,12 @@ def sync(path: Path) -> None:
 
 
 def open_plain(path: str, flags: int) -> int:
-    """An opener for `open` that neither follows a link nor waits for a pipe."""
+    """An opener for `open` that does not follow symbolic links and does not block on a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def read_small(path: Path, most: int = 2**26) -> bytes:
-    """A file's contents. Raises OSError, also for what is no file but a pipe or a device, or larger than `most`."""
+    """A file's contents. Raises OSError, also for a pipe or a device, or a file larger than `most` bytes."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:

@@ -1,4 +1,4 @@
-"""Files on the Hub at one commit: what they are, and ranges of their bytes."""
+"""Files on the Hub at one commit: their listing, and ranges of their bytes."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from stream.retry import Network, one_line_errors, patiently
 
 T = TypeVar("T")
 
-START_PATIENCE = 20.0  # seconds: at the start nothing is lost by giving up, and someone may be watching
+START_PATIENCE = 20.0  # seconds: at the start giving up loses nothing, and the user may be watching
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -31,13 +31,13 @@ class Files(Protocol):
     names: list[str]
 
     def size(self, number: int) -> int:
-        """Bytes in a file. Raises DataError."""
+        """The size of a file in bytes. Raises DataError."""
 
     def read(self, number: int, first: int, end: int) -> bytes | bytearray:
         """Bytes first to end - 1 of a file. Raises DataError."""
 
     def read_tail(self, number: int, count: int) -> bytes:
-        """The last `count` bytes of a file, or all of it. Raises DataError."""
+        """The last `count` bytes of a file, or the whole file if it is smaller. Raises DataError."""
 
 
 class LocalFiles:
@@ -63,8 +63,8 @@ class LocalFiles:
 class HubFiles:
     """Files of a dataset on the Hub at one commit, read by range requests.
 
-    What a request breaks off with is kept and the rest asked for again, after a wait that grows. The allowance in the
-    Hub's RateLimit headers is spent evenly once half of it is gone.
+    When a request breaks off, the bytes received are kept and the rest is requested again, after a growing wait. Once
+    half of the allowance in the Hub's RateLimit headers is used, the rest is spread evenly over time.
     """
 
     def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
@@ -104,7 +104,7 @@ class HubFiles:
             return patiently(call, self._network.patience, progress)
 
     def _get(self, number: int, span: str, data: bytearray) -> int:
-        """Append what arrives of a range to `data`, and return the size of the whole file."""
+        """Append the received bytes of a range to `data`, and return the size of the whole file."""
         self._wait_for_turn()
         headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
         with get_session().stream(
@@ -138,10 +138,10 @@ class HubFiles:
 
 @dataclass(frozen=True)
 class Listing:
-    """A dataset's commit (None for a local folder), the files of each split, and its features as `datasets` has them.
+    """A dataset's commit (None for a local folder), the files of each split, and its features as a `datasets` dict.
 
-    File names on the Hub are relative to the repository. `features` is None when only the files tell them, `lengths`
-    are the samples of each file where an `_info.json` tells them, as those of timm's WebDatasets do.
+    File names on the Hub are relative to the repository. `features` is None when only the files have them; `lengths`
+    has the samples of each file if there is an `_info.json`, as in timm's WebDatasets.
     """
 
     commit: str | None
@@ -151,7 +151,7 @@ class Listing:
 
 
 def resolve(source: str, revision: str, store: FileStore) -> Listing:
-    """What `datasets` finds in a Hub repository, kept in `store`, or in a local folder. Raises DataError."""
+    """What `datasets` finds in a Hub repository (kept in `store`) or in a local folder. Raises DataError."""
     if Path(source).is_dir():
         with one_line_errors(source):
             return _ask_datasets(source, None)
@@ -166,9 +166,9 @@ def resolve(source: str, revision: str, store: FileStore) -> Listing:
 
 
 def pin(source: str, revision: str, store: FileStore) -> str:
-    """The commit that `revision` stands for now, if this user may read the dataset; what is a commit is not looked up.
+    """The commit that `revision` points to now, if this user may read the dataset; a commit is returned as it is.
 
-    With HF_HUB_OFFLINE a branch means what it meant the last time. Raises DataError.
+    With HF_HUB_OFFLINE, a branch is the commit that it was the last time. Raises DataError.
     """
     if COMMIT.fullmatch(revision):
         return revision
@@ -208,7 +208,7 @@ def _ask_datasets(source: str, commit: str | None) -> Listing:
 
 
 def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> dict[str, int]:
-    """The samples of each tar file by name, as far as the dataset's `_info.json` tells."""
+    """The number of samples of each tar file that the dataset's `_info.json` lists, by file name."""
     tars = [name for names in splits.values() for name in names if name.endswith(".tar")]
     if not tars:
         return {}
@@ -230,7 +230,7 @@ def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> d
 
 
 def open_files(source: str, commit: str | None, names: list[str], streaming: bool, network: Network) -> Files:
-    """The files of a listing; without `streaming` those on the Hub are downloaded first."""
+    """The files of a listing; without `streaming`, files on the Hub are downloaded first."""
     if commit is None:
         return LocalFiles(names)
     if streaming:

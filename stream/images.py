@@ -26,20 +26,20 @@ cv2.setNumThreads(0)
 DECODE_ERRORS = (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError)
 
 LEAST_VARIANCE = 0.1  # square pixels: sizes that shrink by less than 1.26 are not worth a blur
-LEAST_SIGMA = 0.1  # pixels: a blur that does nothing
+LEAST_SIGMA = 0.1  # pixels: a blur without effect
 
 EncodedImage = bytes | memoryview | np.ndarray
 Transform = Callable[[EncodedImage, tuple[int, ...]], np.ndarray]
 
 
 class UnreadableImage(Exception):
-    """It cannot be decoded; says why."""
+    """An image cannot be decoded; the message says why."""
 
 
 class Picture:
-    """An image of which, if it is encoded, only the header has been read. Raises UnreadableImage, also when it is used.
+    """An image, decoded on demand: at first only the header is read. Raises UnreadableImage, also on later access.
 
-    cv2 decodes what it reads well, RGB and greyscale of 8 or 16 bits, turned as EXIF says; Pillow the rest (CMYK,
+    cv2 decodes RGB and greyscale of 8 or 16 bits, with the EXIF orientation applied; Pillow decodes the rest (CMYK,
     palettes, alpha).
     """
 
@@ -74,7 +74,7 @@ class Picture:
             return decoded
 
     def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """`pixels[top:bottom, left:right]`, for which no more of a JPEG is decoded than that takes."""
+        """`pixels[top:bottom, left:right]`; of a JPEG, only as much as that needs is decoded."""
         if self._in_regions:
             decoded = decode_region(self._image, left, top, right, bottom)
             if decoded is not None:
@@ -98,11 +98,11 @@ def _reasons() -> Iterator[None]:
 class AlbumentationsAdapter:
     """An albumentations pipeline as `transform(image, seed) -> image`, uint8 (H, W, 3). Raises UnreadableImage.
 
-    `seed` is the run's, the epoch and the sample id.
+    `seed` is (seed of the run, epoch, sample id).
 
-    The result depends on the image and the seed alone, in whatever thread or order it is called: each thread has a
-    copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
-    step the same numbers, so that a flip would depend on the crop before it).
+    The result depends on the image and the seed alone, whatever the thread and the order of calls: each thread has its
+    own copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
+    step the same numbers, so a flip would depend on the crop before it).
     """
 
     def __init__(self, *steps: A.BasicTransform) -> None:
@@ -117,7 +117,7 @@ class AlbumentationsAdapter:
         return result
 
     def _seeded(self, seed: tuple[int, ...]) -> A.Compose:
-        """This thread's pipeline, about to draw what belongs to the seed."""
+        """This thread's pipeline, seeded."""
         if not hasattr(self._threads, "pipeline"):
             self._threads.pipeline = copy.deepcopy(self._pipeline)
         generator = np.random.Generator(np.random.PCG64(seeded(seed[0], Use.CROP, *seed[1:])))
@@ -127,11 +127,11 @@ class AlbumentationsAdapter:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A whole image, uint8 (H, W, 3), at another size: bilinear, of the image blurred so that nothing aliases.
+    """Resize an image, uint8 (H, W, 3), with bilinear interpolation after a blur that prevents aliasing.
 
     The antialiased bilinear filter of Pillow and torchvision is a triangle that reaches `scale` old pixels to either
     side and has a variance of scale^2 / 6. This one has the same variance at a fraction of the cost: means over squares
-    of `factor` pixels, a blur over three pixels, and plain bilinear interpolation, each as far as it is needed.
+    of `factor` pixels, a blur over three pixels, and plain bilinear interpolation, each applied only as far as needed.
     """
     factors, sigmas = zip(*(_filters(image.shape[axis] / new) for axis, new in enumerate((height, width))), strict=True)
     if max(factors) > 1:
@@ -144,7 +144,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _filters(scale: float) -> tuple[int, float]:
-    """How many pixels to average first, and the deviation of the blur: LEAST_SIGMA for (nearly) none."""
+    """How many pixels to average first, and the standard deviation of the blur: LEAST_SIGMA for (nearly) none."""
     factor = max(1, math.ceil(scale / 2))
     variance = (scale**2 / 6 - (factor**2 - 1) / 12) / factor**2 - 1 / 6
     if variance < LEAST_VARIANCE:
@@ -154,7 +154,7 @@ def _filters(scale: float) -> tuple[int, float]:
 
 
 class RandomResizedCropAdapter(AlbumentationsAdapter):
-    """One A.RandomResizedCrop, for which no more of a JPEG is decoded than the crop takes, and which does not alias."""
+    """One A.RandomResizedCrop that decodes only the cropped part of a JPEG and resizes without aliasing."""
 
     def __init__(self, crop: A.RandomResizedCrop) -> None:
         super().__init__(crop)
@@ -170,7 +170,7 @@ class RandomResizedCropAdapter(AlbumentationsAdapter):
 def decode_into(
     row: np.ndarray, image: EncodedImage, transform: Transform, seed: tuple[int, ...]
 ) -> UnreadableImage | None:
-    """Fills `row` and returns None, or returns why the image cannot be read."""
+    """Fill `row` and return None, or return the reason why the image cannot be read."""
     try:
         row[:] = transform(image, seed)
     except UnreadableImage as error:

@@ -1,7 +1,7 @@
-"""Regions of JPEG images by libjpeg-turbo 3, which decodes no more of a file than a region needs.
+"""Regions of JPEG images, decoded with libjpeg-turbo 3, which decodes only as much of a file as a region needs.
 
-The library comes with the wheel `turbojpeg`, of which nothing else is used, or is the system's; without it all else
-works as well, only slower. https://libjpeg-turbo.org/Documentation/Documentation
+The library comes with the wheel `turbojpeg`, of which nothing else is used, or from the system; without it everything
+works, but more slowly. https://libjpeg-turbo.org/Documentation/Documentation
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from ctypes.util import find_library
 
 import numpy as np
 
-MARGIN = 2  # pixels around a region that smooth upsampling of the colours looks at
-BLOCK = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}  # the width that is decoded at once, by TJSAMP
+MARGIN = 2  # pixels around a region that smooth upsampling of the colours uses
+BLOCK = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}  # width in pixels of the unit of decoding, by TJSAMP
 DECOMPRESS, SUBSAMPLING, WIDTH, HEIGHT, RGB = 1, 4, 5, 6, 0  # TJINIT, three of TJPARAM, TJPF
 END_OF_IMAGE = b"\xff\xd9"
 
@@ -26,7 +26,7 @@ class _Region(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     for path in _candidates():
-        with contextlib.suppress(OSError, AttributeError):  # not there, or of version 2
+        with contextlib.suppress(OSError, AttributeError):  # missing, or version 2
             library = ctypes.CDLL(path)
             library.tj3Init.restype = ctypes.c_void_p
             data = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -57,15 +57,16 @@ _own = _Own()
 
 
 def can_decode_regions() -> bool:
+    """Whether libjpeg-turbo 3 was found."""
     return _own.handle is not None
 
 
 def decode_region(
     encoded: bytes | memoryview | np.ndarray, left: int, top: int, right: int, bottom: int
 ) -> np.ndarray | None:
-    """A region of an RGB or greyscale JPEG, uint8 RGB (H, W, 3), in the very pixels that the whole would give.
+    """A region of an RGB or greyscale JPEG, uint8 RGB (H, W, 3), with the same pixels as in the decoded whole image.
 
-    None if the file is not sound as far as the region needs it, or is cut short: whoever decodes the whole may judge.
+    None if the file is truncated or damaged in a part that the region needs; decoding the whole image then tells.
     """
     library, handle = _library(), _own.handle
     if library is None or bytes(encoded[-2:]) != END_OF_IMAGE:

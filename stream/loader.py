@@ -1,4 +1,4 @@
-"""Batches in the order of an epoch, and StreamingDataLoader, which fetches and decodes images in parallel."""
+"""Loaders: batches in the order of an epoch. StreamingDataLoader fetches and decodes images in parallel."""
 
 import contextlib
 import logging
@@ -28,24 +28,24 @@ POLL_SECONDS = 0.2
 
 
 class Cancelled(Exception):
-    """A wait for data was given up because `should_stop()` is true, or because the reader was closed."""
+    """Waiting for data ended because `should_stop()` is true, or because the reader was closed."""
 
 
 class Reader(Protocol):
-    """Gives the samples of one epoch, and may fetch ahead in the order it was opened with."""
+    """Reads the samples of one epoch, and may prefetch in the order it was opened with."""
 
     def read(self, sample_id: int) -> tuple[EncodedImage, int]:
-        """One image, encoded or as uint8 (H, W, 3), and its label; waits until it is there. Called by many threads."""
+        """One image, encoded or as uint8 (H, W, 3), and its label; blocks until it is available. Thread-safe."""
 
     def release(self, ids: np.ndarray) -> None:
-        """These have been used."""
+        """Mark these samples as used."""
 
     def close(self) -> None:
         """Stop fetching."""
 
 
 class ImageDataset(Protocol):
-    """Samples numbered 0 to len - 1, stored in blocks of consecutive ones that are read together."""
+    """Samples numbered 0 to len - 1; consecutive samples are stored in blocks that are read together."""
 
     classes: list[str]
     block_rows: np.ndarray
@@ -53,14 +53,14 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """A digest that changes with what the ids stand for, as far as that is known without reading every image."""
+        """A digest that changes when ids refer to other images, as far as that shows without reading every image."""
 
     def reader(self, ids: np.ndarray) -> Reader:
-        """A reader for just these samples, int64, in the order in which they will be used."""
+        """A reader for these samples (int64), given in the order in which they will be used."""
 
 
 class Batch(NamedTuple):
-    """images uint8 (N, H, W, 3), labels int64 (N,), dataset-wide sample ids int64 (N,)."""
+    """Images uint8 (N, H, W, 3), labels int64 (N,), dataset-wide sample ids int64 (N,)."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -70,13 +70,13 @@ class Batch(NamedTuple):
 class Loader(ABC):
     """Batches of `(images, labels, ids)` on `device`, in an order that is a function of the epoch alone.
 
-    `order(epoch)` gives this process's streams as int64 arrays of sample ids. In training a batch takes an equal share
-    of each stream and the incomplete last batch is dropped: of `ranks` processes, which take one dataset together, each
-    has the same number of batches. Otherwise nothing is dropped. `augment` is applied to whole batches on the device.
-    Ids stay on the host.
+    `order(epoch)` returns this process's streams as int64 arrays of sample ids. In training a batch takes an equal
+    share of each stream, and the incomplete last batch is dropped, so that each of the `ranks` processes that share the
+    dataset has the same number of batches. Otherwise nothing is dropped. `augment` is applied to whole batches on the
+    device. Ids stay on the host.
 
-    Iterating yields the epoch given to `set_epoch`, from its step `start` on; no other state exists. On a GPU a batch
-    is copied and augmented in a stream of its own, beside the step of the one before.
+    Iterating yields the batches of the epoch given to `set_epoch`, from step `start` on; there is no other state. On a
+    GPU a batch is copied and augmented on a CUDA stream of its own, in parallel with the previous step.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Loader(ABC):
         self._steps = len(dataset) // (batch_size * ranks) if train else -(-sum(map(len, order(0))) // batch_size)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, in training the same on every rank."""
+        """The number of batches in a whole epoch; in training it is the same on every rank."""
         return self._steps
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch (from 0) that the next iteration yields, and its first batch."""
+        """Set the epoch (from 0) that the next iteration yields, and the step to start from."""
         self.epoch = epoch
         self.start = start
 
@@ -142,13 +142,13 @@ def ids_of(streams: list[np.ndarray], spans: list[tuple[int, int]]) -> np.ndarra
 
 
 class StreamingDataLoader(Loader):
-    """A `Loader` that reads, decodes and transforms images while others are trained on.
+    """A `Loader` that reads, decodes and transforms images in the background.
 
-    There are `num_workers` threads that read, each with a process of the pool that decodes for it; without workers all
-    is done in the calling thread. A training sample that cannot be read is replaced by the next readable one of its
-    stream; otherwise an unreadable image has label -1. `read_seconds` is the time that the threads have spent waiting
-    for encoded images since the iteration began. Raises DataError when more than `max_bad_fraction` of the dataset
-    cannot be read, and Cancelled when it had to wait and `should_stop()` is true.
+    It has `num_workers` reading threads, each with a worker process that decodes for it; without workers the calling
+    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream; in
+    evaluation an unreadable image gets label -1. `read_seconds` is the time that the threads have spent waiting for
+    encoded images since the iteration began. Raises DataError when more than `max_bad_fraction` of the dataset cannot
+    be read, and Cancelled when it has to wait while `should_stop()` is true.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class StreamingDataLoader(Loader):
 
 
 class _Begun(NamedTuple):
-    """A batch, the tasks that fill it, and the ids that it was to have, some of which may be replaced."""
+    """A batch, the tasks that fill it, and its scheduled ids, some of which may be replaced."""
 
     batch: Batch
     tasks: list[Future[None]]
@@ -192,7 +192,7 @@ class _Begun(NamedTuple):
 
 
 class _EpochReader:
-    """Makes the batches of an epoch. With workers that happens in threads, some batches ahead of their use.
+    """Makes the batches of an epoch, with workers in threads and some batches ahead of use.
 
     `spans` has the part of each stream that goes into each batch. A place is a stream and a position in it.
     """
@@ -221,14 +221,14 @@ class _EpochReader:
             yield self._finish(begun.popleft())
 
     def close(self) -> None:
-        """Leave what is not yet begun undone."""
+        """Cancel the tasks that have not started."""
         self._closed = True
         self._reader.close()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
     def _begin(self, parts: list[tuple[int, int]]) -> _Begun:
-        """A batch that is being filled; without threads it is full."""
+        """Start filling a batch; without threads, fill it at once."""
         places = [(stream, position) for stream, span in enumerate(parts) for position in range(*span)]
         size, pin = self._loader.image_size, self._loader.device.type == "cuda"  # PyTorch keeps pinned memory for reuse
         batch = Batch(
@@ -248,7 +248,7 @@ class _EpochReader:
         return _Begun(batch, tasks, ids_of(self._streams, parts))
 
     def _finish(self, begun: _Begun) -> Batch:
-        """Wait until a batch is full. Its samples are not needed again."""
+        """Wait until a batch is full, and release its samples."""
         for task in begun.tasks:
             while not task.done():
                 wait([task], POLL_SECONDS)
@@ -279,7 +279,7 @@ class _EpochReader:
     def _fill_with_next(
         self, image: np.ndarray, label: np.ndarray, sample_id: np.ndarray, stream: int, position: int
     ) -> None:
-        """Fill a row with the next sample of the stream, after the one at this position, that can be read."""
+        """Fill a row with the next readable sample of the stream after this position."""
         order = self._streams[stream]
         for offset in range(1, len(order)):
             sample_id[0] = order[(position + offset) % len(order)]

@@ -19,7 +19,7 @@ FILES_READ = 256
 
 
 class LocalDataset:
-    """Images in memory or in files: every sample is a block of its own, and reading needs no preparation.
+    """Images in memory or in files: every sample is a block of its own, and nothing is prefetched.
 
     `images` are uint8 arrays (H, W, 3) or the paths of image files.
     """
@@ -41,14 +41,14 @@ class LocalDataset:
         return LocalDataset([self.images[i] for i in picks], [self.labels[i] for i in picks], self.classes)  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
-        """A digest of labels and pixels; of files the names, and the contents of FILES_READ spread evenly."""
+        """A digest of labels and pixels; for files, of the names and the contents of FILES_READ evenly spread ones."""
         digest = xxhash.xxh3_128(np.array(self.labels, "<i8").tobytes())
         spread = -(-len(self) // FILES_READ)
         for number, image in enumerate(self.images):
             if not isinstance(image, Path):
                 digest.update(image.tobytes())
                 continue
-            digest.update(os.fsencode(os.sep.join(image.parts[-2:])))  # a folder that was moved is still the same
+            digest.update(os.fsencode(os.sep.join(image.parts[-2:])))  # a folder that was moved keeps its digest
             if number % spread == 0:
                 digest.update(bytes(self.read(number)[0]))
         return digest.hexdigest()
@@ -73,7 +73,7 @@ class LocalDataset:
 
 
 def load_digits() -> tuple[LocalDataset, LocalDataset]:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth of them held out, evenly by class."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth is for validation, stratified by class."""
     import sklearn.datasets
     from sklearn.model_selection import train_test_split
 
@@ -86,7 +86,7 @@ def load_digits() -> tuple[LocalDataset, LocalDataset]:
 
 
 def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
-    """CIFAR-10 or -100 in torchvision's files, downloaded into `folder` if they are not there. Raises DataError."""
+    """CIFAR-10 or -100 from torchvision's files in `folder`, downloaded if missing. Raises DataError."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -103,7 +103,7 @@ def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
 
 
 def _read_or_download(kind: Callable[..., Any], lock: Path) -> Any:
-    """A dataset of torchvision's; where its files are not whole, one process downloads them and others wait for it."""
+    """A torchvision dataset; if its files are incomplete, one process downloads them while the others wait."""
     try:
         return kind(download=False)
     except RuntimeError:

@@ -9,9 +9,9 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
     """The sample ids (int64) of each stream in one epoch: a pure function of its arguments.
 
     The blocks are permuted, their samples cut into `streams` equal spans, and each span shuffled in a rolling window:
-    sample i of n goes where i + uniform(0, window / streams) sorts, so none moves further than its share of `window`
-    and a reader holds no more than that. A window over everything gives a uniform permutation. Only raw bits of
-    Philox and stable sorts are used, which no release of numpy may change.
+    samples are sorted by i + uniform(0, window / streams), where i is their position, so none moves further than its
+    share of `window`, and a reader holds no more than that. A window over everything gives a uniform permutation. Only
+    raw bits of Philox and stable sorts are used, so no release of numpy changes the order.
     """
 
     def noise(count: int, use: Use, *stream: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
 
 
 def pick_blocks(rows: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The fewest blocks, spread evenly, that hold `limit` samples: their indices, and the rows to use of each."""
+    """The fewest evenly spread blocks that hold `limit` samples: their indices, and how many rows to use of each."""
     if limit is None or limit >= rows.sum():
         return np.arange(len(rows)), rows
     count = max(1, int(limit * len(rows) / rows.sum()))

@@ -17,11 +17,11 @@ from errors import DataError, UsageError
 from stream.hub import Files
 from stream.retry import one_line_errors
 
-Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # what is kept by this name, or made
+Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # the bytes kept under a name, made if absent
 
 FOOTER_THREADS = 16
 TAIL_BYTES = 64 * 1024  # most footers are smaller; a larger one costs a second request
-LARGEST_GAP = 2**20  # bytes that are rather read in vain than asked for around
+LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is cheaper than a second request
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Block:
 
 
 def first_difference(classes: Sequence[str], others: Sequence[str], renamed: bool = False) -> str | None:
-    """Where two lists of class names first differ, in words, or None where they agree.
+    """Where two lists of class names first differ, in words, or None if they agree.
 
-    If classes may be `renamed`, only a name that both lists have, under other numbers, makes a difference.
+    If classes may be `renamed`, only a name that both lists have under different numbers counts as a difference.
     """
 
     def moved(name: str | None) -> bool:
@@ -52,7 +52,7 @@ def first_difference(classes: Sequence[str], others: Sequence[str], renamed: boo
 
 
 class ParquetShards:
-    """The files of one split. Raises DataError for a file that is no parquet, without an image or label column, or with
+    """The files of one split. Raises DataError for a file that is not parquet, lacks an image or label column, or has
     other class names than the rest.
     """
 
@@ -71,7 +71,7 @@ class ParquetShards:
         self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
 
     def blocks(self, most_bytes: int) -> list[Block]:
-        """Consecutive row groups of each file, up to `most_bytes` together and at least one."""
+        """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group."""
         files = range(len(self._footers))
         return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
@@ -88,7 +88,7 @@ class ParquetShards:
             return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
-        """Rows, smallest and largest label of each row group, or None where the footer does not tell."""
+        """Rows, smallest and largest label of each row group, or None if the footer lacks statistics."""
         found = []
         for group in block.groups:
             statistics = self._column(block.file, group, self._leaves[block.file][1]).statistics
@@ -101,11 +101,11 @@ class ParquetShards:
         return Features.from_arrow_schema(self._footers[file].schema.to_arrow_schema())
 
     def _check_class_names(self, where: str, renamed: bool) -> None:
-        """Compare the class names that the files' own metadata give with those in use, which are from `where`.
+        """Compare the class names in the files' own metadata with those in use, which come from `where`.
 
-        Only a card may call a class by another name than the files do.
+        Only the dataset's card may rename classes.
         """
-        told: dict[bytes, int] = {}  # a file for each different metadata, of which most sets have one
+        told: dict[bytes, int] = {}  # one file for each distinct metadata; most sets have only one
         for file, footer in enumerate(self._footers):
             told.setdefault((footer.metadata or {}).get(b"huggingface", b""), file)
         for file in told.values():
@@ -118,7 +118,7 @@ class ParquetShards:
                     raise DataError(f"{name} has other classes than {where}: {problem}; make them the same")
 
     def _find_leaves(self, file: int) -> tuple[int, int]:
-        """The numbers of the two stored columns that are read. A file that lacks one is named."""
+        """The numbers of the two stored columns that are read. Raises DataError, naming a file that lacks one."""
         schema = self._footers[file].schema
         paths = [schema.column(number).path for number in range(len(schema.names))]
         for wanted in (f"{self.image_column}.bytes", self.label_column):
@@ -152,7 +152,7 @@ class ParquetShards:
         return Block(name, file, tuple(groups), rows, sum(sizes[group] for group in groups))
 
     def _ranges(self, block: Block) -> list[tuple[int, int]]:
-        """The byte ranges of the block's two columns, those that are close made one."""
+        """The byte ranges of the block's two columns; ranges that are close are merged."""
         spans = []
         for group in block.groups:
             for leaf in self._leaves[block.file]:
@@ -170,7 +170,7 @@ class ParquetShards:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of which only some byte ranges are there."""
+    """A file of which only some byte ranges are present."""
 
     def __init__(self, ranges: Sequence[tuple[int, bytes | bytearray]]) -> None:
         self._ranges = ranges
@@ -201,7 +201,7 @@ class _Ranges(io.RawIOBase):
 
 
 def _read_footers(source: str, files: Files, keep: Keep) -> list[pq.FileMetaData]:
-    """The metadata of every file, read in parallel, and kept."""
+    """The metadata of every file, read in parallel and kept."""
 
     def tail(number: int) -> bytes:
         data = files.read_tail(number, TAIL_BYTES)

@@ -1,4 +1,4 @@
-"""ResidentLoader: a small dataset kept whole in the memory of the device, which makes its batches itself."""
+"""ResidentLoader: a small dataset kept in the device's memory, where its batches are made."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +11,9 @@ from stream.loader import Batch, Loader, ids_of
 
 
 class ResidentLoader(Loader):
-    """A `Loader` of images (uint8, one size) that are moved to the device once, and then only picked out by number.
+    """A `Loader` of uint8 images of one size, which are copied to the device once and then selected by index.
 
-    `dataset` has them as `images` (count, H, W, 3) and `labels`. They are resized to `image_size` as batches are made.
+    `dataset` has `images` (count, H, W, 3) and `labels`. Images are resized to `image_size` batch by batch.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ResidentLoader(Loader):
 
 
 def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 images (N, H, W, 3) at `size` by `size` pixels."""
+    """uint8 images (N, H, W, 3) resized to `size` by `size` pixels."""
     if images.shape[1:3] == (size, size):
         return images
     resized = F.interpolate(images.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""A network that fails now and then: what to try again and for how long, and what the Hub's refusals mean."""
+"""Network failures: what to retry and for how long, and what the Hub's refusals mean."""
 
 import contextlib
 import email.utils
@@ -33,16 +33,16 @@ _jitter = random.Random()
 
 @dataclass(frozen=True)
 class Network:
-    """Seconds without a byte after which a request is repeated, and without progress after which a run gives up."""
+    """Seconds without a byte before a request is retried, and without progress before a run gives up."""
 
     stall_timeout: float = 60.0
     patience: float = 1800.0
 
 
 def patiently(call: Callable[[], T], patience: float, progress: Callable[[], int] = lambda: 0) -> T:
-    """What `call` returns, repeated after transient failures until there was no `progress` for `patience` seconds.
+    """Return what `call` returns, retrying transient failures until `progress` has stalled for `patience` seconds.
 
-    Raises the last error.
+    Then raises the last error.
     """
     since, made, attempt = time.monotonic(), progress(), 0
     while True:
@@ -70,7 +70,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _asked_delay(error: Exception) -> float:
-    """The seconds that the server asked to be left alone for, by Retry-After or its rate limit."""
+    """The seconds that the server asks to wait, by Retry-After or its rate limit."""
     if not isinstance(error, HfHubHTTPError):
         return 0.0
     headers = error.response.headers
@@ -86,7 +86,7 @@ def _asked_delay(error: Exception) -> float:
 
 @contextlib.contextmanager
 def one_line_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turns what the Hub's clients, the disk, tarfile, pyarrow and json raise into a DataError that says what to do."""
+    """Turns errors of the Hub's clients, the disk, tarfile, pyarrow and json into a DataError that says what to do."""
     try:
         yield
     except (UserError, MemoryError):

@@ -1,4 +1,4 @@
-"""Where random numbers come from: a seed, what they are for, and which of that use they are."""
+"""Where random numbers come from: a seed, their use, and numbers such as the epoch and the sample id."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Use(IntEnum):
-    """What numbers are drawn for. No two uses share any, and a number that was given is never given to another use."""
+    """What random numbers are used for. No two uses draw the same bits; the number of a use is never reused."""
 
     BLOCKS = 1  # the order of an epoch's blocks
     WINDOW = 2  # the shuffle within a stream
@@ -16,8 +16,8 @@ class Use(IntEnum):
 
 
 def seeded(seed: int, use: Use, *numbers: int) -> np.random.SeedSequence:
-    """A source of bits that depends on nothing else; `numbers`, an epoch, a sample id, a stream or a rank, are < 2^32.
+    """A source of bits that depends on its arguments alone; `numbers` (epoch, sample id, stream, rank) are < 2^32.
 
-    Source: numpy's SeedSequence, whose spawn keys keep streams of one seed apart.
+    Source: numpy's SeedSequence, whose spawn keys separate the streams of one seed.
     """
     return np.random.SeedSequence(seed, spawn_key=(use, *numbers))

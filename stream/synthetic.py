@@ -1,4 +1,4 @@
-"""A generated image set in the schema of ILSVRC/imagenet-1k, to try the program on without any access."""
+"""A generated image set in the schema of ILSVRC/imagenet-1k, to try the program without access to it."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ CLASSES = 1000
 IMAGES = {"train": 1024, "validation": 256}
 FILES = {"train": 8, "validation": 1}
 ROWS_PER_GROUP = 32
-SIDES = (200, 500)  # pixels, the shortest and longest there is
+SIDES = (200, 500)  # pixels, the smallest and largest
 
 
 def make_dummy_data() -> Path:
-    """The folder with the generated set; made the first time, by whichever process comes first."""
+    """The folder with the generated set, which the first process that needs it makes."""
     folder = Path(constants.HF_HOME) / "imagenet1k" / "dummy-1"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def _write_split(folder: Path, split: str, rng: np.random.Generator) -> None:
 
 
 def draw(label: int, rng: np.random.Generator) -> bytes:
-    """A JPEG of soft blobs whose colours and grain are the class's."""
+    """A JPEG of soft blobs whose colours and grain depend on the class."""
     own = np.random.default_rng(label)
     width, height = rng.integers(*SIDES, 2).tolist()
     grain = int(own.integers(3, 12))

@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a tar file: its bytes, its samples and, if it was read for that, their extreme labels."""
+    """A tar file's size in bytes, its number of samples and, if it was read, their smallest and largest label."""
 
     size: int
     rows: int
@@ -32,10 +32,10 @@ class Shard:
 
 
 class TarShards:
-    """The shards of one split, each a block: samples are the members of equal stem, an image and its `.cls`.
+    """The shards of one split, each a block. The members of equal stem, an image and its `.cls`, make a sample.
 
-    `lengths` are the samples of each shard by file name, where the dataset's `_info.json` tells them; otherwise every
-    shard is read once to count them. `num_classes` is needed then. Raises DataError.
+    `lengths` has the number of samples of each shard by file name, if the dataset's `_info.json` has it; other shards
+    are read once to count them. With `lengths`, `num_classes` is needed. Raises DataError.
     """
 
     def __init__(self, source: str, files: Files, keep: Keep, num_classes: int | None, lengths: dict[str, int]) -> None:
@@ -66,7 +66,7 @@ class TarShards:
         return pa.table({"image": pa.array(images, pa.large_binary()), "label": pa.array(labels, pa.int64())})
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
-        """Samples, smallest and largest label of a shard, or None where no one has looked."""
+        """Samples, smallest and largest label of a shard, or None if the shard has not been read."""
         shard = self._shards[block.file]
         return None if shard.low is None or shard.high is None else [(shard.rows, shard.low, shard.high)]
 

@@ -1,4 +1,4 @@
-"""The journal of a run: its numbers, its time, its pictures and its snapshots, kept while it goes."""
+"""The journal of a run: its numbers, time, pictures and snapshots, recorded while it trains."""
 
 import contextlib
 import math
@@ -23,23 +23,23 @@ from training.timing import StepProfiler, TimeSpent, describe_time
 
 
 class Pictures(Protocol):
-    """What draws a run."""
+    """Draws pictures of a run."""
 
     def samples(self, batch: Batch) -> None:
-        """The images of the first batch."""
+        """Draw the images of the first batch."""
 
     def curves(self) -> None:
-        """The logs up to now, without anybody waiting for it."""
+        """Draw the logs up to now, in the background."""
 
     def close(self) -> None:
         """Wait until everything is drawn."""
 
 
 class Journal:
-    """Counts the steps of a run in its `progress`, and keeps what there is to tell of them.
+    """Counts the steps of a run in its `progress`, logs their numbers, and saves snapshots.
 
-    Every rank has one and calls it alike, for numbers are means over ranks. Only the one with a `folder`, rank 0's,
-    writes anything. `record` is what snapshots say of the run beside its progress.
+    Every rank has a journal and makes the same calls, because numbers are means over ranks. Only rank 0, whose journal
+    has a `folder`, writes anything. `record` is what snapshots hold about the run besides its progress.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Journal:
         self._pending: list[dict[str, Any]] = []
 
     def rewind(self) -> list[str]:
-        """Forget what the logs and snapshots hold beyond `progress`; returns the names of the snapshots dropped."""
+        """Delete logs and snapshots of steps after `progress`; returns the names of the deleted snapshots."""
         self.tracker.rewind(self.progress.step, self.progress.epoch)
         dropped = self.store.rewind(self.progress.step) if self.store else []
         if BEST in dropped:
-            self.progress.best_top1 = -1.0  # the file of the best that is left is gone: the next one takes its place
+            self.progress.best_top1 = -1.0  # no earlier best has a file any more: the next epoch becomes the best
         return dropped
 
     def start_epoch(self) -> None:
-        """The steps of an epoch come next, from where `progress` stands."""
+        """Begin an epoch, at the step in `progress`."""
         steps = len(self.loader)
         first = self.progress.step - self.progress.epoch * steps
         self.tracker.start_epoch(self.progress.epoch + 1, self.config.epochs, steps, first)
@@ -85,7 +85,7 @@ class Journal:
 
     @contextlib.contextmanager
     def timed_step(self, batch: Batch) -> Iterator[None]:
-        """Around a training step on this batch."""
+        """A context around the training step on this batch."""
         if self.progress.step == 0 and self.pictures is not None:
             with self.spent.part("other"):
                 self.pictures.samples(batch)
@@ -93,7 +93,7 @@ class Journal:
             yield
 
     def step(self, batch: Batch, numbers: StepNumbers) -> None:
-        """A step is done, its schedule has not moved on yet. Logs and saves when it is time to.
+        """Record a finished step, before the schedule moves; log and save when due.
 
         Raises DivergedError and SnapshotError, see `flush` and `save`.
         """
@@ -113,9 +113,9 @@ class Journal:
             self.save()
 
     def flush(self) -> None:
-        """Fetch the numbers of the steps since the last time from the device, and log them.
+        """Fetch the numbers of the steps since the last flush from the device, and log them.
 
-        Raises DivergedError after too many steps in a row without a finite loss, or skipped by the scaler, and
+        Raises DivergedError after too many consecutive steps without a finite loss or skipped by the scaler, and
         SnapshotError when a snapshot could not be written.
         """
         if self.store is not None:
@@ -143,7 +143,7 @@ class Journal:
             raise self._diverged(diverged_at)
 
     def end_epoch(self, result: dict[str, float], seconds: float) -> None:
-        """Log an epoch and its evaluation, which took `seconds`; count it as completed, and save."""
+        """Log an epoch and its evaluation, which took `seconds`, count the epoch as completed, and save."""
         progress = self.progress
         images, train_seconds = len(self.loader) * self.config.batch_size, progress.train_seconds
         self.tracker.end_epoch(
@@ -166,9 +166,9 @@ class Journal:
         print0(f"time      {describe_time(self.spent.shares(), self.config, self.loader, train_seconds)}")
 
     def save(self, best: bool = False) -> Path | None:
-        """Log what is pending, then save everything the next step depends on. Rank 0 writes, and returns the path.
+        """Flush, then save everything the next step depends on. Rank 0 writes, and returns the path.
 
-        Raises DivergedError rather than save weights that are not finite, on all ranks when one has them.
+        Weights that are not finite are not saved: raises DivergedError on all ranks when one rank has them.
         """
         self.flush()
         training = self.training
@@ -179,7 +179,7 @@ class Journal:
             return self.store.save(tensors, self.record | state, best) if self.store else None
 
     def save_before_stopping(self, cause: str) -> None:
-        """Save where the run stands, wait until that is on the disk, and say so."""
+        """Save a snapshot, wait until it is on disk, and print its path."""
         self.flush()
         self.tracker.close()
         path = self.save()
@@ -188,7 +188,7 @@ class Journal:
         print0(f"stopped by {cause} at step {self.progress.step}; snapshot {path}")
 
     def close(self) -> None:
-        """Finish what is being written and drawn. Raises SnapshotError."""
+        """Finish writing and drawing. Raises SnapshotError."""
         self.tracker.close()
         for part in (self.profiler, self.pictures):
             if part is not None:

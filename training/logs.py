@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, results.csv, metrics.jsonl, and the ledger."""
+"""Where a run's numbers go: its folder, the console, results.csv, metrics.jsonl and the ledger."""
 
 import contextlib
 import csv
@@ -38,9 +38,9 @@ PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentatio
 
 @contextlib.contextmanager
 def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -> Iterator[Path]:
-    """The folder of a new run, or of the one that is `resumed`, locked; notes this launch in its config.json.
+    """Lock and yield the folder of a new run, or of the `resumed` one; records this launch in its config.json.
 
-    Raises UsageError when the folder cannot be written, is at work in another process, or holds another run.
+    Raises UsageError when the folder cannot be written, is in use by another process, or holds another run.
     """
     name = f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(distributed.from_rank0(lambda: config.run_dir or str(resumed or Path("runs") / name)))
@@ -65,7 +65,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
 
 
 def _claim(lock: IO[str], folder: Path) -> None:
-    """Take the lock, which the system takes back when this process ends in whatever way. Raises UsageError."""
+    """Take the lock, which the system releases however this process ends. Raises UsageError."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -106,9 +106,9 @@ def _launch(argv: Sequence[str]) -> dict[str, Any]:
 
 
 class Tracker:
-    """Takes one dict a step and one a finished epoch; `folder` is None on every rank but 0, which writes nothing.
+    """Logs one dict per step and one per finished epoch. `folder` is None on all ranks but 0; these write nothing.
 
-    On a terminal the progress of an epoch is a live bar, in a log file a plain line every time numbers arrive.
+    On a terminal an epoch has a live progress bar; in a log file, a plain line each time numbers arrive.
     """
 
     def __init__(self, folder: Path | None, ledger: bool) -> None:
@@ -118,7 +118,7 @@ class Tracker:
         self._bar: tqdm[Any] | None = None
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Forget whatever was logged after this step (and the epochs after this one): a resume will log it again."""
+        """Remove log entries after this step, and epochs after this one, because a resume will log them again."""
         if self.folder is None:
             return
         for name in ("metrics.jsonl", "ledger.jsonl"):
@@ -126,14 +126,14 @@ class Tracker:
         _keep_lines(self.folder / "results.csv", lambda line: line.startswith("epoch") or _csv_epoch(line) <= epoch)
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Begin the display of epoch number `epoch` (from 1), `done` of its `steps` being behind us."""
+        """Start the display of epoch number `epoch` (from 1), of whose `steps` `done` are completed."""
         self._title = f"epoch {epoch}/{epochs}"
         self._steps = steps
         if self.folder is not None:
             self._bar = tqdm(total=steps, initial=done, desc=self._title, unit="step", leave=False, disable=None)
 
     def log_steps(self, rows: list[dict[str, Any]], step_in_epoch: int, images_per_s: float) -> None:
-        """Record consecutive steps: `step, epoch, loss, top1, lr, momentum, skipped`, and with a ledger `ids`."""
+        """Log consecutive steps: `step, epoch, loss, top1, lr, momentum, skipped`, and with a ledger `ids`."""
         if self.folder is None or not rows:
             return
         last = rows[-1]
@@ -152,7 +152,7 @@ class Tracker:
             _append(self.folder / "ledger.jsonl", (json.dumps(ledger_row(row)) for row in rows))
 
     def end_epoch(self, result: dict[str, Any]) -> None:
-        """Write the epoch's row and line."""
+        """Write the epoch's row to results.csv, and print its line."""
         self.close()
         if self.folder is None:
             return
@@ -170,14 +170,14 @@ class Tracker:
         )
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the progress bar from the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One step for the audit trail: ids (int64, in order) as their SHA-256, floats as hexadecimal."""
+    """One step for the ledger: ids (int64, in order) as their SHA-256, floats in hexadecimal."""
     ids = np.asarray(row["ids"], dtype="<i8")
     return {
         "step": row["step"],
@@ -190,7 +190,7 @@ def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds spent, going on from those of an earlier process."""
+    """Counts seconds, starting from the `already` seconds of an earlier process."""
 
     def __init__(self, already: float = 0.0) -> None:
         self._start = time.perf_counter() - already
@@ -209,7 +209,7 @@ def _append(path: Path, lines: Iterable[str]) -> None:
 
 
 def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
-    """Rewrite a log with the lines to keep; what a kill left unfinished or a crash filled with rubbish is none."""
+    """Rewrite a log with only the lines to keep; incomplete or corrupted lines are dropped."""
     if not os.path.lexists(path):
         return
     try:

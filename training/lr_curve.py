@@ -1,4 +1,4 @@
-"""Reading the curve of a learning rate range test: whether it shows a learning rate, and which."""
+"""Reading the curve of a learning rate range test: whether it shows a learning rate, and which one."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ WIDTH = 0.3  # decades
 
 @dataclass(frozen=True)
 class Curve:
-    """Learning rates, rising, and for each the raw and the smoothed loss."""
+    """Increasing learning rates, and for each the raw and the smoothed loss."""
 
     lr: np.ndarray
     loss: np.ndarray
@@ -29,15 +29,15 @@ class Curve:
 
 
 def average(sweeps: list[dict[str, list[float]]]) -> Curve:
-    """The mean of several sweeps as far as all of them came."""
+    """The mean of several sweeps, up to the length of the shortest."""
     length = min(len(sweep["lr"]) for sweep in sweeps)
     loss, smoothed = (np.mean([sweep[name][:length] for sweep in sweeps], 0) for name in ("raw_loss", "loss"))
     return Curve(np.array(sweeps[0]["lr"][:length]), loss, smoothed)
 
 
 def why_unreadable(curve: Curve, smooth_f: float, stopped: str) -> str | None:
-    """Why this curve shows no learning rate, if so: it is short, or its fall is small, or within three deviations of
-    the noise, that of the first few losses' mean and of an exponential average (2 - f) / f losses wide together.
+    """Why this curve shows no learning rate, or None: it is short, or falls too little, or by less than three standard
+    deviations of the noise in the mean of the first losses and in an exponential average (2 - f) / f losses wide.
     """
     loss, smoothed = curve.loss, curve.smoothed
     if len(loss) < FEWEST_LR_STEPS:
@@ -54,8 +54,8 @@ def why_unreadable(curve: Curve, smooth_f: float, stopped: str) -> str | None:
 def lowest(curve: Curve) -> float:
     """The learning rate of the lowest loss, smoothed by a Gaussian of WIDTH decades in log10(lr).
 
-    Such a mean looks both ways, so it has no lag, and near the end of the fall it sees the rise coming. Losses of a
-    sweep that has blown up count as three times the first ones.
+    This mean looks both ways, so it has no lag, and near the end of the fall it includes the start of the rise. Losses
+    are capped at three times the first ones, so that a diverged end does not dominate.
     """
     decades = np.log10(curve.lr)
     weights = np.exp(-0.5 * ((decades[:, None] - decades) / WIDTH) ** 2)
@@ -66,7 +66,7 @@ def lowest(curve: Curve) -> float:
 def steepest(curve: Curve) -> float:
     """Where the smoothed loss falls fastest against log10(lr), left of its minimum.
 
-    The first points are left out as noise (after torch-lr-finder).
+    The first points are ignored as noise (after torch-lr-finder).
     """
     part = slice(SKIP_START, max(int(curve.smoothed.argmin()), SKIP_START + 1) + 1)
     return float(curve.lr[part][np.gradient(curve.smoothed[part], np.log10(curve.lr[part])).argmin()])
@@ -78,7 +78,7 @@ def minimum(curve: Curve) -> float:
 
 
 def valley(curve: Curve) -> float:
-    """Half way, in log lr, along the longest falling subsequence of the smoothed loss (after fastai's rule)."""
+    """The middle, in log lr, of the longest decreasing subsequence of the smoothed loss (after fastai's rule)."""
     loss = curve.smoothed
     length, previous = np.ones(len(loss), int), np.full(len(loss), -1)
     for i in range(1, len(loss)):
@@ -93,8 +93,8 @@ def valley(curve: Curve) -> float:
 
 
 def slide(curve: Curve) -> float:
-    """Where, coming from the right, two slopes SLIDE_POINTS apart first differ by no more than SLIDE_SLOPE (after
-    fastai's rule of that name; slopes are loss a step).
+    """Where, from the right, two slopes SLIDE_POINTS apart first differ by at most SLIDE_SLOPE (after fastai's rule of
+    that name; slopes are loss per step).
     """
     slopes = np.gradient(curve.smoothed)
     left = len(slopes) - 1 - SLIDE_POINTS
@@ -110,15 +110,15 @@ METHODS: dict[str, Callable[[Curve], float]] = {
     "valley": valley,
     "slide": slide,
 }
-WITNESSES = ("steepest", "minimum")  # valley and slide look for the fall, and say far less
+WITNESSES = ("steepest", "minimum")  # valley and slide look for the fall, and are far less reliable
 
 
 @dataclass(frozen=True)
 class RangeTest:
     """A range test: learning rates, losses (means over the sweeps, of equal length) and each method's suggestion.
 
-    `halves` are what the same method says of every other sweep and of the rest; there are none after a single sweep.
-    Suggestions are OneCycle's `max_lr`, None where the curve shows none.
+    `halves` has the suggestions of `method` for every second sweep and for the rest; it is empty after a single sweep.
+    Suggestions are for OneCycle's `max_lr`, and None if the curve shows no rate.
     """
 
     lr: list[float]
@@ -142,14 +142,14 @@ class RangeTest:
 
     @property
     def constant_lr(self) -> float:
-        """What the schedules that start at their highest rate should start from; OneCycle only touches its peak."""
+        """The starting rate for cosine and step, which start at their highest; OneCycle only touches its peak."""
         return self.suggested_lr * CONSTANT_SHARE
 
     @property
     def confidence(self) -> tuple[str, str]:
-        """high, medium or low, and in words why and what to do about it.
+        """The level (high, medium or low), and in words the reason and what to do about it.
 
-        The halves must agree, and the methods that look for the end of the fall as this one does (see WITNESSES).
+        The halves must agree, and so must the methods that also look for the end of the fall (see WITNESSES).
         """
         lr = self.suggested_lr
         if not self.halves:
@@ -173,7 +173,7 @@ def _ratio(values: list[float]) -> float:
 
 
 def read_sweeps(sweeps: list[dict[str, list[float]]], endings: list[str], smooth_f: float, method: str) -> RangeTest:
-    """What the histories of some sweeps say together, and every other one of them and the rest apart."""
+    """The range test from the histories of all sweeps, with every second sweep and the rest also read separately."""
     curve = average(sweeps)
     stopped = min(zip(sweeps, endings, strict=True), key=lambda sweep: len(sweep[0]["lr"]))[1]
     problem = why_unreadable(curve, smooth_f, stopped)

@@ -1,4 +1,4 @@
-"""Parameter groups, optimisers and the learning rate schedules. All of it counts in optimiser steps."""
+"""Parameter groups, optimisers and learning rate schedules, which count in optimiser steps."""
 
 import dataclasses
 import math
@@ -30,8 +30,8 @@ def build_optimizer(
 ) -> Optimizer:
     """SGD with Nesterov momentum, or AdamW with `momentum` as its first beta.
 
-    Tensors of rank 1 (biases, BatchNorm) are not decayed (He et al. 2018, Bag of Tricks, section 3.1). The classifier
-    `fc` learns at `head_lr_scale` times the rate of the rest: groups carry that factor as `lr_scale`.
+    Tensors of rank 1 (biases, BatchNorm) have no weight decay (He et al. 2018, Bag of Tricks, section 3.1). The
+    classifier `fc` learns at `head_lr_scale` times the rate of the rest; groups store that factor as `lr_scale`.
     """
     named: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -42,22 +42,22 @@ def build_optimizer(
     if kind == "adamw":
         return AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-    for parameter in model.parameters():  # or a first step that the gradient scaler skips leaves them uninitialised
+    for parameter in model.parameters():  # otherwise a first step that is skipped leaves them uninitialised
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
     return optimizer
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:
-    """The momentum of a parameter group, which is Adam's first beta."""
+    """The momentum of a parameter group; for Adam, its first beta."""
     return float(group["betas"][0] if "betas" in group else group["momentum"])
 
 
 def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_epoch: int, step: int = 0) -> LRScheduler:
-    """The schedule of the whole run, standing at `step`, the number of optimiser steps already taken.
+    """The schedule of the whole run, positioned at `step`, the number of optimiser steps already taken.
 
     `lr` is OneCycle's peak and the other schedules' starting rate. Each schedule is a function of the step alone, so
-    nothing of it is saved: one built at step k goes on with the bits of one that was stepped k times. PyTorch wants a
-    schedule that starts late to find the groups prepared by one that started at 0, so such a one is built twice.
+    none of it is saved: one built at step k equals, bit for bit, one that was stepped k times. PyTorch expects a
+    schedule that starts later to find the groups initialised by one that started at 0, so it is then built twice.
     """
     total = config.epochs * steps_per_epoch
     for group in optimizer.param_groups:
@@ -73,7 +73,7 @@ def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_ep
 
 
 def _factor(done: int, config: Config, steps_per_epoch: int) -> float:
-    """What the cosine and step schedules multiply the learning rate by after `done` steps."""
+    """The factor of the learning rate after `done` steps, under the cosine and step schedules."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if done < warmup:
         return (done + 1) / warmup
@@ -100,14 +100,14 @@ def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last
 
 
 def schedule_at(config: Config, lr: float, steps_per_epoch: int, step: int) -> tuple[float, float]:
-    """Learning rate and momentum of the step that follows `step` others."""
+    """Learning rate and momentum of the step after the first `step` ones."""
     optimizer = build_optimizer(nn.BatchNorm1d(1), lr, config.momentum, 0.0, config.optimizer)
     build_schedule(optimizer, config, lr, steps_per_epoch, step)
     return optimizer.param_groups[0]["lr"], momentum_of(optimizer.param_groups[0])
 
 
 def describe_schedule(config: Config, total: int) -> str:
-    """One line: the shape, its length, and where the momentum goes."""
+    """One line: the schedule, its number of steps, and the momentum."""
     text = f"{config.scheduler}, {total:,} steps"
     if config.scheduler == "onecycle" and not config.onecycle_fixed_momentum:
         low, high = config.onecycle_base_momentum, config.onecycle_max_momentum
@@ -118,7 +118,7 @@ def describe_schedule(config: Config, total: int) -> str:
 def compare_plans(
     saved: Mapping[str, Any], saved_lr: float, config: Config, lr: float, steps_per_epoch: int, step: int
 ) -> list[str]:
-    """A table of the learning rate from `step` on, under the saved settings and under `config`; none if they agree."""
+    """A table of the learning rate from `step` on, under the saved settings and under `config`; empty if they agree."""
     before = dataclasses.replace(config, **{name: saved[name] for name in PLAN})
     if before == config and saved_lr == lr:
         return []
@@ -136,5 +136,5 @@ def compare_plans(
 
 
 def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
-    """A gradient scaler, switched off unless the dtype is float16."""
+    """A gradient scaler, disabled unless the dtype is float16."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: by a signal, or by data that no longer comes."""
+"""How a run is stopped from outside: by a signal, or by data that no longer arrives."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ FAILED = 1000  # greater than any signal
 
 
 class StopRequest:
-    """Remembers the first signal that asks to stop; a second one, unless it is an echo, ends the process at once."""
+    """Remembers the first stop signal. A second one more than ECHO_SECONDS later ends the process at once."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -23,7 +23,7 @@ class StopRequest:
 
     @classmethod
     def listening(cls, *loaders: Loader) -> "StopRequest":
-        """One that takes over SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on; the loaders no longer wait then."""
+        """Handle SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on; after one the loaders stop waiting for data."""
         stop = cls()
         for number in SIGNALS:
             signal.signal(number, stop._note)
@@ -50,10 +50,10 @@ class StopRequest:
 
 
 def batches_until(stop: StopRequest, loader: Loader | list[Batch], every_step: bool) -> Iterator[Batch]:
-    """The loader's batches, until a rank must stop: then raises on all of them (see StopRequest.check).
+    """Yield the loader's batches until a rank must stop, then raise on all ranks (see StopRequest.check).
 
-    Ranks that step together ask each other at `every_step`, others only when they have no batch left. Raises
-    RuntimeError when there were fewer batches than promised.
+    With `every_step`, ranks step together and check before each batch; otherwise they check only when they have no
+    batch left. Raises RuntimeError when there were fewer batches than the loader's length.
     """
     batches, failure, given = iter(loader), None, 0
     expected = len(loader) - (loader.start if isinstance(loader, Loader) else 0)

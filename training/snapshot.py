@@ -1,7 +1,7 @@
-"""Snapshots: write in the background, verify, find and prune. One safetensors file each, and no pickle.
+"""Snapshots: written in the background, verified, found and pruned. Each is one safetensors file; there is no pickle.
 
-The header's metadata starts with `sha256`, the digest of the whole file with these 64 characters set to zeros: one
-flipped bit anywhere, header or tensors, is found. Its `state` holds the run's settings and counters as JSON.
+The header's metadata starts with `sha256`, the digest of the whole file with these 64 characters set to zeros, so one
+flipped bit anywhere, in header or tensors, is detected. Its `state` holds the run's settings and counters as JSON.
 """
 
 import hashlib
@@ -50,10 +50,10 @@ class Snapshot:
 
 
 def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> tuple[bytes | memoryview, ...]:
-    """The bytes of a snapshot file, in parts. `tensors` lie in host memory, contiguous; `state` must survive JSON.
+    """The bytes of a snapshot file, in parts. `tensors` are contiguous in host memory; `state` must survive JSON.
 
-    Not by safetensors' own writer, which makes a copy and keeps the interpreter to itself meanwhile: training would
-    stand still.
+    safetensors' own writer is not used, because it makes a copy while holding the interpreter lock, which would pause
+    training.
     """
     header: dict[str, Any] = {"__metadata__": {"sha256": _NO_DIGEST, "format": FORMAT, "state": json.dumps(state)}}
     data, end = [], 0
@@ -72,7 +72,7 @@ def encode(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> tuple[byt
 
 
 def copy_to_host(tensors: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies in host memory, which later steps do not change; in `buffers`, by name, as far as it goes."""
+    """Contiguous copies in host memory, which later steps do not change; `buffers`, by name, are reused if present."""
     copies = {}
     for name, tensor in tensors.items():
         buffer = buffers.get(name)
@@ -85,7 +85,7 @@ def copy_to_host(tensors: dict[str, torch.Tensor], buffers: dict[str, torch.Tens
 
 
 def read(path: Path) -> Snapshot:
-    """Read and verify one snapshot. Raises SnapshotError saying what is wrong with the file."""
+    """Read and verify one snapshot. Raises SnapshotError, which says what is wrong with the file."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise OSError(0, "it is a link, a pipe or a device")
@@ -115,9 +115,9 @@ def read(path: Path) -> Snapshot:
 
 
 def find(source: Path) -> tuple[Snapshot, list[str]]:
-    """The snapshot in `source`, a file, or the newest one that verifies in a run folder.
+    """The snapshot in the file `source`, or the newest one in the run folder `source` that passes verification.
 
-    Also returns a line for each newer file that had to be passed over. Raises SnapshotError when there is none.
+    Also returns a line for each newer file that was skipped. Raises SnapshotError when there is none.
     """
     if not source.is_dir():
         return read(source), []
@@ -132,12 +132,12 @@ def find(source: Path) -> tuple[Snapshot, list[str]]:
 
 
 def step_files(folder: Path) -> list[Path]:
-    """The snapshots of a folder in the order of their steps, `best` left out."""
+    """The snapshots of a folder in the order of their steps, without `best`."""
     return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
 def _step_of(path: Path) -> int:
-    """The step of a snapshot, or -1 where there is none that can be read."""
+    """The step of a snapshot, or -1 if it cannot be read."""
     try:
         return int(read(path).state["step"])
     except SnapshotError:
@@ -145,7 +145,7 @@ def _step_of(path: Path) -> int:
 
 
 class SnapshotStore:
-    """The `snapshots/` folder of one run. A thread writes, one snapshot at a time, the `logs` up to it first."""
+    """The `snapshots/` folder of one run. A thread writes one snapshot at a time, and syncs the `logs` before it."""
 
     def __init__(self, folder: Path, keep: int, logs: Sequence[Path] = ()) -> None:
         self.folder = folder
@@ -156,8 +156,8 @@ class SnapshotStore:
         self._writing: Future[None] | None = None
 
     def rewind(self, step: int) -> list[str]:
-        """Drop what a killed process left half written, and the snapshots of later steps, which a resume from an
-        older file leaves behind, the best one too; returns the names of those.
+        """Delete partly written files of a killed process, and the snapshots of later steps, including the best one,
+        that a resume from an older file leaves behind; returns the names of these snapshots.
         """
         for path in self.folder.glob("*.tmp"):
             path.unlink()
@@ -169,11 +169,11 @@ class SnapshotStore:
         return [path.name for path in later]
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> Path:
-        """Copy to host memory, and write `step-<9 digits>.safetensors` from there in the background.
+        """Copy the tensors to host memory, and write them to `step-<9 digits>.safetensors` in the background.
 
-        A tensor has the same shape at every save. `best.safetensors` is written too if asked, then the older ones are
-        pruned. Waits for the snapshot before this one. Raises SnapshotError when that one failed or there is no room;
-        what was there is untouched.
+        A tensor must have the same shape at every save. With `best`, `best.safetensors` is written too; then older
+        snapshots are pruned. Waits for the previous snapshot. Raises SnapshotError when that one failed or there is no
+        room; existing snapshots are untouched.
         """
         self.wait()
         path = self.folder / f"step-{state['step']:09d}.safetensors"
@@ -190,13 +190,13 @@ class SnapshotStore:
         return path
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises SnapshotError when it could not be."""
+        """Wait until nothing is being written. Raises SnapshotError when writing failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def check(self) -> None:
-        """Raise SnapshotError when a snapshot could not be written; does not wait."""
+        """Raise SnapshotError when a snapshot could not be written, without waiting."""
         if self._writing is not None and self._writing.done():
             self.wait()
 

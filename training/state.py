@@ -1,4 +1,4 @@
-"""What the next step depends on: everything that a snapshot must hold, taken out of a run and put back."""
+"""What the next step depends on: everything that a snapshot must hold, captured from a run and restored."""
 
 import math
 import random
@@ -20,10 +20,10 @@ OPTIMIZER_STATE = {SGD: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_av
 
 @dataclass
 class Progress:
-    """How far a run has come, in completed epochs and optimiser steps, and the sums of the epoch in progress.
+    """The progress of a run in completed epochs and optimiser steps, and the sums of the current epoch.
 
-    `lr` is the learning rate that the schedule was built with, `last_lr` and `last_loss` those of the last step.
-    `bad_steps` counts the steps in a row, up to the last, whose loss was not finite or that the scaler skipped.
+    `lr` is the learning rate that the schedule was built with, `last_lr` and `last_loss` are those of the last step.
+    `bad_steps` counts the latest consecutive steps whose loss was not finite or that the scaler skipped.
     """
 
     epoch: int = 0
@@ -40,7 +40,7 @@ class Progress:
     best_top1: float = -1.0
 
     def add(self, loss: float, correct: int, skipped: bool) -> None:
-        """Count one step's loss, its correct images of all ranks, and whether the scaler skipped it."""
+        """Count one step: its loss, its correct images on all ranks, and whether the scaler skipped it."""
         finite = math.isfinite(loss)
         self.skipped_steps += skipped
         self.bad_steps = 0 if finite and not skipped else self.bad_steps + 1
@@ -51,7 +51,7 @@ class Progress:
         self.correct += correct
 
     def end_epoch(self, top1: float) -> None:
-        """Count the epoch as completed, with this validation accuracy."""
+        """Count the epoch, with this validation accuracy, as completed."""
         self.best_top1 = max(self.best_top1, top1)
         self.epoch += 1
         self.loss_sum, self.losses, self.correct, self.train_seconds = 0.0, 0, 0, 0.0
@@ -60,7 +60,7 @@ class Progress:
 def capture(
     model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, progress: Progress
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by their names in a snapshot, and the rest as JSON values. All ranks must call this together."""
+    """The state as tensors, by their names in a snapshot, and JSON values. All ranks must call this together."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
@@ -72,16 +72,16 @@ def capture(
 
 
 def all_finite(model: nn.Module) -> bool:
-    """Whether every weight and statistic of a model is a finite number."""
+    """Whether every weight and BatchNorm statistic of a model is finite."""
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     extremes = [extreme for tensor in floats for extreme in torch.aminmax(tensor)]  # NaN is both; no copies are made
     return bool(torch.stack(extremes).isfinite().all())
 
 
 def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Progress:
-    """Put back what `capture` took, and return where it stood. Raises UsageError for another model.
+    """Restore what `capture` saved, and return its progress. Raises UsageError for another model.
 
-    Of random number generators each rank takes its own; ranks that are new take those of others.
+    Each rank restores its own random number generators; additional ranks reuse those of others.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
     for name, tensor in snapshot.tensors.items():
@@ -94,7 +94,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
     except RuntimeError as error:
         raise UsageError(f"{snapshot.path} holds another model than the one asked for") from error
     for name, parameter in model.named_parameters():
-        for key in OPTIMIZER_STATE[type(optimizer)]:  # an --override may have changed the optimiser: it starts anew
+        for key in OPTIMIZER_STATE[type(optimizer)]:  # an --override may have changed the optimiser: it starts afresh
             saved = parts["optimizer"].get(f"{name}.{key}")
             if saved is not None:
                 like = parameter.detach().new_empty(()) if key == "step" else parameter.detach()
@@ -106,7 +106,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
 
 
 def seed_everything(seed: int) -> None:
-    """Seed this process's generators, each rank's differently."""
+    """Seed this process's random number generators, differently on each rank."""
     words = seeded(seed, Use.RANK, distributed.rank()).generate_state(3)
     torch.manual_seed(int(words[0]))
     random.seed(int(words[1]))
@@ -130,7 +130,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` gave; a GPU's state is left out where there is none."""
+    """Restore what `rng_state` returned; a GPU's state is ignored where there is no GPU."""
     torch.set_rng_state(state["torch"])
     has_python_gauss, python_gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), python_gauss if has_python_gauss else None))

@@ -1,4 +1,4 @@
-"""A model with all that trains it on one device, and the optimiser step."""
+"""A model and everything that trains it on one device, and the optimiser step."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass
 class Training:
-    """A model and everything that trains it on one device. `ddp` is the model itself on one process."""
+    """A model and everything that trains it on one device. On one process, `ddp` is the model itself."""
 
     model: nn.Module
     ddp: nn.Module
@@ -42,14 +42,14 @@ class Training:
     max_grad_norm: float | None
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision, or nothing without an `amp_dtype`."""
+        """The context of mixed precision, disabled without an `amp_dtype`."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
 def build_training(config: Config, classes: int, device: torch.device) -> Training:
-    """The model on its device with its optimiser, scaler and loss. The schedule will bring the learning rate.
+    """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
 
-    Raises UsageError for an unknown model, DataError when pretrained weights cannot be had.
+    Raises UsageError for an unknown model, DataError when pretrained weights are unavailable.
     """
     torch.manual_seed(config.seed)
     if config.use_pretrained:
@@ -66,7 +66,7 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
     model = model.to(device).to(memory_format=torch.channels_last)
     normalize = Normalize().to(device)
@@ -114,7 +114,7 @@ def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 class StepNumbers(NamedTuple):
     """This rank's mean loss (float32), correct images (int64), and whether the gradient scaler skipped the step (bool).
 
-    0-d tensors that stay on the device, so that nobody waits for it.
+    They are 0-d tensors that stay on the device, so that the host does not wait for it.
     """
 
     loss: torch.Tensor
@@ -144,7 +144,7 @@ def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor) -
 
 
 def _apply(training: Training) -> torch.Tensor:
-    """Step the optimiser through the scaler, and tell whether that skipped it, which lowers its scale."""
+    """Step the optimiser through the scaler, and return whether it skipped the step, which lowers its scale."""
     scaler = training.scaler
     if not scaler.is_enabled():
         training.optimizer.step()
@@ -157,7 +157,7 @@ def _apply(training: Training) -> torch.Tensor:
 
 
 def within_memory(training: Training, config: Config, run: Callable[[], T]) -> T:
-    """What `run` returns. Raises UsageError when the device's memory does not suffice, with what would fit."""
+    """Return what `run` returns. Raises UsageError, with what would fit, when the device runs out of memory."""
     try:
         return run()
     except RuntimeError as error:
@@ -177,12 +177,12 @@ def within_memory(training: Training, config: Config, run: Callable[[], T]) -> T
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or this machine, could not give the memory that was asked for."""
+    """Whether the error means that the device, or this machine, is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _fits(training: Training, share: int, parts: int, size: int) -> bool:
-    """Whether a step on `share` images in so many parts has room. Other ranks are left alone; the weights are not."""
+    """Whether a step on `share` images in `parts` passes fits. It changes the weights, but involves no other rank."""
     alone = replace(training, ddp=training.model, accumulate_steps=parts)
     try:
         images = torch.zeros((share, size, size, 3), dtype=torch.uint8, device=training.device)

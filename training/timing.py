@@ -1,4 +1,4 @@
-"""Where the time goes: the shares of an epoch with what would help, and traces of single steps."""
+"""Where the time of an epoch goes and what would help, and traces of single steps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ WORTH_NAMING = 0.1  # of an epoch's time
 
 
 class TimeSpent:
-    """The seconds of an epoch by part: `data` (waiting for it), `step`, `evaluation`, `snapshot`, and `other`: pictures
-    and logs.
+    """The seconds of an epoch by part: `data` (waiting for it), `step`, `evaluation`, `snapshot`, and `other` (pictures
+    and logs).
 
-    Steps are timed on the device they run on, from their first operation to their last; on a GPU by events, which are
-    read when `collect` is called and nobody has to wait for them.
+    Steps are timed on their device, from the first operation to the last; on a GPU with events, which `collect` reads
+    when they have been reached, so that reading them does not wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,14 +30,14 @@ class TimeSpent:
         self.begin()
 
     def begin(self) -> None:
-        """Start counting anew."""
+        """Reset all parts, and start counting."""
         self._began = perf_counter()
         self._seconds = dict.fromkeys(("data", "step", "evaluation", "snapshot", "other"), 0.0)
         self._events: list[tuple[torch.Event, torch.Event]] = []
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around what a step gives the device to do."""
+        """A context around the work that a step gives to the device."""
         if self._device.type != "cuda":
             with self.part("step"):
                 yield
@@ -50,29 +50,29 @@ class TimeSpent:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Around anything else, in the course of which the device has nothing left to do."""
+        """A context around any other part, during which the device becomes idle."""
         start = perf_counter()
         yield
         self._seconds[name] += perf_counter() - start
 
     def collect(self) -> None:
-        """Add up the steps that the device has finished; it must have finished all of them."""
+        """Add the times of the recorded steps, all of which the device must have finished."""
         self._seconds["step"] += sum(first.elapsed_time(last) for first, last in self._events) / 1000
         self._events.clear()
 
     def end_training(self) -> None:
-        """Whatever is not accounted for up to here was spent waiting for data."""
+        """Count the time that no part has accounted for so far as waiting for data."""
         self._seconds["data"] = max(0.0, perf_counter() - self._began - sum(self._seconds.values()))
 
     def shares(self) -> dict[str, float]:
-        """The fraction of the time since `begin` that each part took; they make 1 together."""
+        """The fraction of the time since `begin` that each part took; the fractions sum to 1."""
         total = perf_counter() - self._began
         shares = {name: seconds / total for name, seconds in self._seconds.items()}
         return shares | {"other": shares["other"] + max(0.0, 1 - sum(shares.values()))}
 
 
 def describe_time(shares: dict[str, float], config: Config, loader: Loader, train_seconds: float) -> str:
-    """One line: the shares of an epoch, and what to do about the data if it is waited for, or else the largest one."""
+    """One line: the shares of an epoch, and what would help, against waiting for data first, else for the largest."""
     shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     if shares["data"] >= WORTH_NAMING:
         return f"{shown}; {_why_data(config, loader, train_seconds)}"
@@ -87,7 +87,7 @@ def describe_time(shares: dict[str, float], config: Config, loader: Loader, trai
 
 
 def _why_data(config: Config, loader: Loader, seconds: float) -> str:
-    """What kept the data, and the flag that would help. `loader.read_seconds` tells reading from decoding."""
+    """Why training waits for data, and the flag that would help; `loader.read_seconds` tells reading from decoding."""
     if not isinstance(loader, StreamingDataLoader):
         return "the steps are too short to keep the device busy: a larger --batch_size would help"
     if not loader.num_workers:
@@ -102,9 +102,9 @@ def _why_data(config: Config, loader: Loader, seconds: float) -> str:
 
 
 class StepProfiler:
-    """Traces `steps` training steps after a few others into a file for chrome://tracing or Perfetto.
+    """Writes a trace of `steps` training steps, after WARMUP_STEPS others, for chrome://tracing or Perfetto.
 
-    Prints the operators that cost most, by their own time on the device.
+    Prints the most expensive operators, by their own time on the device.
     """
 
     def __init__(self, steps: int, path: Path, device: torch.device) -> None:
@@ -120,11 +120,11 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """A training step is done."""
+        """Count a finished training step."""
         self._profile.step()
 
     def close(self) -> None:
-        """Write what there is, if it was not enough."""
+        """Stop, and write the trace if it is incomplete; print a line if there is none."""
         self._profile.stop()
         if not self._written:
             print0(f"profile   nothing: the first {WARMUP_STEPS} steps only warm up, and no more were left")
