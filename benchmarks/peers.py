@@ -11,7 +11,6 @@ libopencv-dev libturbojpeg0-dev pkg-config):
     uv pip install --python ffcv --no-build-isolation ffcv
 """
 
-import importlib
 import itertools
 import os
 import sys
@@ -25,7 +24,7 @@ SIZE = 224
 WORKERS = 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROOT = Path(__file__).resolve().parent.parent
-OUR_DECODE = {"config", "decoding", "distributed", "errors", "jpeg", "loader", "pictures", "preprocess"}
+READ_THE_HUB = ("dataset", "local", "parquet", "retry", "synthetic")  # modules of stream/ that our decode does not use
 
 Epoch = Callable[[int], Iterator[int]]
 
@@ -136,6 +135,7 @@ def read_jpeg(sample: tuple[str, int]) -> tuple[Any, int]:
 
 def mosaic(folder: Path, our_decode: bool) -> Epoch:
     """MosaicML Streaming's ImageNet, from shards on the local disk, with uint8 tensors or our decode and transform."""
+    import streaming.vision
     from torch.utils.data import DataLoader
     from torchvision import transforms as T
     from torchvision.datasets import ImageFolder
@@ -144,7 +144,6 @@ def mosaic(folder: Path, our_decode: bool) -> Epoch:
         [T.Lambda(to_rgb), T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.PILToTensor()],
     )
     transform = our_transform() if our_decode else recipe
-    streaming = import_mosaic()
     shards = folder / ("mosaic_bytes" if our_decode else "mosaic_jpeg")
     if not shards.exists():
         read = read_bytes if our_decode else read_jpeg
@@ -162,27 +161,23 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def import_mosaic() -> Any:
-    """MosaicML's package, which has the name of this repository's streaming.py."""
-    path = sys.path[:]
-    sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != ROOT]
-    try:
-        importlib.import_module("streaming.vision")
-        return sys.modules["streaming"]
-    finally:
-        sys.path[:] = path
+def anything(name: str) -> Any:
+    """What an empty module has under any name but Python's own."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return object
 
 
 def our_transform() -> Callable[[bytes], Any]:
     """This repository's decode and training transform: a JPEG to a uint8 array (H, W, 3).
 
-    The modules that neither of these uses are replaced by empty ones meanwhile: streaming.py has the name of Mosaic's
-    package, and what reads the Hub wants a newer client than Mosaic allows.
+    Modules that it does not use are replaced by empty ones meanwhile: what reads the Hub wants a newer client than
+    Mosaic allows.
     """
-    unused = {path.stem for path in ROOT.glob("*.py")} - OUR_DECODE
+    unused = [f"stream.{name}" for name in READ_THE_HUB]
     for name in unused:
         sys.modules[name] = ModuleType(name)
-        sys.modules[name].__dict__["__getattr__"] = lambda name: object
+        sys.modules[name].__dict__["__getattr__"] = anything
     from config import resolve
     from preprocess import train_transform
 

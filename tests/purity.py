@@ -111,6 +111,13 @@ def shrink(model: Any) -> Any:
     return model
 
 
+def cases_of(flags: list[str]) -> list[tuple[str, str]]:
+    """Precision and event of each case: digits are trained on in every precision, a stream in one."""
+    return [
+        (precision, event) for precision in PRECISIONS for event in EVENTS if "digits" in flags or precision == "fp32"
+    ]
+
+
 def run_cases(flags: list[str], folder: Path) -> list[tuple[str, str, list[str], int]]:
     """Precision, event, differences and steps of each case, after one another on the same data."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -118,11 +125,10 @@ def run_cases(flags: list[str], folder: Path) -> list[tuple[str, str, list[str],
     step.build_model = lambda *arguments: shrink(build_model(*arguments))
     found = []
     try:
-        for precision, more in PRECISIONS.items():
-            config = resolve(parse("", "", [*flags, *SMALL, *more]))
+        for precision, event in cases_of(flags):
+            config = resolve(parse("", "", [*flags, *SMALL, *PRECISIONS[precision]]))
             data = get_data_loaders(config, torch.device("cpu"))
-            for event in EVENTS:
-                found.append((precision, event, *run_case(config, data, event, folder)))
+            found.append((precision, event, *run_case(config, data, event, folder)))
     finally:
         step.build_model = build_model
         for number, handler in handlers.items():

@@ -195,3 +195,15 @@ def test_a_curve_that_never_falls_is_no_answer(tmp_path: Path) -> None:
     again = run("--lr_from", tmp_path / "run" / "lr_finder" / "lr_finder.json", "--run_dir", tmp_path / "next")
     assert again.status == 2
     assert "holds no suggestion" in again.err
+
+
+@pytest.mark.slow
+def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
+    done = run("--run_dir", tmp_path / "finder", entry=run_lr_finder.main)
+    assert done.status == 0, done.err
+    source = tmp_path / "finder" / "lr_finder" / "lr_finder.json"
+    train("--epochs", 5, "--lr_from", source, "--run_dir", tmp_path / "run")
+    assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.9
+    assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(
+        report(tmp_path / "finder")["suggested_lr"]
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hub import Hub
 from program import ROOT, TIMEOUT, TORCHRUN, environment
-from purity import EVENT_STEP, EVENTS, PRECISIONS, differences, run_cases
+from purity import EVENT_STEP, cases_of, differences, run_cases
 
 from training.state import rng_state
 
@@ -28,9 +28,9 @@ def hub(hub_root: Path, hub_port: int) -> Iterator[None]:
 @pytest.mark.parametrize("flags", [DIGITS, STREAM], ids=["digits", "stream"])
 def test_one_rank_is_left_as_it_was(flags: list[str], tmp_path: Path) -> None:
     found = run_cases(flags, tmp_path)
-    assert [(precision, event) for precision, event, _, _ in found] == [(p, e) for p in PRECISIONS for e in EVENTS]
+    assert [(precision, event) for precision, event, _, _ in found] == cases_of(flags)
     assert [changed for _, _, changed, _ in found] == [[]] * len(found)
-    assert [steps for _, _, _, steps in found] == [STEPS[event] for _ in PRECISIONS for event in EVENTS]
+    assert [steps for _, _, _, steps in found] == [STEPS[event] for _, event in cases_of(flags)]
 
 
 @pytest.mark.parametrize("flags", [DIGITS, STREAM], ids=["digits", "stream"])
@@ -41,7 +41,7 @@ def test_two_ranks_are_left_as_they_were_and_stop_at_the_same_step(flags: list[s
     first, second = ((tmp_path / f"cases{rank}").read_text() for rank in range(2))
     assert first == second
     cases = [line.split() for line in first.splitlines()]
-    assert [(precision, event) for precision, event, _, _ in cases] == [(p, e) for p in PRECISIONS for e in EVENTS]
+    assert [(precision, event) for precision, event, _, _ in cases] == cases_of(flags)
     assert {changed for _, _, _, changed in cases} == {"pure"}
 
 

@@ -88,8 +88,10 @@ def program(tmp_path: Path) -> Path:
     """A clone of the program whose remote has a password in it."""
     folder = tmp_path / "program"
     folder.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
+    for wing in (".", "stream", "training"):
+        (folder / wing).mkdir(exist_ok=True)
+        for path in (ROOT / wing).glob("*.py"):
+            shutil.copy(path, folder / wing)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.invalid", "-c", "commit.gpgsign=false"]
     for command in (["init"], ["remote", "add", "origin", REMOTE], ["add", "."], ["commit", "-m", "x"]):
         subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)

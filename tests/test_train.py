@@ -23,10 +23,8 @@ from program import (
 from torch import nn
 
 import config as configuration
-import run_lr_finder
 from config import Config
 from errors import DivergedError
-from lr_finder import load_suggestion
 from preprocess import get_data_loaders
 from stream.loader import Batch, Cancelled
 from train import evaluate
@@ -261,16 +259,6 @@ def test_an_epoch_that_ends_early_is_not_taken_for_a_whole_one(
     batches = list(get_data_loaders(settings(max_samples=64), CPU).val)
     with pytest.raises(expected, match=r"a system call|the data ended after 1 of 4 batches"):
         evaluate(training_without_batch_statistics(max_samples=64), Failing(batches, error), StopRequest())
-
-
-@pytest.mark.slow
-def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
-    done = run("--run_dir", tmp_path / "finder", entry=run_lr_finder.main)
-    assert done.status == 0, done.err
-    source = tmp_path / "finder" / "lr_finder" / "lr_finder.json"
-    train("--epochs", 5, "--lr_from", source, "--run_dir", tmp_path / "run")
-    assert float(results(tmp_path / "run")[-1]["val_top1"]) >= 0.9
-    assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(load_suggestion(source, settings()))
 
 
 def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(tmp_path: Path) -> None:
