@@ -327,10 +327,11 @@ def test_going_back_drops_the_later_snapshots_so_that_none_of_them_is_taken_or_k
     assert names(tmp_path) == [*(f"step-00000000{step}.safetensors" for step in (1, 2, 3)), "step-foreign.safetensors"]
 
 
-@pytest.mark.parametrize(("best", "dropped"), [(2, []), (4, ["best.safetensors"])])
+@pytest.mark.parametrize(("best", "dropped"), [(2, []), (3, []), (4, ["best.safetensors"])])
 def test_going_back_drops_the_best_of_what_is_dropped_and_no_other(
     tmp_path: Path, best: int, dropped: list[str]
 ) -> None:
+    """The best may be the very step that a run goes back to."""
     store = save_some(tmp_path, [1])
     for step in range(2, 5):
         save(store, make_tensors(step), make_state(step), best=step == best)
