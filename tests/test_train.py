@@ -155,6 +155,17 @@ def test_best_is_the_epoch_with_the_best_top1(digits: Path) -> None:
         assert_same_tensors(best, tensors(snapshot_path(digits, steps)))
 
 
+def test_an_epoch_that_is_only_better_than_the_one_before_it_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top1 = iter([0.5, 0.3, 0.4])
+    same = {"val_loss": 1.0, "val_top5": 1.0, "correct1": 0, "correct5": 0, "images": 48}
+    monkeypatch.setattr("train.evaluate", lambda *_: same | {"val_top1": next(top1)})
+    train(*SMALL, "--epochs", 3, "--save_best", "--run_dir", tmp_path / "run")
+    assert next(top1, None) is None
+    assert int(tensors(tmp_path / "run" / "snapshots" / "best.safetensors")["model.bn1.num_batches_tracked"]) == 3
+
+
 def test_a_run_that_went_back_keeps_the_best_of_what_it_did_instead(tmp_path: Path) -> None:
     """The epoch that is dropped is better than any to come, at a rate of nearly nothing."""
     flags = ("--max_samples", 160, "--batch_size", 16, "--epochs", 2, "--lr", 0.02, "--save_best")
