@@ -284,7 +284,11 @@ def test_the_rate_that_is_found_trains_digits(tmp_path: Path) -> None:
     assert max(row["lr"] for row in metrics(tmp_path / "run")) == pytest.approx(load_suggestion(source, settings()))
 
 
-def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"skipped": 1.0}], ids=["no number", "skipped"])
+def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(
+    tmp_path: Path, bad: dict[str, float]
+) -> None:
+    """Those whose loss is no number, and those that the scaler skips."""
     config = settings(max_bad_steps=3, max_samples=144, log_steps=5)
     loader, training = get_data_loaders(config, CPU).train, build_training(config, 10, CPU)
     (tmp_path / "snapshots").mkdir()
@@ -292,10 +296,11 @@ def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(tmp
     journal.start_epoch()
 
     def run_five() -> None:
-        for batch, loss in zip(loader, [1.0, math.nan, math.nan, math.nan, 1.0], strict=False):
+        for batch, changes in zip(loader, [{}, bad, bad, bad, {}], strict=False):
             with journal.timed_step(batch):
                 numbers = train_step(training, batch.images, batch.labels)
-            journal.step(batch, numbers._replace(loss=torch.tensor(loss)))
+            told = {"loss": 1.0} | changes
+            journal.step(batch, numbers._replace(**{name: torch.tensor(value) for name, value in told.items()}))
 
     with pytest.raises(DivergedError, match="diverged at step 2: at step 5"):
         run_five()
