@@ -560,6 +560,8 @@ def test_a_sweep_without_a_suggestion_is_saved_with_nulls_and_loads_as_an_error(
         ({"model": "resnet34"}, "--model auto, not resnet34"),
         ({"dataset": "cifar10"}, "--dataset digits, not cifar10, --image_size 8, not 32, --batch_size 64, not 128"),
         ({"dataset": "imagefolder", "data_dir": "b", "image_size": 8, "batch_size": 64}, "--dataset digits"),
+        ({"dataset": "hf", "dataset_name": "b"}, "--dataset digits, not hf, --dataset_name None, not b, --image_size"),
+        ({"use_pretrained": True}, "--use_pretrained None, not True"),
     ],
 )
 def test_a_rate_found_for_something_else_is_refused(tmp_path: Path, changed: dict[str, Any], told: str) -> None:

@@ -12,6 +12,7 @@ from program import cut, run, snapshot_path, steps_kept, train
 from shards import class_names
 from test_classes import make_parquet, rename
 
+from stream.local import LocalDataset
 from training import snapshot
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -126,6 +127,18 @@ def test_parquet_files_that_were_changed_are_refused(
         shutil.rmtree(made)
         shutil.copytree(kept, made)
     train("--resume_from", copy)
+
+
+def test_a_pixel_or_a_label_of_images_in_memory_changes_their_fingerprint() -> None:
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 0]
+    other = images.copy()
+    other[1, 2, 3, 0] = 1
+
+    def fingerprint(images: np.ndarray, labels: list[int]) -> str:
+        return LocalDataset(images, labels, ["a", "b"]).fingerprint()
+
+    assert fingerprint(images, labels) == fingerprint(images.copy(), labels)
+    assert len({fingerprint(images, labels), fingerprint(other, labels), fingerprint(images, [0, 1, 1])}) == 3
 
 
 def test_an_override_of_the_data_itself_needs_no_second_one(tmp_path: Path) -> None:

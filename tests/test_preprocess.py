@@ -190,6 +190,14 @@ def test_what_grows_or_hardly_shrinks_is_plainly_interpolated() -> None:
         assert np.array_equal(resize(image, size, size), cv2.resize(image, (size, size)))
 
 
+def test_shrinking_one_axis_leaves_the_other_as_it_is() -> None:
+    stripes = np.zeros((672, 224, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.array_equal(resize(stripes, 224, 224), stripes[:224])
+    across = np.ascontiguousarray(stripes.transpose(1, 0, 2))
+    assert np.array_equal(resize(across, 224, 224), across[:, :224])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (3, 9), (449, 224), (448, 225), (4000, 223)])
 def test_any_shape_can_be_resized(shape: tuple[int, int]) -> None:
     image = np.full((*shape, 3), 77, np.uint8)

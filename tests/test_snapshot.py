@@ -298,13 +298,18 @@ def test_a_write_that_failed_in_the_background_is_told_once(tmp_path: Path, monk
     store.check()
 
 
+@pytest.mark.parametrize(
+    ("free", "best", "told"),
+    [(1000, False, "0 MB are free and 1 needed"), (1_400_000, True, "1 MB are free and 2 needed")],
+)
 def test_a_disk_without_room_is_told_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, best: bool, told: str
 ) -> None:
+    """The best takes as much again."""
     store = save_some(tmp_path, [1])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(SnapshotError, match="0 MB are free and 1 needed; make room"):
-        store.save(make_tensors(2), make_state(2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # type: ignore[attr-defined]
+    with pytest.raises(SnapshotError, match=f"{told}; make room"):
+        store.save(make_tensors(2), make_state(2), best)
     assert names(tmp_path) == ["step-000000001.safetensors"]
 
 
@@ -327,10 +332,11 @@ def test_going_back_drops_the_later_snapshots_so_that_none_of_them_is_taken_or_k
     assert names(tmp_path) == [*(f"step-00000000{step}.safetensors" for step in (1, 2, 3)), "step-foreign.safetensors"]
 
 
-@pytest.mark.parametrize(("best", "dropped"), [(2, []), (4, ["best.safetensors"])])
+@pytest.mark.parametrize(("best", "dropped"), [(2, []), (3, []), (4, ["best.safetensors"])])
 def test_going_back_drops_the_best_of_what_is_dropped_and_no_other(
     tmp_path: Path, best: int, dropped: list[str]
 ) -> None:
+    """The best may be the very step that a run goes back to."""
     store = save_some(tmp_path, [1])
     for step in range(2, 5):
         save(store, make_tensors(step), make_state(step), best=step == best)

@@ -153,6 +153,17 @@ def test_best_is_the_epoch_with_the_best_top1(digits: Path) -> None:
         assert_same_tensors(best, tensors(snapshot_path(digits, steps)))
 
 
+def test_an_epoch_that_is_only_better_than_the_one_before_it_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top1 = iter([0.5, 0.3, 0.4])
+    same = {"val_loss": 1.0, "val_top5": 1.0, "correct1": 0, "correct5": 0, "images": 48}
+    monkeypatch.setattr("train.evaluate", lambda *_: same | {"val_top1": next(top1)})
+    train(*SMALL, "--epochs", 3, "--save_best", "--run_dir", tmp_path / "run")
+    assert next(top1, None) is None
+    assert int(tensors(tmp_path / "run" / "snapshots" / "best.safetensors")["model.bn1.num_batches_tracked"]) == 3
+
+
 def test_a_run_that_went_back_keeps_the_best_of_what_it_did_instead(tmp_path: Path) -> None:
     """The epoch that is dropped is better than any to come, at a rate of nearly nothing."""
     flags = ("--max_samples", 160, "--batch_size", 16, "--epochs", 2, "--lr", 0.02, "--save_best")
@@ -261,7 +272,11 @@ def test_an_epoch_that_ends_early_is_not_taken_for_a_whole_one(
         evaluate(training_without_batch_statistics(max_samples=64), Failing(batches, error), StopRequest())
 
 
-def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"skipped": 1.0}], ids=["no number", "skipped"])
+def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(
+    tmp_path: Path, bad: dict[str, float]
+) -> None:
+    """Those whose loss is no number, and those that the scaler skips."""
     config = settings(max_bad_steps=3, max_samples=144, log_steps=5)
     loader, training = get_data_loaders(config, CPU).train, build_training(config, 10, CPU)
     (tmp_path / "snapshots").mkdir()
@@ -269,10 +284,11 @@ def test_bad_steps_in_a_row_end_a_run_though_it_recovers_before_anyone_looks(tmp
     journal.start_epoch()
 
     def run_five() -> None:
-        for batch, loss in zip(loader, [1.0, math.nan, math.nan, math.nan, 1.0], strict=False):
+        for batch, changes in zip(loader, [{}, bad, bad, bad, {}], strict=False):
             with journal.timed_step(batch):
                 numbers = train_step(training, batch.images, batch.labels)
-            journal.step(batch, numbers._replace(loss=torch.tensor(loss)))
+            told = {"loss": 1.0} | changes
+            journal.step(batch, numbers._replace(**{name: torch.tensor(value) for name, value in told.items()}))
 
     with pytest.raises(DivergedError, match="diverged at step 2: at step 5"):
         run_five()

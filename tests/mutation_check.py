@@ -1,0 +1,264 @@
+"""Plants faults of one line in a copy of the program, one at a time, and sees whether the tests find each of them.
+
+    uv run python tests/mutation_check.py
+
+Prints a row a fault; the exit status is 1 when one survives. A fault whose place is no longer in the code, and tests
+that fail without any fault, end the check with a line that says so.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "data", "runs", "wandb")
+TIMEOUT = 400  # seconds that the tests of one fault may take
+FIRST = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In the file `path`, `new` in place of `old`, which is part of one line; `tests` are what pytest is to run."""
+
+    path: str
+    words: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    Fault(
+        "stream/loader.py",
+        "a rank counts the steps of its own share",
+        "len(dataset) // (batch_size * ranks)",
+        "sum(map(len, order(0))) // batch_size",
+        "tests/test_resident.py -k whole_batches",
+    ),
+    Fault(
+        "distributed.py",
+        "ranks compare rank 0 with itself",
+        "if told[rank][name] != told[0][name]",
+        "if told[0][name] != told[0][name]",
+        "tests/test_distributed.py -k agree_say",
+    ),
+    Fault(
+        "stream/parquet.py",
+        "only the first file's class names are compared",
+        "for file in told.values():",
+        "for file in [0]:",
+        "tests/test_classes.py -k other_class_names",
+    ),
+    Fault(
+        "preprocess.py",
+        "validation may have more classes than training",
+        "val.classes)  # a set may lack",
+        "val.classes[: len(train.classes)])  # a set may lack",
+        "tests/test_classes.py -k other_class_names",
+    ),
+    Fault(
+        "stream/local.py",
+        "a fingerprint looks into every 256th file, not into 256 files",
+        "if number % spread == 0:",
+        "if number % FILES_READ == 0:",
+        "tests/test_other_data.py -k image_folder",
+    ),
+    Fault(
+        "stream/local.py",
+        "the lock of the CIFAR download is not taken",
+        "with FileLock(lock):",
+        'with open(lock, "w"):',
+        "tests/test_distributed.py -k cifar",
+    ),
+    Fault(
+        "stream/images.py",
+        "an image is blurred along the wrong axis",
+        "sigmas[1], sigmaY=sigmas[0]",
+        "sigmas[0], sigmaY=sigmas[1]",
+        "tests/test_preprocess.py -k one_axis",
+    ),
+    Fault(
+        "stream/decode_pool.py",
+        "a decoding process does not see that its arena has grown",
+        "if os.fstat(arena).st_size > len(memory):",
+        "if os.fstat(arena).st_size < len(memory):",
+        "tests/test_decoding.py -k no_room",
+    ),
+    Fault(
+        "training/signals.py",
+        "an epoch that ends early passes for a whole one",
+        "if given != expected:",
+        "if given > expected:",
+        "tests/test_train.py -k ends_early",
+    ),
+    Fault(
+        "lr_finder.py",
+        "a rate found for new weights is taken for pretrained ones",
+        '"use_pretrained", ',
+        "",
+        "tests/test_lr_finder.py -k found_for_something_else",
+    ),
+    Fault(
+        "training/snapshot.py",
+        "going back to the best snapshot drops it",
+        "if _step_of(self.folder / BEST) > step:",
+        "if _step_of(self.folder / BEST) >= step:",
+        "tests/test_snapshot.py -k going_back",
+    ),
+    Fault(
+        "training/snapshot.py",
+        "a snapshot's digest is not compared",
+        "zeroed.hexdigest().encode() != data[_DIGEST]",
+        "len(zeroed.hexdigest()) != len(data[_DIGEST])",
+        "tests/test_snapshot.py -k flipped",
+    ),
+    Fault(
+        "stream/files.py",
+        "the file is synced twice, and its folder not at all",
+        "sync(path.parent)",
+        "sync(path)",
+        "tests/test_durable.py -k before_it_prunes",
+    ),
+    Fault(
+        "training/state.py",
+        "momentum is not put back",
+        'SGD: ("momentum_buffer",)',
+        "SGD: ()",
+        "tests/test_resume.py -k nothing_happened",
+    ),
+    Fault(
+        "training/state.py",
+        "half of a pair of Python's normal numbers is not put back",
+        "python_gauss if has_python_gauss else None",
+        "None",
+        "tests/test_snapshot.py -k random_numbers",
+    ),
+    Fault(
+        "training/state.py",
+        "steps that the scaler skips are not counted as bad",
+        "0 if finite and not skipped else",
+        "0 if finite else",
+        "tests/test_train.py -k bad_steps",
+    ),
+    Fault(
+        "stream/order.py",
+        "every epoch has the order of the first",
+        "seeded(seed, use, epoch, *stream)",
+        "seeded(seed, use, *stream)",
+        "tests/test_order.py -k orders_of_their_own",
+    ),
+    Fault(
+        "stream/order.py",
+        "a sample moves as far as the whole window, not a stream's share",
+        "bits * (window / streams / 2**64)",
+        "bits * (window / 2**64)",
+        "tests/test_order.py -k share_of_the_window",
+    ),
+    Fault(
+        "preprocess.py",
+        "the streams of the ranks overlap",
+        "first = distributed.rank() * share",
+        "first = distributed.rank()",
+        "tests/test_resident.py -k global_batches",
+    ),
+    Fault(
+        "preprocess.py",
+        "batches that the ranks do not divide are not evaluated",
+        "batches * (rank + 1) // world",
+        "batches // world * (rank + 1)",
+        "tests/test_resident.py -k global_batches",
+    ),
+)
+
+
+def check_place(fault: Fault) -> None:
+    """Raises SystemExit unless the fault changes one line, and there is one place for it."""
+    count = (ROOT / fault.path).read_text().count(fault.old)
+    if count != 1 or fault.old == fault.new or "\n" in fault.old + fault.new:
+        raise SystemExit(f"{fault.path} has {count} places for the fault that {fault.words}: {fault.old!r}; mend it")
+
+
+def first_failure(folder: Path, tests: str) -> str | None:
+    """The first of these tests that fails in a copy of the program, or None. Raises SystemExit when none can be run."""
+    flags = ("-q", "-x", "-rfE", "-p", "no:cacheprovider", "-n", "0")
+    command = [sys.executable, "-m", "pytest", *flags, *shlex.split(tests)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # two versions of a file may be of one second and size
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        printed, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return f"no end after {TIMEOUT} s"
+    if process.returncode == 0:
+        return None
+    found = FIRST.search(printed)
+    if process.returncode != 1 or found is None:
+        raise SystemExit(f"{printed}\npytest ended with status {process.returncode} for {tests}")
+    return found[1].removeprefix("tests/").partition("[")[0]
+
+
+def with_fault(folder: Path, fault: Fault) -> str | None:
+    """The first test that finds the fault in this copy, which is whole again afterwards; or None."""
+    place, sound = folder / fault.path, (ROOT / fault.path).read_text()
+    place.write_text(sound.replace(fault.old, fault.new))
+    try:
+        return first_failure(folder, fault.tests)
+    finally:
+        place.write_text(sound)
+
+
+def check_soundness(folder: Path, sets: list[str]) -> None:
+    """Runs each set of tests by itself in a copy without a fault. Raises SystemExit when one fails."""
+    for number, tests in enumerate(sets, 1):
+        failure = first_failure(folder, tests)
+        if failure:
+            raise SystemExit(f"{failure} fails without a fault; mend it first")
+        print(f"without a fault: {number} of {len(sets)} sets of tests pass", file=sys.stderr, flush=True)
+
+
+def check(faults: list[tuple[int, Fault]], sound_first: bool) -> int:
+    """Prints what found each of the numbered faults; returns how many were not found."""
+    for _, fault in faults:
+        check_place(fault)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "copy"
+        shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+        if sound_first:
+            check_soundness(folder, list(dict.fromkeys(fault.tests for _, fault in faults)))
+        print("|  # | file | fault | caught by | seconds |\n|---:|---|---|---|---:|")
+        for number, fault in faults:
+            began = time.monotonic()
+            failure = with_fault(folder, fault)
+            survivors += failure is None
+            row = (f"{number:2}", fault.path, fault.words, failure or "SURVIVED", f"{time.monotonic() - began:.0f}")
+            print(f"| {' | '.join(row)} |", flush=True)
+    print(f"{len(faults) - survivors} of {len(faults)} faults were found")
+    return survivors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="the numbers of the faults to plant")
+    parser.add_argument("--skip_sound", action="store_true", help="do not first run the tests without a fault")
+    given = parser.parse_args()
+    numbered = list(enumerate(FAULTS, 1))
+    chosen = [(number, fault) for number, fault in numbered if given.only is None or number in given.only]
+    return 1 if check(chosen, not given.skip_sound) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
