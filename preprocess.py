@@ -75,7 +75,7 @@ class Data:
     def changes(self, saved: Mapping[str, Any]) -> list[str]:
         """A line for each difference from the data described in `saved`, the state of a snapshot."""
         renamed = first_difference(saved["classes"], self.classes)
-        lines = [f"{renamed}, the snapshot's there, this data's here"] if renamed else []
+        lines = [renamed] if renamed else []
         for name, now in self.fingerprint().items():
             before = saved["data"][name]
             if before["images"] != now["images"]:
