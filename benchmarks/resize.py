@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cv2
@@ -21,6 +22,7 @@ import numpy as np
 import sklearn.datasets
 import torch
 from PIL import Image
+from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from shards import make_imagenet_like
@@ -31,6 +33,7 @@ from benchmarks.images import make_images
 from config import resolve
 from preprocess import train_transform
 from stream import images
+from training import step
 
 Resize = Callable[[np.ndarray, int, int], np.ndarray]
 SIZES = (224, 128, 64)
@@ -109,8 +112,21 @@ def write_digits(folder: Path) -> None:
         cv2.imwrite(str(path), np.clip(large + rng.normal(0, 40, large.shape), 0, 255).astype(np.uint8))
 
 
+def half(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A `build_model` for the first half of a ResNet-18, which learns this in seconds."""
+
+    def built(*arguments: Any) -> Any:
+        model = build(*arguments)
+        model.layer3 = model.layer4 = nn.Identity()
+        model.fc = nn.Linear(128, model.fc.out_features)
+        return model
+
+    return built
+
+
 def accuracies(folder: Path) -> list[str]:
     """Validation top-1 after the last epoch, in %, by set and way to resize."""
+    step.build_model = half(step.build_model)  # type: ignore[assignment]
     photographs = make_imagenet_like(
         folder / "photographs", train=800, validation=400, test=0, classes=40, size=(160, 320)
     )
