@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import config as configuration
 import run_lr_finder
 from config import Config
-from errors import UsageError, complain, run_front_door
+from errors import SnapshotError, UsageError, complain, run_front_door
 
 if TYPE_CHECKING:
     from preprocess import Data
@@ -91,10 +91,13 @@ def _resume_source(given: dict[str, object]) -> Path | None:
 
 
 def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
-    """Raises UsageError when the data is not the snapshot's, unless an override says so: then prints what differs."""
+    """Print what differs from the snapshot's data. Raises UsageError unless an override allows it; SnapshotError."""
     from distributed import print0
 
-    lines = data.changes(snapshot.state)
+    try:
+        lines = data.changes(snapshot.state)
+    except (LookupError, TypeError) as error:
+        raise SnapshotError(f"{snapshot.path} does not describe its data; give another") from error
     if lines and not config.expects_other_data:
         raise UsageError(
             f"the data is not what {snapshot.path} was trained on: {'; '.join(lines)}; give that data, or insist "
@@ -178,7 +181,7 @@ def _fit(
     if config.plot_schedule and on_rank0:
         print0(f"schedule  {plot_schedule(config, progress.lr, steps, folder / 'plots' / 'schedule.png')}")
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
-    record |= {"data": data.fingerprint(), "steps_per_epoch": steps}
+    record |= {"data": data.fingerprint, "steps_per_epoch": steps}
     pictures = RunPictures(folder, data.classes) if on_rank0 else None
     journal = Journal(config, training, progress, data.train, record, folder if on_rank0 else None, pictures)
     dropped = journal.rewind()

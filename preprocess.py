@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Data:
     classes: list[str]
     revision: str | None
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What a snapshot records about the data, so that a resume can compare it."""
         parts = {"training": self.train.dataset, "validation": self.val.dataset}
@@ -76,7 +77,7 @@ class Data:
         """A line for each difference from the data described in `saved`, the state of a snapshot."""
         renamed = first_difference(saved["classes"], self.classes)
         lines = [renamed] if renamed else []
-        for name, now in self.fingerprint().items():
+        for name, now in self.fingerprint.items():
             before = saved["data"][name]
             if before["images"] != now["images"]:
                 lines.append(f"{now['images']:,} {name} images, not {before['images']:,}")

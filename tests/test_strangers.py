@@ -220,6 +220,8 @@ FORGED: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "no settings": lambda state: seal(state | {"config": None}),
     "an unknown dataset": lambda state: seal(state | {"config": {"dataset": "x"}}),
     "text for a number": lambda state: seal(state | {"config": state["config"] | {"epochs": "9"}}),
+    "no data": lambda state: seal({name: value for name, value in state.items() if name != "data"}),
+    "a number for the data": lambda state: seal(state | {"data": 5}),
     "no tensors": lambda state: seal(state),
     "a tensor past the end": lambda state: seal(state, {"model.x": tensor(2**42, 2**42)}),
     "a tensor of another size": lambda state: seal(state, {"model.x": tensor(4, 2**40)}, b"abcd"),
