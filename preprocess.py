@@ -151,17 +151,18 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
     if config.dataset in ("imagenet1k", "hf"):
         source, cache = str(make_dummy_data()) if config.dummy_data else config.dataset_id, _cache(config)
         asked = revision or config.dataset_revision
+        network = Network(config.stall_timeout, 60 * config.network_patience)
         open_split = partial(
             HuggingFaceImageNetDataset.open,
             source,
-            revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache)),
+            revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache, network)),
             image_column=config.image_column,
             label_column=config.label_column,
             num_classes=config.num_classes,
             block_bytes=config.block_mb * 2**20,
             max_samples=config.max_samples,
             streaming=not config.no_streaming,
-            network=Network(config.stall_timeout, 60 * config.network_patience),
+            network=network,
             cache=cache,
         )
         train = open_split(split=[config.train_split])

@@ -10,8 +10,13 @@ What is read
     synthetic    generated images to try things on
 
 How it gets here
-    hub          files on the Hub at one commit, and ranges of their bytes
-    retry        what is retried and for how long; what the Hub's refusals mean
+    hub          what a dataset on the Hub has at one commit
+    ranges       files read in ranges; of the Hub's answers none is believed
+    pages        the page structure of a parquet column, compared with the footer
+    client       the HTTP client that the Hub's libraries share: no wait without a bound
+    retry        waiting for the network: for how long, and what to say meanwhile
+    allowance    how fast the Hub may be asked
+    explain      what errors mean, in one line that says what to do
     cache        bytes that processes share on one disk
     files        files that are either complete or absent
 

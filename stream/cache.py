@@ -5,20 +5,26 @@ import logging
 import mmap
 import re
 import stat
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from stream.files import open_plain, read_small, write_durably
+from stream.retry import SAY_SECONDS, say
 
 log = logging.getLogger(__name__)
 
 HEADER = 64  # bytes: the XXH3-128 digest of what follows, and zeros, so that what follows is aligned
+Bytes = bytes | bytearray | memoryview
 OWN = ".store"  # the subfolder of the locks and of the total
 LOCKS = 1024  # files that all names share; so many that a thread seldom waits for another name
+LOCK_PATIENCE = 60.0  # seconds after which what another process makes is made here too, and not kept
+LESS_PATIENCE = 1.0  # when one lock has stayed held
+UNLOCKABLE = (OSError, NotImplementedError)
 
 
 class FileStore:
@@ -38,8 +44,9 @@ class FileStore:
         self._used: OrderedDict[str, None] = OrderedDict()
         self._measured = False
         self._complained = False
+        self._patience = LOCK_PATIENCE
 
-    def get(self, name: str, make: Callable[[], bytes]) -> bytes | memoryview:
+    def get(self, name: str, make: Callable[[], Bytes]) -> Bytes:
         """What is kept under `name`. If nothing sound is, `make` it and keep it; `make` must not ask the store."""
         if (kept := self.find(name)) is not None:
             return kept
@@ -50,7 +57,7 @@ class FileStore:
             keep(data)
         return self.find(name) or data
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: Bytes) -> None:
         """Keep `data` under `name`, in place of what is there."""
         with self._claim(name) as keep:
             keep(data)
@@ -86,11 +93,11 @@ class FileStore:
         return {name for name, _ in self._walk() if not name.endswith(".tmp")}
 
     @contextlib.contextmanager
-    def _claim(self, name: str) -> Iterator[Callable[[bytes], None]]:
+    def _claim(self, name: str) -> Iterator[Callable[[Bytes], None]]:
         """Hold the lock of a name, and give what keeps data under it: nothing where the disk refuses the lock."""
         try:
             lock = self._lock(f"{xxhash.xxh32_intdigest(name.encode()) % LOCKS}.lock")
-        except OSError as error:
+        except UNLOCKABLE as error:
             self._complain(error)
             yield lambda data: None
         else:
@@ -101,24 +108,32 @@ class FileStore:
         """A lock that is held already. FileLock does not open a link, but it would go through a folder that is one."""
         if (self.folder / OWN).is_symlink():
             raise OSError(None, "its locks lie behind a link")
-        return FileLock(self.folder / OWN / name, poll_interval=0.01, fallback_to_soft=False).acquire()
+        lock, since = FileLock(self.folder / OWN / name, poll_interval=0.01, fallback_to_soft=False), time.monotonic()
+        while True:
+            try:
+                return lock.acquire(timeout=min(SAY_SECONDS, self._patience))
+            except Timeout:
+                if time.monotonic() - since >= self._patience:
+                    self._patience = LESS_PATIENCE
+                    raise
+                say(since, f"another process holds {lock.lock_file}, and has stopped perhaps")
 
-    def _keep(self, name: str, data: bytes) -> None:
+    def _keep(self, name: str, data: Bytes) -> None:
         try:
             if self.limit is None:
                 self._write(name, data)
             else:
                 with self._lock("room.lock"):
                     self._write_within(self.limit, name, data)
-        except OSError as error:
+        except UNLOCKABLE as error:
             self._complain(error)
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: Bytes) -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_durably(self.folder / name, xxhash.xxh3_128_digest(data).ljust(HEADER, b"\0"), data)
         self._checked.add(name)
 
-    def _write_within(self, limit: int, name: str, data: bytes) -> None:
+    def _write_within(self, limit: int, name: str, data: Bytes) -> None:
         size, total, used = HEADER + len(data), self._take_total(), self._used
         while total + size > limit and used:
             oldest, _ = used.popitem(last=False)
@@ -148,9 +163,12 @@ class FileStore:
             if not name.startswith(f"{OWN}/") and (size := _size(path)):
                 yield name, size
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: OSError | NotImplementedError) -> None:
         if not self._complained:
-            log.warning("cannot keep files in %s (%s); going on without", self.folder, error.strerror)
+            why = "a lock in it stays held" if isinstance(error, Timeout) else getattr(error, "strerror", error)
+            log.warning(
+                "cannot keep files in %s (%s); going on without; a folder on a local disk can", self.folder, why
+            )
         self._complained = True
 
 

@@ -17,13 +17,15 @@ import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
-from stream.cache import FileStore
-from stream.hub import Files, HubFiles, open_files, pin, resolve
+from stream.cache import Bytes, FileStore
+from stream.explain import one_line_errors
+from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
 from stream.loader import POLL_SECONDS, Cancelled
 from stream.order import pick_blocks
 from stream.parquet import Block, ParquetShards
-from stream.retry import Network, one_line_errors
+from stream.ranges import Files, HubFiles
+from stream.retry import Network
 from stream.webdataset import TarShards
 
 FETCH_THREADS = 8
@@ -103,11 +105,11 @@ class HuggingFaceImageNetDataset:
         labelled, UsageError when a requested column does not exist.
         """
         store = _store_of(source, cache)
-        listing = resolve(source, revision, store)
+        listing = resolve(source, revision, store, network)
         name = _first_split(source, split, listing.splits)
-        files = open_files(source, listing.commit, listing.splits[name], streaming, network)
+        files = open_files(source, listing, listing.splits[name], streaming, network)
 
-        def keep_by_commit(name: str, make: Callable[[], bytes]) -> bytes | memoryview:
+        def keep_by_commit(name: str, make: Callable[[], Bytes]) -> Bytes:
             return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
 
         shards: ParquetShards | TarShards
@@ -221,9 +223,9 @@ def _store_of(source: str, cache: Cache | None) -> FileStore:
     return FileStore(root / source.replace("/", "--"), cache.limit if cache else None)
 
 
-def pin_revision(source: str, revision: str, cache: Cache | None) -> str:
+def pin_revision(source: str, revision: str, cache: Cache | None, network: Network) -> str:
     """The commit that a revision of a Hub dataset points to now. Raises DataError."""
-    return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache))
+    return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache), network)
 
 
 def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -> str:

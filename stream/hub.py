@@ -1,139 +1,26 @@
-"""Files on the Hub at one commit: their listing, and ranges of their bytes."""
+"""What a dataset on the Hub has at one commit, and what opens its files."""
 
 import json
 import re
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import datasets
-from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
+from huggingface_hub import HfApi, RepoFile, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from tqdm import tqdm
 
-import distributed
 from stream.cache import FileStore
+from stream.explain import one_line_errors
 from stream.files import read_small
-from stream.retry import Network, one_line_errors, patiently
+from stream.ranges import FileInfo, Files, HubFiles, LocalFiles
+from stream.retry import Attempt, Network, WrongAnswer, attempt, first_line, passing_cause, patiently
 
-T = TypeVar("T")
-
-START_PATIENCE = 20.0  # seconds: at the start giving up loses nothing, and the user may be watching
 COMMIT = re.compile("[0-9a-f]{40}")
-
-
-class Files(Protocol):
-    """Files whose bytes can be read in ranges, numbered from 0."""
-
-    names: list[str]
-
-    def size(self, number: int) -> int:
-        """The size of a file in bytes. Raises DataError."""
-
-    def read(self, number: int, first: int, end: int) -> bytes | bytearray:
-        """Bytes first to end - 1 of a file. Raises DataError."""
-
-    def read_tail(self, number: int, count: int) -> bytes:
-        """The last `count` bytes of a file, or the whole file if it is smaller. Raises DataError."""
-
-
-class LocalFiles:
-    """Files on this machine."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-
-    def read(self, number: int, first: int, end: int) -> bytes:
-        with one_line_errors(self.names[number]), open(self.names[number], "rb") as file:
-            file.seek(first)
-            return file.read(end - first)
-
-    def size(self, number: int) -> int:
-        with one_line_errors(self.names[number]):
-            return Path(self.names[number]).stat().st_size
-
-    def read_tail(self, number: int, count: int) -> bytes:
-        size = self.size(number)
-        return self.read(number, max(0, size - count), size)
-
-
-class HubFiles:
-    """Files of a dataset on the Hub at one commit, read by range requests.
-
-    When a request breaks off, the bytes received are kept and the rest is requested again, after a growing wait. Once
-    half of the allowance in the Hub's RateLimit headers is used, the rest is spread evenly over time.
-    """
-
-    def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
-        self.names = names
-        self._source = source
-        self._urls = [hf_hub_url(source, name, repo_type="dataset", revision=commit) for name in names]
-        self._network = network
-        self._lock = threading.Lock()
-        self._next_request = self._interval = 0.0
-
-    def size(self, number: int) -> int:
-        return self._patiently(number, lambda: self._get(number, "bytes=0-0", bytearray()), lambda: 0)
-
-    def read(self, number: int, first: int, end: int) -> bytearray:
-        data = bytearray()
-
-        def rest() -> None:
-            self._get(number, f"bytes={first + len(data)}-{end - 1}", data)
-            if len(data) != end - first:
-                raise ConnectionError(f"{len(data)} of {end - first} bytes arrived")
-
-        self._patiently(number, rest, lambda: len(data))
-        return data
-
-    def read_tail(self, number: int, count: int) -> bytes:
-        def tail() -> bytes:
-            data = bytearray()
-            size = self._get(number, f"bytes=-{count}", data)
-            if len(data) != min(count, size):
-                raise ConnectionError(f"{len(data)} of {min(count, size)} bytes arrived")
-            return bytes(data)
-
-        return self._patiently(number, tail, lambda: 0)
-
-    def _patiently(self, number: int, call: Callable[[], T], progress: Callable[[], int]) -> T:
-        with one_line_errors(self._source, self.names[number]):
-            return patiently(call, self._network.patience, progress)
-
-    def _get(self, number: int, span: str, data: bytearray) -> int:
-        """Append the received bytes of a range to `data`, and return the size of the whole file."""
-        self._wait_for_turn()
-        headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
-        with get_session().stream(
-            "GET", self._urls[number], headers=headers, timeout=self._network.stall_timeout
-        ) as response:
-            for answer in (*response.history, response):  # the Hub redirects to where the bytes are
-                self._note_allowance(answer.headers)
-            if response.status_code >= 400:
-                response.read()
-                hf_raise_for_status(response)
-            if response.status_code != 206:
-                raise OSError(f"the server answers a range request with status {response.status_code}")
-            for chunk in response.iter_bytes():
-                data += chunk
-            return int(response.headers["Content-Range"].rpartition("/")[2])
-
-    def _note_allowance(self, headers: Any) -> None:
-        info = parse_ratelimit_headers(headers)
-        if info is None or info.limit is None:
-            return
-        ranks = distributed.world_size()
-        share = info.reset_in_seconds / max(1, info.remaining) * ranks
-        self._interval = share if info.remaining < info.limit / 2 else 0.0
-
-    def _wait_for_turn(self) -> None:
-        with self._lock:
-            turn = max(time.monotonic(), self._next_request)
-            self._next_request = turn + self._interval
-        time.sleep(max(0.0, turn - time.monotonic()))
+PATHS_A_CALL = 500
+DOWNLOADS = 8
 
 
 @dataclass(frozen=True)
@@ -141,31 +28,33 @@ class Listing:
     """A dataset's commit (None for a local folder), the files of each split, and its features as a `datasets` dict.
 
     File names on the Hub are relative to the repository. `features` is None when only the files have them; `lengths`
-    has the samples of each file if there is an `_info.json`, as in timm's WebDatasets.
+    has the samples of each file if there is an `_info.json`, as in timm's WebDatasets; `told` has the size and digest
+    of each file that the Hub knows.
     """
 
     commit: str | None
     splits: dict[str, list[str]]
     features: dict[str, Any] | None
     lengths: dict[str, int]
+    told: dict[str, FileInfo] = field(default_factory=dict)
 
 
-def resolve(source: str, revision: str, store: FileStore) -> Listing:
+def resolve(source: str, revision: str, store: FileStore, network: Network) -> Listing:
     """What `datasets` finds in a Hub repository (kept in `store`) or in a local folder. Raises DataError."""
     if Path(source).is_dir():
         with one_line_errors(source):
             return _ask_datasets(source, None)
-    commit = pin(source, revision, store)
-    kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit))).encode())
+    commit = pin(source, revision, store, network)
+    kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit, network))).encode())
     with one_line_errors(source, f"the kept listing of {source}"):
         listing = Listing(**json.loads(bytes(kept)))
         names = [name for names in listing.splits.values() for name in names]
         if listing.commit != commit or any(".." in name.split("/") or name.startswith("/") for name in names):
             raise ValueError("it has a file outside the dataset")
-        return listing
+        return replace(listing, told={name: FileInfo(*info) for name, info in listing.told.items()})
 
 
-def pin(source: str, revision: str, store: FileStore) -> str:
+def pin(source: str, revision: str, store: FileStore, network: Network) -> str:
     """The commit that `revision` points to now, if this user may read the dataset; a commit is returned as it is.
 
     With HF_HUB_OFFLINE, a branch is the commit that it was the last time. Raises DataError.
@@ -177,13 +66,17 @@ def pin(source: str, revision: str, store: FileStore) -> str:
     def ask() -> str:
         api = HfApi()
         sha = api.dataset_info(source, revision=revision).sha
-        api.auth_check(source, repo_type="dataset")
+        try:
+            api.auth_check(source, repo_type="dataset")
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403) or passing_cause(error):
+                raise  # others come from mirrors that do not know this call
         assert sha is not None
         return sha
 
     with one_line_errors(source):
         try:
-            commit = patiently(ask, START_PATIENCE)
+            commit = patiently(ask, network, source, at_start=True)
         except OfflineModeIsEnabled:
             kept = store.find(name)
             if kept is None:
@@ -193,9 +86,13 @@ def pin(source: str, revision: str, store: FileStore) -> str:
     return commit
 
 
-def _ask_hub(source: str, commit: str) -> Listing:
-    with one_line_errors(source):
-        return patiently(lambda: _ask_datasets(source, commit), START_PATIENCE)
+def _ask_hub(source: str, commit: str, network: Network) -> Listing:
+    with one_line_errors(source, commit=commit):
+        listing = patiently(lambda: _ask_datasets(source, commit), network, source, at_start=True)
+        names = [name for names in listing.splits.values() for name in names]
+        return replace(
+            listing, told=patiently(lambda: _ask_about(source, commit, names), network, source, at_start=True)
+        )
 
 
 def _ask_datasets(source: str, commit: str | None) -> Listing:
@@ -205,6 +102,22 @@ def _ask_datasets(source: str, commit: str | None) -> Listing:
     splits = {str(split): [str(path).removeprefix(prefix) for path in paths] for split, paths in files.items()}
     features = builder.info.features
     return Listing(commit, splits, None if features is None else features.to_dict(), _lengths(source, commit, splits))
+
+
+def _ask_about(source: str, commit: str, names: list[str]) -> dict[str, FileInfo]:
+    """What the Hub tells of files; of none where a mirror does not know this call."""
+    told: dict[str, FileInfo] = {}
+    for first in range(0, len(names), PATHS_A_CALL):
+        asked = names[first : first + PATHS_A_CALL]
+        try:
+            found = HfApi().get_paths_info(source, asked, revision=commit, repo_type="dataset")
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403) or passing_cause(error):
+                raise
+            return {}
+        files = (item for item in found if isinstance(item, RepoFile))
+        told |= {file.path: FileInfo(file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files}
+    return told
 
 
 def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> dict[str, int]:
@@ -224,20 +137,41 @@ def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> d
             for split in told
             for name, length in zip(split["filenames"], split["shard_lengths"], strict=True)
         }
-    except (EntryNotFoundError, FileNotFoundError, LookupError, TypeError, ValueError, RecursionError):
+    except (EntryNotFoundError, FileNotFoundError, LookupError, TypeError, ValueError, RecursionError) as error:
+        if passing_cause(error):
+            raise
         return {}
     return {tar: lengths[tar.rpartition("/")[2]] for tar in tars if tar.rpartition("/")[2] in lengths}
 
 
-def open_files(source: str, commit: str | None, names: list[str], streaming: bool, network: Network) -> Files:
+def open_files(source: str, listing: Listing, names: list[str], streaming: bool, network: Network) -> Files:
     """The files of a listing; without `streaming`, files on the Hub are downloaded first."""
-    if commit is None:
+    if listing.commit is None:
         return LocalFiles(names)
     if streaming:
-        return HubFiles(source, commit, names, network)
+        return HubFiles(source, listing.commit, names, network, listing.told)
 
     def download(name: str) -> str:
-        return patiently(lambda: hf_hub_download(source, name, repo_type="dataset", revision=commit), network.patience)
+        with one_line_errors(source, name, listing.commit):
+            return patiently(lambda: _download(source, name, listing.commit), network, name)
 
-    with one_line_errors(source):
-        return LocalFiles([download(name) for name in names])
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        return LocalFiles(list(pool.map(download, names)))
+
+
+def _download(source: str, name: str, commit: str | None) -> str:
+    count = attempt.get(Attempt()).count
+
+    class Counted(tqdm):  # type: ignore[misc]
+        """A bar that counts what Xet's own client brings."""
+
+        def update(self, added: float | None = 1) -> bool | None:
+            count(int(added or 0))
+            return super().update(added)
+
+    try:
+        return hf_hub_download(source, name, repo_type="dataset", revision=commit, tqdm_class=Counted)
+    except OSError as error:
+        if error.errno is None and "Consistency check" in str(error):
+            raise WrongAnswer(first_line(error)) from None
+        raise

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -14,13 +15,17 @@ from tqdm import tqdm
 
 import distributed
 from errors import DataError, UsageError
-from stream.hub import Files
-from stream.retry import one_line_errors
+from stream.cache import Bytes
+from stream.explain import one_line_errors
+from stream.pages import check_chunk
+from stream.ranges import Files, trust
 
-Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # the bytes kept under a name, made if absent
+Keep = Callable[[str, Callable[[], Bytes]], Bytes]  # the bytes kept under a name, made if absent
 
 FOOTER_THREADS = 16
 TAIL_BYTES = 64 * 1024  # most footers are smaller; a larger one costs a second request
+MANY_FILES = 256  # of so many files, the small ones are fetched whole with the index, to save requests:
+SMALL_FILE, SMALL_FILES = 2**20, 2**28  # bytes that one, and all of them together, may have
 LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is cheaper than a second request
 
 
@@ -61,7 +66,9 @@ class ParquetShards:
     ) -> None:
         self._source = source
         self._files = files
-        self._footers = _read_footers(source, files, keep)
+        self._keep = keep
+        self._whole = _small_files(files)
+        self._footers = _read_footers(source, files, keep, self._whole)
         with one_line_errors(source, files.names[0]):
             known = Features.from_dict(features) if features else self._features_of(0)
         self.image_column = _find_column(known, Image, columns[0], "--image_column", source)
@@ -79,13 +86,37 @@ class ParquetShards:
         """The columns `image`, encoded, and `label` of a block. Raises DataError."""
         footer = self._footers[block.file]
         with one_line_errors(self._source, self._files.names[block.file]):
-            ranges = [(first, self._files.read(block.file, first, end)) for first, end in self._ranges(block)]
+            ranges = [(first, self._fetch(block, first, end)) for first, end in self._ranges(block)]
             file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
             table = file.read_row_groups(
                 list(block.groups), [f"{self.image_column}.bytes", self.label_column], use_threads=False
             )
             (images,) = table[self.image_column].flatten()
             return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
+
+    def requests(self, block: Block) -> int:
+        """How many requests a block costs."""
+        return 0 if block.file in self._whole or not self._files.by_request else len(self._ranges(block))
+
+    def _fetch(self, block: Block, first: int, end: int) -> Bytes:
+        """Bytes of the block's file, from the index if it has the whole file."""
+        number = block.file
+        if number in self._whole:
+            kept = self._keep(f"{self._files.names[number]}.footer", lambda: _whole(self._files, number))
+            if len(kept) == self._files.size(number):
+                return memoryview(kept)[first:end]
+        check = partial(self._check_pages, block, first) if self._files.by_request else trust
+        return self._files.read(number, first, end, check)
+
+    def _check_pages(self, block: Block, start: int, data: bytes | bytearray) -> None:
+        """Raise ValueError unless `data`, the bytes of the file from `start` on, holds these columns of the block."""
+        for group in block.groups:
+            for leaf in self._leaves[block.file]:
+                column = self._column(block.file, group, leaf)
+                first = _begin(column) - start
+                if 0 <= first < len(data):
+                    pages = memoryview(data)[first : first + column.total_compressed_size]
+                    check_chunk(pages, column.num_values)
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None if the footer lacks statistics."""
@@ -157,8 +188,7 @@ class ParquetShards:
         for group in block.groups:
             for leaf in self._leaves[block.file]:
                 column = self._column(block.file, group, leaf)
-                first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
-                spans.append((first, first + column.total_compressed_size))
+                spans.append((_begin(column), _begin(column) + column.total_compressed_size))
         spans.sort()
         ranges = [spans[0]]
         for first, end in spans[1:]:
@@ -172,7 +202,7 @@ class ParquetShards:
 class _Ranges(io.RawIOBase):
     """A file of which only some byte ranges are present."""
 
-    def __init__(self, ranges: Sequence[tuple[int, bytes | bytearray]]) -> None:
+    def __init__(self, ranges: Sequence[tuple[int, Bytes]]) -> None:
         self._ranges = ranges
         self._position = 0
 
@@ -200,15 +230,39 @@ class _Ranges(io.RawIOBase):
         return memoryview(b"")
 
 
-def _read_footers(source: str, files: Files, keep: Keep) -> list[pq.FileMetaData]:
-    """The metadata of every file, read in parallel and kept."""
+def _begin(column: Any) -> int:
+    """Where a column chunk begins in its file."""
+    return int(column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset)
 
-    def tail(number: int) -> bytes:
-        data = files.read_tail(number, TAIL_BYTES)
+
+def _small_files(files: Files) -> frozenset[int]:
+    """The files that are fetched whole with the index, because a footer of them costs as much as all of them."""
+    if len(files.names) < MANY_FILES:
+        return frozenset()
+    sizes = {number: files.told_size(number) for number in range(len(files.names))}
+    small = {number: size for number, size in sizes.items() if size is not None and size <= SMALL_FILE}
+    return frozenset(small) if sum(small.values()) <= SMALL_FILES else frozenset()
+
+
+def _whole(files: Files, number: int) -> bytes | bytearray:
+    return files.read(number, 0, files.size(number), _check_magic)
+
+
+def _check_magic(data: bytes | bytearray) -> None:
+    if data[-4:] != b"PAR1":
+        raise ValueError("it is not a whole parquet file; fetch or make it again")
+
+
+def _read_footers(source: str, files: Files, keep: Keep, whole: frozenset[int]) -> list[pq.FileMetaData]:
+    """The metadata of every file, read in parallel and kept; of a small file, all of it is kept."""
+
+    def tail(number: int) -> bytes | bytearray:
+        if number in whole:
+            return _whole(files, number)
+        size = files.size(number)
+        data = files.read(number, max(0, size - TAIL_BYTES), size, _check_magic)
         length = 8 + int.from_bytes(data[-8:-4], "little")
-        if data[-4:] != b"PAR1":
-            raise DataError(f"{files.names[number]} is not a whole parquet file; fetch or make it again")
-        return data[-length:] if length <= len(data) else files.read_tail(number, length)
+        return data[-length:] if length <= len(data) else files.read(number, max(0, size - length), size)
 
     def read(number: int) -> pq.FileMetaData:
         data = keep(f"{files.names[number]}.footer", lambda: tail(number))

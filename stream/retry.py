@@ -1,120 +1,207 @@
-"""Network failures: what to retry and for how long, and what the Hub's refusals mean."""
+"""Waiting for the network: for how long, what to try again, and what to say meanwhile."""
 
-import contextlib
 import email.utils
 import logging
 import random
+import re
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import constants, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from errors import DataError, UserError, redact
+from errors import redact
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
+START_PATIENCE = 20.0  # seconds: at the start giving up loses nothing, and the user may be watching
+STALLS_AT_START = 3
+LEAST_RATE = 1024.0  # bytes a second
+SAY_SECONDS = 10.0  # of waiting before the first line, and between lines
+POLL_SECONDS = 0.25
 _jitter = random.Random()
+_last_said = -SAY_SECONDS
 
 
 @dataclass(frozen=True)
 class Network:
-    """Seconds without a byte before a request is retried, and without progress before a run gives up."""
+    """Seconds in which a request must bring `LEAST_RATE` bytes a second, and without progress before a run gives up."""
 
     stall_timeout: float = 60.0
     patience: float = 1800.0
 
 
-def patiently(call: Callable[[], T], patience: float, progress: Callable[[], int] = lambda: 0) -> T:
-    """Return what `call` returns, retrying transient failures until `progress` has stalled for `patience` seconds.
+class WrongAnswer(ConnectionError):
+    """An answer that is not what was asked for."""
 
-    Then raises the last error.
+
+class Elsewhere(ConnectionError):
+    """A refusal by another host, to which the Hub redirected. If its signed URL ran out, the Hub has a new one."""
+
+
+class Stalled(TimeoutError):
+    """A call brought too few bytes for too long."""
+
+
+def say(since: float, text: str) -> None:
+    """Warn what is waited for since then (`time.monotonic`): after a while, and not too often in the whole process."""
+    global _last_said
+    now = time.monotonic()
+    if min(now - since, now - _last_said) >= SAY_SECONDS:
+        _last_said = now
+        log.warning("waiting for %.0f s: %s", now - since, redact(text))
+
+
+def pause(seconds: float, text: str) -> None:
+    """Sleep, and say why."""
+    since = time.monotonic()
+    while seconds > 0:
+        time.sleep(min(seconds, SAY_SECONDS))
+        seconds -= SAY_SECONDS
+        say(since, text)
+
+
+class Attempt:
+    """A call under way in a thread of its own. The Hub's client tells it of each response."""
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._counted = 0
+        self._response: Any = None
+
+    def answered(self, response: Any) -> None:
+        self._counted, self._response = self.received(), response
+
+    def count(self, received: int) -> None:
+        """Count bytes that came in another way than by the Hub's client."""
+        self._counted += received
+
+    def received(self) -> int:
+        """The bytes that have come."""
+        return self._counted + (self._response.num_bytes_downloaded if self._response is not None else 0)
+
+    def give_up(self) -> None:
+        """Nobody waits for this call any more. Its connection is closed, so that its thread ends."""
+        self.given_up = True
+        stream = self._response.extensions.get("network_stream") if self._response is not None else None
+        if stream is not None:
+            with suppress(OSError):
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+attempt: ContextVar[Attempt] = ContextVar("attempt")
+
+
+def watched(call: Callable[[], T], stall: float, what: str) -> T:
+    """Return what `call` returns, from a thread of its own.
+
+    Raises Stalled, and gives the call up, when it brings less than `LEAST_RATE` for `stall` seconds.
     """
-    since, made, attempt = time.monotonic(), progress(), 0
+    trying, result = Attempt(), Future[T]()
+
+    def run() -> None:
+        attempt.set(trying)
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="hub", daemon=True).start()
+    since = started = time.monotonic()
+    before = 0
+    while not result.done():
+        wait([result], min(POLL_SECONDS, stall))
+        now, came = time.monotonic(), trying.received() - before
+        if now - since >= stall and not result.done():
+            if came < LEAST_RATE * stall:
+                trying.give_up()
+                raise Stalled(f"{came:,} bytes in {now - since:.0f} s")
+            since, before = now, before + came
+        say(started, f"{what}, {before + came:,} bytes so far")
+    return result.result()
+
+
+def patiently(
+    call: Callable[[], T],
+    network: Network,
+    what: str,
+    *,
+    progress: Callable[[], int] = lambda: 0,
+    at_start: bool = False,
+) -> T:
+    """Return what `call` returns, repeating it when it stalls or fails in a way that may pass.
+
+    Gives up, and raises the last error, when for `network.patience` seconds `progress` (bytes) has grown by less than
+    `LEAST_RATE`. `at_start` it gives up sooner, but waits as long as the Hub asks for.
+    """
+    since, made, tries, told = time.monotonic(), progress(), 0, 0.0
     while True:
         try:
-            return call()
-        except (HTTPError, ConnectionError, TimeoutError) as error:
-            if not _is_transient(error):
+            return watched(call, min(network.stall_timeout, network.patience), what)
+        except Exception as error:
+            cause = passing_cause(error)
+            if cause is None:
                 raise
-            if progress() > made:
-                since, made, attempt = time.monotonic(), progress(), 0
-            backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * _jitter.uniform(0.5, 1.0)
-            delay = max(backoff, _asked_delay(error))
-            attempt += 1
-            if time.monotonic() + delay - since > patience:
+            now = time.monotonic()
+            if progress() - made > LEAST_RATE * (now - since):
+                since, made, tries, told = now, progress(), 0, 0.0
+            asked = asked_delay(cause)
+            delay = max(asked, min(LONGEST_WAIT, FIRST_WAIT * 2**tries) * _jitter.uniform(0.5, 1.0))
+            tries += 1
+            limit = network.patience
+            if at_start and not asked:
+                stalls = STALLS_AT_START * network.stall_timeout if isinstance(cause, TimeoutError) else 0.0
+                limit = min(limit, told + max(START_PATIENCE, stalls))
+            if now + delay - since > limit:
                 raise
-            if attempt == 6:
-                log.warning("the network fails (%s); trying on for %.0f s", _first_line(error), patience)
-            time.sleep(delay)
+            told += asked
+            left = network.patience - (now - since)
+            asks = f"the Hub asks to wait {asked:.0f} s" if asked else f"trying on for {left:.0f} s"
+            pause(delay, f"{what}: {first_line(cause)}; {asks}")
 
 
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    return not isinstance(error, HfHubHTTPError) or error.response.status_code in TRANSIENT_STATUS
+def passing_cause(error: BaseException | None) -> Exception | None:
+    """The network's error behind an error, if what it tells may pass; libraries wrap such errors in their own."""
+    while error is not None:
+        if isinstance(error, OfflineModeIsEnabled):
+            return None
+        if isinstance(error, HfHubHTTPError):
+            return error if error.response.status_code in TRANSIENT_STATUS else None
+        if isinstance(error, HTTPError) or (isinstance(error, ConnectionError | TimeoutError) and not error.__cause__):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
-def _asked_delay(error: Exception) -> float:
-    """The seconds that the server asks to wait, by Retry-After or its rate limit."""
+def asked_delay(error: Exception) -> float:
+    """The seconds that the server asks to wait, by Retry-After or its rate limit; 0 if it does not."""
     if not isinstance(error, HfHubHTTPError):
         return 0.0
-    headers = error.response.headers
+    return told_wait(error.response.status_code, error.response.headers)
+
+
+def told_wait(status: int, headers: Mapping[str, str]) -> float:
+    """The seconds that an answer with these headers asks to wait. A date is compared with the answer's own."""
     info = parse_ratelimit_headers(headers)
-    if error.response.status_code == 429 and info is not None and info.remaining == 0:
-        return info.reset_in_seconds + 1.0
+    limited = info.reset_in_seconds + 1.0 if status == 429 and info is not None and info.remaining == 0 else 0.0
     after = headers.get("Retry-After", "").strip()
-    if after.isdigit():
-        return float(after)
-    date = email.utils.parsedate_tz(after)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    if re.fullmatch("[0-9]{1,9}", after):
+        return max(limited, float(after))
+    until, now = (email.utils.parsedate_tz(text) for text in (after, headers.get("Date", "")))
+    if until is None:
+        return limited
+    return max(limited, email.utils.mktime_tz(until) - (email.utils.mktime_tz(now) if now else time.time()))
 
 
-@contextlib.contextmanager
-def one_line_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turns errors of the Hub's clients, the disk, tarfile, pyarrow and json into a DataError that says what to do."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise DataError(_explain(error, source, file or source)) from error
-
-
-def _explain(error: Exception, source: str, file: str) -> str:
-    url = f"{constants.ENDPOINT}/datasets/{source}"
-    response = getattr(error, "response", None)
-    code = response.status_code if response is not None else None
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{file} is not on this machine and HF_HUB_OFFLINE is set; unset it to reach the Hub"
-    if code == 401 and get_token() is None:
-        return f"{source} needs a token, or does not exist; accept its licence at {url}, then set HF_TOKEN"
-    if code == 401:
-        return f"the Hub refused the token for {source}; make a new one and set HF_TOKEN"
-    if isinstance(error, GatedRepoError) or code == 403:
-        return f"the licence of {source} is not accepted by this token's account; accept it at {url}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{source} has no such revision; check --dataset_revision"
-    if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError):
-        return f"{source} does not exist on the Hub, nor is it a folder here; check the name"
-    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
-        return f"cannot reach {source} at {constants.ENDPOINT} ({_first_line(error)}); check the network, then resume"
-    return f"cannot read {file}: {' '.join(str(error).split()) or type(error).__name__}"
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return redact((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import distributed
 from errors import DataError
-from stream.hub import Files
+from stream.explain import one_line_errors
 from stream.parquet import Block, Keep
-from stream.retry import one_line_errors
+from stream.ranges import Files
 
 INDEX_THREADS = 4
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

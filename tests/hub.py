@@ -6,6 +6,7 @@ By hand: `python tests/hub.py ROOT [--token T] [--gated] [--port P]` serves unti
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -19,21 +20,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+PORTAL = b"<html><body>Welcome! Log in to use this network.</body></html>"
+ALLOWANCE = {"RateLimit": '"resolvers";r=900;t=90', "RateLimit-Policy": '"window";"resolvers";q=5000;w=300'}
 TEXT = {".md", ".json", ".txt", ".yaml", ".py", ""}
 FAULTS = ("reset", "short", "stall")  # no answer; half of a file, then no more; half, then silence for a while
+LIES = ("other range", "false range", "other size", "no range", "long", "whole", "416", "html", "elsewhere")
+SLOW = ("trickle", "trickled head", "silence")
 STALL_SECONDS = 5.0
+TRICKLE_SECONDS = 0.05  # between two bytes
+WAIT = re.compile(r"wait (\d+)")  # as a fault: refused with the request to wait so many seconds
 GATED_CALLS = {"auth-check", "paths-info", "resolve"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answered request: its `Range` header or None, the status, and the size of the answer's body in bytes."""
+    """One answered request: its `Range` header or None, the status, the size of the answer's body in bytes, and whether
+    its range reached the end of the file, where parquet keeps the footer.
+    """
 
     method: str
     path: str
     range: str | None
     status: int
     sent: int
+    at_end: bool = False
 
 
 class Refused(Exception):
@@ -92,9 +102,9 @@ class Hub:
 
     A `token` makes the datasets private, or with `gated` public in name and metadata only; the models stay open. Any
     other token is refused everywhere, as on the Hub. `accepted` says whether its owner accepted the gated licence.
-    With `redirect` large files are answered by a redirect to elsewhere on the server, and the allowance of requests is
-    told, as on the Hub. `fault`, if given, says of each request (its method and path) how it fails: by a status, or as
-    in `FAULTS`.
+    With `redirect` large files are answered by a redirect to another server, `elsewhere`, and the allowance of requests
+    is told, as on the Hub. `fault`, if given, says of each request (its method and path) how it fails: by a status, or
+    as in `FAULTS`, `LIES`, `SLOW` and `WAIT`. A `mirror` lacks some of the Hub's calls. All paths begin with `prefix`.
     """
 
     def __init__(
@@ -106,26 +116,31 @@ class Hub:
         accepted: bool = True,
         port: int = 0,
         redirect: bool = False,
+        mirror: bool = False,
+        prefix: str = "",
         fault: Callable[[str, str], int | str | None] = lambda method, path: None,
     ) -> None:
-        self.redirect = redirect
+        self.redirect, self.mirror, self.prefix = redirect, mirror, prefix
         self.token, self.gated, self.accepted, self.fault = token, gated, accepted, fault
         self.closed = threading.Event()
         self.requests: list[Request] = []
         self.lock = threading.Lock()
+        self.shifts = itertools.cycle(range(1, 50))  # by which a wrong range lies beside the right one
         folders = [folder for kind in ("datasets", "models") for folder in sorted((root / kind).glob("*/*"))]
         self.repos = {(folder.parts[-3], "/".join(folder.parts[-2:])): Repo(folder) for folder in folders}
-        self._server = _Server(self, port)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._servers = [_Server(self, port), _Server(self, 0)]
+        self.url, self.elsewhere = (f"http://127.0.0.1:{server.server_port}{prefix}" for server in self._servers)
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.closed.set()
-        self._server.shutdown()
-        self._server.server_close()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
     def env(self) -> dict[str, str]:
         """What to put in a client's environment before it imports huggingface_hub; HF_HOME is the caller's to set."""
@@ -154,6 +169,14 @@ class Hub:
         if not self.accepted:
             visit = f"Visit https://huggingface.co/datasets/{repo_id} to ask for access."
             raise Refused(403, "GatedRepo", f"{restricted} and you are not in the authorized list. {visit}")
+
+
+class _Answered(Exception):
+    """The request has had its answer."""
+
+
+class _BrokenOff(Exception):
+    """The connection is to be reset."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -185,34 +208,69 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Server
+    at_end = False
+    allowance: dict[str, str]
 
     def do_GET(self) -> None:
+        self.at_end, self.allowance = False, {}
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.fault = self.server.hub.fault(self.command, self.path)
-        if self.fault == "reset":
-            self._break_off()
-            return
         try:
-            if isinstance(self.fault, int):
-                raise Refused(self.fault, "", "Injected fault", **{"Retry-After": "0"})
+            self._fail()
             self._route()
+        except _BrokenOff:
+            self._break_off()
+        except _Answered:
+            pass
         except Refused as refused:
             self._send_json({"error": str(refused)}, refused.status, refused.headers)
 
     do_HEAD = do_POST = do_GET
 
+    def _fail(self) -> None:
+        """Fails before anything is looked up, if it is to fail so."""
+        wait = WAIT.fullmatch(str(self.fault))
+        if wait:
+            told = {"Retry-After": wait[1], "RateLimit": f'"resolvers";r=0;t={wait[1]}'}
+            raise Refused(429, "", "Too many requests", **told)
+        if isinstance(self.fault, int):
+            raise Refused(self.fault, "", "Injected fault", **{"Retry-After": "0"})
+        if self.fault == "reset":
+            raise _BrokenOff
+        if self.fault == "416":
+            raise Refused(416, "", "Range not satisfiable")
+        if self.fault == "silence":
+            self.server.hub.closed.wait()
+            raise _BrokenOff
+        if self.fault == "elsewhere" and "expired" not in self.path:
+            self._redirect("expired")
+            raise _Answered
+        if "expired" in self.path:
+            raise Refused(403, "", "Request has expired")
+        if self.fault == "html":
+            self._start(200, len(PORTAL), {"Content-Type": "text/html"})
+            self.wfile.write(PORTAL)
+            raise _Answered
+
+    def _redirect(self, query: str) -> None:
+        self._start(302, 0, {"Location": f"{self.server.hub.elsewhere}{self.path.partition('?')[0]}?{query}"})
+
     def _route(self) -> None:
         """Answers /api/KIND/ORG/NAME[/CALL[/REV[/PATH]]] and [/datasets]/ORG/NAME/resolve/REV/PATH."""
-        fields = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
-        url = urlsplit(self.path)
+        fields = parse_qs(self.body.decode())
+        url = urlsplit(self.path.removeprefix(self.server.hub.prefix))
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         api = parts[0] == "api"
         parts = parts[1:] if api else parts
         kind = parts.pop(0) if parts[:1] and parts[0] in ("datasets", "models") else "models"
-        if len(parts) < 2:
+        if len(parts) < 2 or not self.path.startswith(self.server.hub.prefix):
             raise Refused(404, "", f"No such page: {url.path}")
         repo_id, call, revision = "/".join(parts[:2]), "".join(parts[2:3]), (parts[3:4] or ["main"])[0]
         path = "/".join(parts[4:]).strip("/")
         token = self.headers.get("Authorization", "").partition("Bearer ")[2] or None
+        if url.query == "signed":
+            assert token is None, "a token was sent elsewhere"
+            token = self.server.hub.token
         repo = self.server.hub.find(kind, repo_id, call, revision, token)
         if not api and call == "resolve":
             self._send_file(repo, path)
@@ -220,9 +278,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(repo.info(self.server.hub.gated and kind == "datasets"))
         elif api and call == "tree":
             self._send_json(repo.tree(path, parse_qs(url.query).get("recursive") == ["true"]))
-        elif api and call == "paths-info":
+        elif api and call == "paths-info" and not self.server.hub.mirror:
             self._send_json([repo.entries[path] for path in fields.get("paths", []) if path in repo.entries])
-        elif api and call == "auth-check":
+        elif api and call == "auth-check" and not self.server.hub.mirror:
             self._send_json({})
         else:
             raise Refused(404, "", f"No such page: {url.path}")
@@ -231,42 +289,79 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.dumps(value).encode()
         self._start(status, len(body), {"Content-Type": "application/json; charset=utf-8"} | (headers or {}))
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self._write(body)
 
     def _send_file(self, repo: Repo, path: str) -> None:
         file = repo.file(path)
-        if self.server.hub.redirect and "lfs" in file and not self.path.endswith("?elsewhere"):
-            allowance = {"RateLimit": '"resolvers";r=900;t=90', "RateLimit-Policy": '"window";"resolvers";q=5000;w=300'}
-            self._start(302, 0, allowance | {"Location": f"{self.path}?elsewhere"})
+        hub = self.server.hub
+        if hub.redirect and "lfs" in file and not self.path.endswith("?signed"):
+            self.allowance = {} if hub.mirror else ALLOWANCE
+            self._redirect("signed")
             return
         size, etag = file["size"], f'"{file.get("lfs", file)["oid"]}"'
         headers = {"X-Repo-Commit": repo.sha, "ETag": etag, "Accept-Ranges": "bytes"}
         if "lfs" in file:
             headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": etag}
-        span = _byte_span(self.headers.get("Range"), size)
+        asked = _byte_span(self.headers.get("Range"), size) if self.fault != "whole" else None
+        span = self._misplaced(asked, size) if asked else None
         first, end = span or (0, size)
-        if span:
-            headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+        if asked and self.fault != "no range":
+            named = asked if self.fault in ("false range", "long") else (first, end)
+            total = size + (self.fault == "other size")
+            headers["Content-Range"] = f"bytes {named[0]}-{named[1] - 1}/{total}"
+        self.at_end = span is not None and end == size
         self._start(206 if span else 200, end - first, headers | {"Content-Type": "application/octet-stream"})
         if self.command != "HEAD" and end > first:
-            broken = self.fault in ("short", "stall")
-            with (repo.folder / path).open("rb") as data:
-                if count := (end - first) // (2 if broken else 1):
-                    self.connection.sendfile(data, first, count)
-            if self.fault == "stall":
-                self.server.hub.closed.wait(STALL_SECONDS)
-            if broken:
-                self._break_off()
+            self._send_bytes(repo.folder / path, first, end)
+
+    def _misplaced(self, asked: tuple[int, int], size: int) -> tuple[int, int]:
+        """The range that is sent in place of the one asked for, according to the fault."""
+        first, end = asked
+        if self.fault in ("other range", "false range"):
+            shift = next(self.server.hub.shifts)
+            shift = min(shift, size - end) or -min(shift, first)
+            return first + shift, end + shift
+        if self.fault == "long":
+            return first, min(size, end + 10) if end < size else end
+        return asked
+
+    def _send_bytes(self, path: Path, first: int, end: int) -> None:
+        broken = self.fault in ("short", "stall")
+        with path.open("rb") as data:
+            if self.fault == "trickle":
+                data.seek(first)
+                self._write(data.read(end - first))
+            elif count := (end - first) // (2 if broken else 1):
+                self.connection.sendfile(data, first, count)
+        if self.fault == "stall":
+            self.server.hub.closed.wait(STALL_SECONDS)
+        if broken:
+            self._break_off()
+
+    def _write(self, data: bytes) -> None:
+        """Writes a body, as slowly as the fault wants it."""
+        if self.fault != "trickle":
+            self.wfile.write(data)
+            return
+        for byte in data:
+            self.wfile.write(bytes([byte]))
+            if self.server.hub.closed.wait(TRICKLE_SECONDS):
+                return
 
     def _start(self, status: int, length: int, headers: dict[str, str]) -> None:
         """Notes the request, then sends the head; so a client that has its answer finds it in the list."""
         sent = 0 if self.command == "HEAD" else length
         hub = self.server.hub
         with hub.lock:
-            hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), status, sent))
+            hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), status, sent, self.at_end))
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(length)}).items():
+        for name, value in (self.allowance | headers | {"Content-Length": str(length)}).items():
             self.send_header(name, value)
+        if self.fault == "trickled head":
+            self.flush_headers()
+            self.wfile.write(b"X-Slow: ")
+            while not hub.closed.wait(TRICKLE_SECONDS):
+                self.wfile.write(b"x")
         self.end_headers()
 
     def _break_off(self) -> None:

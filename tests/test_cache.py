@@ -28,7 +28,7 @@ TRAIN_BLOCKS, VAL_BLOCKS, STEPS = 13, 1, 16
 
 def blocks_asked_for(hub: Hub, since: int = 0) -> Counter[tuple[str, str]]:
     """How often each block was fetched; footers, which are counted from the end of a file, are left out."""
-    asked = [(r.path, r.range) for r in hub.requests[since:] if r.range and not r.range.startswith("bytes=-")]
+    asked = [(r.path, r.range) for r in hub.requests[since:] if r.range and not r.at_end]
     return Counter((path, span) for path, span in asked if path.endswith(".parquet"))
 
 

@@ -13,8 +13,8 @@ from shards import card, class_names, to_table
 from errors import DataError
 from stream import parquet
 from stream.dataset import HuggingFaceImageNetDataset
-from stream.hub import LocalFiles
 from stream.parquet import LARGEST_GAP, TAIL_BYTES, Block, ParquetShards
+from stream.ranges import Check, LocalFiles, trust
 
 CLASSES = 1000
 FEATURES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": class_names(CLASSES)}}
@@ -28,14 +28,12 @@ class RecordedFiles(LocalFiles):
         self.ranges: list[tuple[int, int, int]] = []
         self.tails: list[tuple[int, int]] = []
 
-    def read(self, number: int, first: int, end: int) -> bytes:
-        self.ranges.append((number, first, end))
-        return super().read(number, first, end)
-
-    def read_tail(self, number: int, count: int) -> bytes:
-        self.tails.append((number, count))
-        size = Path(self.names[number]).stat().st_size
-        return super().read(number, max(0, size - count), size)
+    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes:
+        if end == self.size(number):
+            self.tails.append((number, end - first))
+        else:
+            self.ranges.append((number, first, end))
+        return super().read(number, first, end, check)
 
 
 def keep_nothing(name: str, make: Callable[[], bytes]) -> bytes:
@@ -285,7 +283,9 @@ def test_kept_footers_are_never_read_again(tmp_path: Path) -> None:
 
     files = [RecordedFiles([str(path) for path in paths]) for _ in range(2)]
     first, second = (ParquetShards("a set", part, keep, (None, None), None) for part in files)
-    assert sorted(files[0].tails) == [(number, TAIL_BYTES) for number in range(3)]
+    assert sorted(files[0].tails) == [
+        (number, min(TAIL_BYTES, path.stat().st_size)) for number, path in enumerate(paths)
+    ]
     assert (files[1].tails, files[1].ranges) == ([], [])
     assert sorted(kept) == [f"{path}.footer" for path in paths]
     assert first.blocks(1) == second.blocks(1)

@@ -28,17 +28,17 @@ SMALL = (*SMALL, "--image_size", 33, "--ledger", "--block_mb", 1)
 BLOCKS_PICKED = {"train": 13, "validation": 1}
 FILES = {"train": 30, "validation": 1}
 STEPS = 4
-FOOTER = -1  # in place of the end of a range that is counted from the end of the file
+FOOTER = -1  # in place of the end of a range that reaches the end of the file
 
 
 def ranges(hub: Hub, split: str, since: int = 0) -> list[tuple[str, int, int]]:
     """What was read of the files of a split: the file, the first byte, and one past the last."""
     found = []
     for request in hub.requests[since:]:
-        span = re.fullmatch(r"bytes=(\d*)-(\d+)", request.range or "")
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.range or "")
         if span and request.method == "GET" and f"/{split}-" in request.path and request.sent:
             file = request.path.rpartition("/")[2]
-            found.append((file, int(span[1]), int(span[2]) + 1) if span[1] else (file, 0, FOOTER))
+            found.append((file, int(span[1]), FOOTER if request.at_end else int(span[2]) + 1))
     return found
 
 

@@ -1,0 +1,58 @@
+"""The Hub's allowance of requests: how fast the processes of a run may ask."""
+
+import threading
+import time
+from collections.abc import Mapping
+
+from huggingface_hub.utils import parse_ratelimit_headers
+
+import distributed
+from stream.retry import SAY_SECONDS, say, told_wait
+
+USUAL_LIMIT, USUAL_WINDOW = 5000, 300  # requests and seconds of a free account, for files
+SPARE = 8  # requests of each rank that may be under way while the last answer is read
+
+
+class Allowance:
+    """Spreads requests over the time that an allowance has to last, as the Hub's RateLimit headers tell it.
+
+    Nothing waits while more than half is left. After that each request of a rank waits its share of the time left, and
+    when nothing is left, or Retry-After says so, until the moment that was told. A better answer frees all who wait.
+    """
+
+    def __init__(self) -> None:
+        self.limit, self.window = USUAL_LIMIT, USUAL_WINDOW
+        self._changed = threading.Condition()
+        self._interval = 0.0
+        self._reset = self._last = -1.0
+        self._counted = False
+
+    def note(self, status: int, headers: Mapping[str, str]) -> None:
+        """Take in an answer."""
+        info, ranks = parse_ratelimit_headers(headers), distributed.world_size()
+        wait = told_wait(status, headers)
+        with self._changed:
+            if info is not None and info.limit and info.window_seconds:
+                self.limit, self.window = info.limit, info.window_seconds
+            if info is None and (self._counted or status >= 400) and not wait:
+                return  # it tells nothing
+            self._counted, self._interval = info is not None, 0.0
+            if wait > 0:
+                self._interval, self._reset = wait, time.monotonic() + wait
+            elif info is not None and info.remaining < self.limit / 2:
+                left = info.remaining - SPARE * ranks
+                self._interval = info.reset_in_seconds * ranks / left if left > 0 else info.reset_in_seconds
+                self._reset = time.monotonic() + info.reset_in_seconds
+            self._changed.notify_all()
+
+    def wait_for_turn(self) -> None:
+        """Wait until this process may ask again; never longer than until the allowance is new."""
+        since = time.monotonic()
+        with self._changed:
+            while (now := time.monotonic()) < (turn := min(self._last + self._interval, self._reset)):
+                self._changed.wait(min(turn - now, SAY_SECONDS))
+                say(since, f"the Hub's limit of requests is nearly used up; it is new in {self._reset - now:.0f} s")
+            self._last = now
+
+
+requests = Allowance()  # one for the whole process: they are counted by account

@@ -1,0 +1,193 @@
+"""Files whose bytes are read in ranges, on this machine or on the Hub; of the Hub's answers none is believed."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import xxhash
+from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+import stream.client  # noqa: F401 (bounds the waits of every request)
+from stream import allowance
+from stream.explain import one_line_errors
+from stream.retry import Network, WrongAnswer, patiently
+
+SHA256 = 64  # digits
+WHOLE_FILE = 2**23  # bytes: a server that knows no ranges may send a whole file of this size
+SAME_BYTES = 8  # times that the same wrong bytes come before they are taken to be the file's own
+
+Check = Callable[[bytes | bytearray], object]
+
+
+def trust(data: bytes | bytearray) -> None:
+    """Take bytes as they are."""
+
+
+class Files(Protocol):
+    """Files whose bytes can be read in ranges, numbered from 0."""
+
+    names: list[str]
+    by_request: bool  # each read costs a request
+
+    def size(self, number: int) -> int:
+        """The size of a file in bytes. Raises DataError."""
+
+    def told_size(self, number: int) -> int | None:
+        """The size of a file on the Hub, where its listing tells it."""
+
+    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes | bytearray:
+        """Bytes first to end - 1 of a file. `check` raises ValueError for wrong ones. Raises DataError."""
+
+
+class LocalFiles:
+    """Files on this machine."""
+
+    by_request = False
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes:
+        with one_line_errors(self.names[number]), open(self.names[number], "rb") as file:
+            file.seek(first)
+            data = file.read(end - first)
+            check(data)
+            return data
+
+    def told_size(self, number: int) -> int | None:
+        return None
+
+    def size(self, number: int) -> int:
+        with one_line_errors(self.names[number]):
+            return Path(self.names[number]).stat().st_size
+
+
+class FileInfo(NamedTuple):
+    """What the Hub tells of a file: its size in bytes, and its SHA-256 or, for what is not in LFS, Git's SHA-1."""
+
+    size: int
+    digest: str
+
+
+class HubFiles:
+    """Files of a dataset on the Hub at one commit, read by range requests.
+
+    The range, the size and the checksum of an answer must be those that the Hub tells, and `check` must agree. When a
+    request breaks off, the bytes received are kept and the rest is requested again; a wrong answer is dropped.
+    """
+
+    by_request = True
+
+    def __init__(
+        self,
+        source: str,
+        commit: str,
+        names: list[str],
+        network: Network,
+        told: Mapping[str, FileInfo] = MappingProxyType({}),
+    ) -> None:
+        self.names = names
+        self._source = source
+        self._commit = commit
+        self._urls = [hf_hub_url(source, name, repo_type="dataset", revision=commit) for name in names]
+        self._network = network
+        self._told_sizes = {number: told[name].size for number, name in enumerate(names) if name in told}
+        self._sizes = dict(self._told_sizes)
+        self._digests = {number: told[name].digest for number, name in enumerate(names) if name in told}
+
+    def told_size(self, number: int) -> int | None:
+        return self._told_sizes.get(number)
+
+    def size(self, number: int) -> int:
+        if number not in self._sizes:
+            self._patiently(number, lambda: self._get(number, 0, 1, bytearray()), lambda: 0)
+        return self._sizes[number]
+
+    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytearray:
+        data, refused = bytearray(), Counter[str]()
+        if first >= end:
+            return data
+
+        def rest() -> None:
+            nonlocal data
+            data = mine = bytearray(data)  # a request that was given up may still add to its own
+            if first + len(mine) < end:
+                self._get(number, first + len(mine), end, mine)
+            try:
+                self._compare_digest(number, first, mine)
+                check(mine)
+            except ValueError as error:
+                digest = xxhash.xxh3_128_hexdigest(mine)
+                mine.clear()
+                refused[digest] += 1
+                text = f"bytes {first:,} to {end - 1:,} of {self.size(number):,}: {error}"
+                raise (ValueError if refused[digest] == SAME_BYTES else WrongAnswer)(text) from None
+
+        self._patiently(number, rest, lambda: len(data))
+        return data
+
+    def _patiently(self, number: int, call: Callable[[], None], progress: Callable[[], int]) -> None:
+        name = self.names[number]
+        with one_line_errors(self._source, name, self._commit):
+            patiently(call, self._network, name, progress=progress)
+
+    def _get(self, number: int, first: int, end: int, data: bytearray) -> None:
+        """Append bytes first to end - 1 to `data`."""
+        allowance.requests.wait_for_turn()
+        headers = build_hf_headers() | {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
+        with get_session().stream("GET", self._urls[number], headers=headers) as response:
+            if response.status_code == 416:
+                raise WrongAnswer(f"the server does not have bytes {first:,} to {end - 1:,}")
+            if response.status_code >= 400:
+                hf_raise_for_status(response)
+            skip = self._check_head(number, first, end, response)
+            before, wanted = len(data), end - first
+            for chunk in response.iter_bytes():
+                data += chunk[skip:]
+                skip = max(0, skip - len(chunk))
+                if len(data) - before >= wanted and response.status_code == 200:
+                    del data[before + wanted :]
+                    return
+                if len(data) - before > wanted:
+                    del data[before:]
+                    raise WrongAnswer(f"more than bytes {first:,} to {end - 1:,} came")
+        if len(data) - before != wanted:
+            raise ConnectionError(f"{len(data) - before:,} of {wanted:,} bytes arrived")
+
+    def _check_head(self, number: int, first: int, end: int, response: Any) -> int:
+        """Compare what an answer says it is with what was asked, and return how many of its bytes to skip."""
+        asked = f"bytes {first:,} to {end - 1:,} were asked for"
+        if response.status_code == 206:
+            told = response.headers.get("Content-Range", "")
+            match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", told.strip())
+            if match is None or (int(match[1]), int(match[2])) != (first, end - 1):
+                raise WrongAnswer(f"{asked}, and {told or 'an unnamed range'} came")
+            skip, size = 0, int(match[3])
+        elif response.status_code == 200:
+            length = response.headers.get("Content-Length", "")
+            known = self._sizes.get(number)
+            size = int(length) if re.fullmatch(r"\d{1,18}", length) else known if known is not None else -1
+            if not end <= size <= max(WHOLE_FILE, 2 * (end - first)):
+                raise WrongAnswer(f"{asked}, and the whole file came")
+            skip = first
+        else:
+            raise WrongAnswer(f"{asked}, and the server answers with status {response.status_code}")
+        known = self._sizes.setdefault(number, size)
+        if size != known:
+            raise WrongAnswer(f"{asked} of {known:,}, and the server has a file of {size:,}")
+        return skip
+
+    def _compare_digest(self, number: int, first: int, data: bytearray) -> None:
+        """Raise ValueError for a whole file that is not the one of the Hub's listing."""
+        told = self._digests.get(number, "")
+        if told and first == 0 and len(data) == self._sizes[number]:
+            prefix = (
+                b"" if len(told) == SHA256 else b"blob %d\0" % len(data)
+            )  # Git's own files are hashed with their size
+            if hashlib.new("sha256" if len(told) == SHA256 else "sha1", prefix + data).hexdigest() != told:
+                raise ValueError("the file has another checksum on the Hub")
