@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> None:
     config, snapshot = _settings(given)
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
-    data = get_data_loaders(config, device, revision=snapshot.state["revision"] if snapshot else None)
+    data = get_data_loaders(config, device, revision=_pinned_revision(snapshot, config))
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)
     if snapshot is not None:
@@ -88,6 +88,12 @@ def _resume_source(given: dict[str, object]) -> Path | None:
 
     folder = Path(str(given["run_dir"]))
     return folder if step_files(folder / "snapshots") else None
+
+
+def _pinned_revision(snapshot: "Snapshot | None", config: Config) -> str | None:
+    """The commit that a resumed run stays on, unless an override names another revision."""
+    moved = any(text.startswith("dataset_revision=") for text in config.override)
+    return None if snapshot is None or moved else snapshot.state["revision"]
 
 
 def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:

@@ -1,5 +1,6 @@
 """The Hub's allowance of requests: how fast the processes of a run may ask."""
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from huggingface_hub.utils import parse_ratelimit_headers
 
 import distributed
-from stream.retry import SAY_SECONDS, say, told_wait
+from stream.retry import LOOK_SECONDS, say, told_wait
 
 USUAL_LIMIT, USUAL_WINDOW = 5000, 300  # requests and seconds of a free account, for files
 SPARE = 8  # requests of each rank that may be under way while the last answer is read
@@ -38,21 +39,25 @@ class Allowance:
                 return  # it tells nothing
             self._counted, self._interval = info is not None, 0.0
             if wait > 0:
-                self._interval, self._reset = wait, time.monotonic() + wait
+                self._interval, self._reset = math.inf, time.monotonic() + wait
             elif info is not None and info.remaining < self.limit / 2:
-                left = info.remaining - SPARE * ranks
-                self._interval = info.reset_in_seconds * ranks / left if left > 0 else info.reset_in_seconds
-                self._reset = time.monotonic() + info.reset_in_seconds
+                left, seconds = info.remaining - SPARE * ranks, info.reset_in_seconds + 1  # whole seconds are told
+                self._interval = seconds * ranks / left if left > 0 else math.inf
+                self._reset = time.monotonic() + seconds
             self._changed.notify_all()
 
     def wait_for_turn(self) -> None:
         """Wait until this process may ask again; never longer than until the allowance is new."""
         since = time.monotonic()
         with self._changed:
-            while (now := time.monotonic()) < (turn := min(self._last + self._interval, self._reset)):
-                self._changed.wait(min(turn - now, SAY_SECONDS))
-                say(since, f"the Hub's limit of requests is nearly used up; it is new in {self._reset - now:.0f} s")
-            self._last = now
+            while (left := self._turn() - time.monotonic()) > 0:
+                self._changed.wait(min(left, LOOK_SECONDS))
+                say(since, f"the Hub's limit of requests is nearly used up; the next one is due in {left:.0f} s")
+            self._last = time.monotonic()
+
+    def _turn(self) -> float:
+        """When the next request may be made."""
+        return min(self._last + self._interval, self._reset)
 
 
 requests = Allowance()  # one for the whole process: they are counted by account

@@ -14,7 +14,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from stream.files import open_plain, read_small, write_durably
-from stream.retry import SAY_SECONDS, say
+from stream.retry import LOOK_SECONDS, say
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class FileStore:
         lock, since = FileLock(self.folder / OWN / name, poll_interval=0.01, fallback_to_soft=False), time.monotonic()
         while True:
             try:
-                return lock.acquire(timeout=min(SAY_SECONDS, self._patience))
+                return lock.acquire(timeout=min(LOOK_SECONDS, self._patience))
             except Timeout:
                 if time.monotonic() - since >= self._patience:
                     self._patience = LESS_PATIENCE

@@ -18,7 +18,6 @@ from stream.retry import Attempt, Elsewhere, WrongAnswer, attempt, told_wait
 
 SILENCE = 120.0  # seconds: ends the threads of calls that were given up before
 LIBRARIES_WAIT = 8.0  # seconds that huggingface_hub waits by itself; what is longer is waited for here, and aloud
-ENDPOINT_HOST = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2].encode()
 
 
 def _make_client() -> Any:
@@ -38,7 +37,9 @@ def _make_client() -> Any:
 
 
 def _bound(request: Any) -> None:
-    """Give every wait of a request a bound: most calls of the libraries have none."""
+    """Give every wait of a request a bound, as most of the libraries' have none; refuse it if nobody waits for it."""
+    if attempt.get(Attempt()).given_up:
+        raise WrongAnswer("the call was given up")
     told = request.extensions.get("timeout") or {}
     bounds = {kind: told.get(kind) or SILENCE for kind in ("connect", "read", "write", "pool")}
     request.extensions = {**request.extensions, "timeout": bounds}
@@ -46,19 +47,22 @@ def _bound(request: Any) -> None:
 
 def _look_at(response: Any) -> None:
     """Count an answer, note the allowance, and refuse what the libraries would wait for or believe."""
-    trying = attempt.get(Attempt())
-    trying.answered(response)
-    if trying.given_up:
-        raise WrongAnswer("the answer came too late")
+    attempt.get(Attempt()).answered(response)
     url, status = response.request.url, response.status_code
     if "/resolve/" in url.path:
         allowance.requests.note(status, response.headers)
     if told_wait(status, response.headers) > LIBRARIES_WAIT:
         hf_raise_for_status(response)
-    if status >= 400 and url.netloc != ENDPOINT_HOST:
+    hubs_own = "/api/" in url.path or "X-Error-Code" in response.headers or _host(url) == _host(constants.ENDPOINT)
+    if status >= 400 and not hubs_own:
         raise Elsewhere(f"status {status} from {url.host}")
     if status == 200 and "/api/" in url.path and "html" in response.headers.get("Content-Type", ""):
         raise WrongAnswer(f"{url.host} answers with a web page: a network that wants a log-in, or no Hub")
+
+
+def _host(url: object) -> tuple[str | None, int | None]:
+    parts = urlsplit(str(url))
+    return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 set_client_factory(_make_client)

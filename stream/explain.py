@@ -83,9 +83,11 @@ def _explain(error: Exception, source: str, file: str, commit: str | None) -> st
         return f"cannot read {file}: {first_line(error)}; {fix}"
     asked = asked_delay(error)
     if asked:
-        return f"the Hub asks to wait {asked:.0f} s before it sends more of {source}; wait, then resume"
+        return f"the Hub asks to wait {asked:.0f} s before it sends {file} of {source}; wait, then resume"
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
-        return f"cannot reach {source} at {constants.ENDPOINT} ({first_line(error)}); check the network, then resume"
+        wanted = "" if file == source else f" for {file}"
+        where = f"{source} at {constants.ENDPOINT}{wanted}"
+        return f"cannot reach {where} ({first_line(error)}); check the network, then resume"
     return f"cannot read {file}: {' '.join(str(error).split()) or type(error).__name__}"
 
 

@@ -134,11 +134,10 @@ class HubFiles:
     def _patiently(self, number: int, call: Callable[[], None], progress: Callable[[], int]) -> None:
         name = self.names[number]
         with one_line_errors(self._source, name, self._commit):
-            patiently(call, self._network, name, progress=progress)
+            patiently(call, self._network, name, progress=progress, turn=allowance.requests.wait_for_turn)
 
     def _get(self, number: int, first: int, end: int, data: bytearray) -> None:
         """Append bytes first to end - 1 to `data`."""
-        allowance.requests.wait_for_turn()
         headers = build_hf_headers() | {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", self._urls[number], headers=headers) as response:
             if response.status_code == 416:

@@ -28,6 +28,7 @@ START_PATIENCE = 20.0  # seconds: at the start giving up loses nothing, and the 
 STALLS_AT_START = 3
 LEAST_RATE = 1024.0  # bytes a second
 SAY_SECONDS = 10.0  # of waiting before the first line, and between lines
+LOOK_SECONDS = 1.0  # between looks whether a line is due
 POLL_SECONDS = 0.25
 _jitter = random.Random()
 _last_said = -SAY_SECONDS
@@ -66,8 +67,8 @@ def pause(seconds: float, text: str) -> None:
     """Sleep, and say why."""
     since = time.monotonic()
     while seconds > 0:
-        time.sleep(min(seconds, SAY_SECONDS))
-        seconds -= SAY_SECONDS
+        time.sleep(min(seconds, LOOK_SECONDS))
+        seconds -= LOOK_SECONDS
         say(since, text)
 
 
@@ -137,15 +138,19 @@ def patiently(
     what: str,
     *,
     progress: Callable[[], int] = lambda: 0,
+    turn: Callable[[], None] = lambda: None,
     at_start: bool = False,
 ) -> T:
     """Return what `call` returns, repeating it when it stalls or fails in a way that may pass.
 
     Gives up, and raises the last error, when for `network.patience` seconds `progress` (bytes) has grown by less than
-    `LEAST_RATE`. `at_start` it gives up sooner, but waits as long as the Hub asks for.
+    `LEAST_RATE`; waiting for one's `turn` does not count. `at_start` it gives up sooner, but waits as the Hub asks.
     """
     since, made, tries, told = time.monotonic(), progress(), 0, 0.0
     while True:
+        before_turn = time.monotonic()
+        turn()
+        since += time.monotonic() - before_turn
         try:
             return watched(call, min(network.stall_timeout, network.patience), what)
         except Exception as error:

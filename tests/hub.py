@@ -129,7 +129,8 @@ class Hub:
         folders = [folder for kind in ("datasets", "models") for folder in sorted((root / kind).glob("*/*"))]
         self.repos = {(folder.parts[-3], "/".join(folder.parts[-2:])): Repo(folder) for folder in folders}
         self._servers = [_Server(self, port), _Server(self, 0)]
-        self.url, self.elsewhere = (f"http://127.0.0.1:{server.server_port}{prefix}" for server in self._servers)
+        own, self.elsewhere = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.url = own + prefix
 
     def __enter__(self) -> "Hub":
         for server in self._servers:

@@ -17,7 +17,7 @@ from program import Outcome, assert_same_run, cut, ledger, run, snapshot_path, s
 from safetensors.torch import save_file
 
 import run_lr_finder
-from stream import hub as remote
+from stream import retry as network
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -193,7 +193,7 @@ def test_what_is_wrong_ends_a_real_process_in_one_line_with_its_status(tmp_path:
 
 
 def test_a_hub_out_of_reach_is_one_line(hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "START_PATIENCE", 0.1)
+    monkeypatch.setattr(network, "START_PATIENCE", 0.1)
     assert_refused(tmp_path / "run", 3, ("cannot reach", "ILSVRC/imagenet-1k"), "--dataset", "imagenet1k")
 
 

@@ -1,24 +1,29 @@
 """However the Hub fails, the batches are those of a sound one, or the run ends with a snapshot and says why."""
 
 import email.utils
+import heapq
+import itertools
 import random
+import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 from fault_sweep import STATUSES, seeded_faults, short_waits, sweep
 from hub import FAULTS, Hub
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from program import ledger, run, steps_kept, train
 from shards import REPO_ID
 
-from stream import hub as remote
+from stream import allowance
 from stream import retry as network
+from stream.allowance import Allowance
 from stream.dataset import HuggingFaceImageNetDataset
-from stream.retry import Network, patiently
+from stream.retry import Network, patiently, told_wait
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -82,15 +87,15 @@ def test_no_schedule_of_faults_changes_the_order_or_hangs(hub_root: Path, hub_po
     assert sweep(hub_root, range(first, first + 10)).total() == 10
 
 
-def test_bytes_are_fetched_where_the_hub_redirects_to_and_its_allowance_is_noted(hub_root: Path, hub_port: int) -> None:
+def test_bytes_are_fetched_where_the_hub_redirects_to_and_its_allowance_is_noted(
+    hub_root: Path, hub_port: int, hasty: None
+) -> None:
     with Hub(hub_root, port=hub_port, redirect=True) as hub:
         dataset = HuggingFaceImageNetDataset.open(REPO_ID, split=["validation"])
         since = len(hub.requests)
         found = dataset.read_block(0)
-    files = dataset._files
-    assert isinstance(files, remote.HubFiles)
     assert [request.status for request in hub.requests[since:]] == [302, 206]
-    assert files._interval == 90 / 900
+    assert allowance.requests._interval == 91 / (900 - allowance.SPARE)
     on_disk = HuggingFaceImageNetDataset.open(str(hub_root / "datasets" / REPO_ID), split=["validation"]).read_block(0)
     assert found.images.equals(on_disk.images)
 
@@ -98,71 +103,258 @@ def test_bytes_are_fetched_where_the_hub_redirects_to_and_its_allowance_is_noted
 # ---- the policy itself -----------------------------------------------------------------------------------------------
 
 
-def test_a_call_is_repeated_until_it_succeeds_and_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
-    left = [ConnectionError("reset")] * 5
+def refusal(status: int, headers: dict[str, str]) -> HfHubHTTPError:
+    """What huggingface_hub raises for an answer like this."""
+    response = SimpleNamespace(status_code=status, headers=headers, request=None)
+    return HfHubHTTPError("refused", response=response)  # type: ignore[arg-type]
+
+
+def wrapped(error: Exception, *causes: Exception) -> Exception:
+    """An error as a library raises it from another one."""
+    error.__cause__ = causes[0]
+    return error
+
+
+def date(seconds: float) -> str:
+    return email.utils.formatdate(1_800_000_000 + seconds, usegmt=True)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, moved by sleeping alone; the sleeps follow it."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        now.append(seconds)
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr(network, "_last_said", -network.SAY_SECONDS)
+    monkeypatch.setattr(network, "watched", lambda call, stall, what: call())
+    return now
+
+
+def failing(*errors: Exception) -> Callable[[], str]:
+    """Raises these, one a call, and is done then."""
+    left = list(errors)
 
     def call() -> str:
         if left:
-            raise left.pop()
+            raise left.pop(0)
         return "done"
 
-    assert patiently(call, 1e9) == "done"
+    return call
+
+
+def test_a_call_is_repeated_until_it_succeeds_and_waits_longer_each_time(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(network, "pause", lambda seconds, text: waits.append(seconds))
+    assert patiently(failing(*[ConnectionError("reset")] * 5), Network(), "it") == "done"
     bounds = [(network.FIRST_WAIT * 2**n / 2, network.FIRST_WAIT * 2**n) for n in range(5)]
     assert [low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)] == [True] * 5
 
 
-def test_progress_makes_patience_new_and_its_lack_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+@pytest.mark.parametrize(("rate", "goes_on"), [(2 * network.LEAST_RATE, True), (network.LEAST_RATE / 2, False)])
+def test_only_progress_at_a_least_rate_makes_patience_new(clock: list[float], rate: float, goes_on: bool) -> None:
     made = [0]
 
     def call() -> None:
-        now[0] += 9
-        made[0] += made[0] < 20
+        clock[0] += 9
+        if clock[0] < 200:
+            made[0] = int(rate * clock[0])
         raise TimeoutError("stalled")
 
     with pytest.raises(TimeoutError):
-        patiently(call, 60, lambda: made[0])
-    assert made[0] == 20
-    assert 180 < now[0] < 300
+        patiently(call, Network(60, 60), "it", progress=lambda: made[0])
+    assert (clock[0] > 200) == goes_on
+    assert clock[0] < 300
 
 
-def test_the_jitter_takes_nothing_from_the_runs_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    left = [ConnectionError("reset")] * 3
+def test_the_jitter_takes_nothing_from_the_runs_random_numbers(clock: list[float]) -> None:
     before = random.getstate()
-    patiently(lambda: left and (_ for _ in ()).throw(left.pop()), 1e9)
+    patiently(failing(*[ConnectionError("reset")] * 3), Network(), "it")
     assert random.getstate() == before
 
 
-@pytest.mark.parametrize(("remaining", "spread"), [(4000, False), (2500, False), (1000, True), (0, True)])
-def test_requests_are_spread_out_when_the_allowance_runs_low(
-    monkeypatch: pytest.MonkeyPatch, remaining: int, spread: bool
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize("told", [7, 40, 290])
+def test_a_wait_that_the_hub_asks_for_is_waited_out_and_no_longer(
+    clock: list[float], told: int, at_start: bool
 ) -> None:
-    files = remote.HubFiles(REPO_ID, "0" * 40, ["a"], Network())
-    headers = {"ratelimit": f'"api";r={remaining};t=200', "ratelimit-policy": '"fixed window";"api";q=5000;w=300'}
-    files._note_allowance(headers)
-    waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
-    for _ in range(5):
-        files._wait_for_turn()
-    interval = 200 / max(1, remaining) if spread else 0
-    assert np.allclose(waits, [n * interval for n in range(5)], atol=0.05 * interval + 1e-3)
+    refused = refusal(429, {"RateLimit": f'"resolvers";r=0;t={told}'})
+    assert patiently(failing(refused), Network(60, 300), "it", at_start=at_start) == "done"
+    assert told <= clock[0] <= told + 1
 
 
-@pytest.mark.parametrize(("value", "low", "high"), [("7", 7, 7), ("", 0, 0), ("soon", 0, 0)])
-def test_a_server_that_says_when_to_come_back_is_obeyed(value: str, low: float, high: float) -> None:
-    error = refusal(429, {"Retry-After": value})
-    assert low <= network._asked_delay(error) <= high
+@pytest.mark.parametrize(("status", "seconds"), [(503, 20), (429, 300)])
+def test_at_the_start_a_hub_that_only_fails_is_given_up_soon(clock: list[float], status: int, seconds: float) -> None:
+    headers = {"Retry-After": "45"} if status == 429 else {}
+    with pytest.raises(HfHubHTTPError):
+        patiently(failing(*[refusal(status, headers)] * 99), Network(60, 300), "it", at_start=True)
+    assert seconds / 3 < clock[0] <= seconds
 
 
-def test_a_date_to_come_back_at_is_obeyed() -> None:
-    assert 25 < network._asked_delay(refusal(503, {"Retry-After": email.utils.formatdate(time.time() + 30)})) <= 30
+def test_long_waits_are_told_and_short_ones_are_not(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    network.pause(9, "it is slow")
+    assert caplog.messages == []
+    network.pause(35, "it is slow")
+    assert [re.sub(r"\d+", "N", text) for text in caplog.messages] == ["waiting for N s: it is slow"] * 3
 
 
-def refusal(status: int, headers: dict[str, str]) -> Exception:
-    """What huggingface_hub raises for an answer like this."""
-    return HfHubHTTPError("refused", response=SimpleNamespace(status_code=status, headers=headers, request=None))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionError("refused"), True),
+        (wrapped(FileNotFoundError("no file"), ConnectionError("refused")), True),
+        (wrapped(ConnectionError("cannot reach"), refusal(404, {})), False),
+        (wrapped(ConnectionError("cannot reach"), OfflineModeIsEnabled("offline")), False),
+        (wrapped(FileNotFoundError("no file"), refusal(503, {})), True),
+        (refusal(404, {}), False),
+        (ValueError("bad"), False),
+        (wrapped(HTTPError("no such name"), OSError(-2, "no such name")), True),
+    ],
+)
+def test_what_passes_is_seen_through_the_errors_of_libraries(error: Exception, passes: bool) -> None:
+    assert (network.passing_cause(error) is not None) == passes
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": ""}, 0),
+        ({"Retry-After": "soon"}, 0),
+        ({"Retry-After": "²"}, 0),
+        ({"Retry-After": "-5"}, 0),
+        ({"Retry-After": date(30), "Date": date(0)}, 30),
+        ({"Retry-After": date(9030), "Date": date(9000)}, 30),  # this machine's clock is wrong
+        ({"Retry-After": date(0), "Date": date(30)}, 0),
+        ({"RateLimit": '"resolvers";r=0;t=55'}, 56),
+        ({"RateLimit": '"resolvers";r=9;t=55'}, 0),
+        ({"RateLimit": '"resolvers";r=0;t=55', "Retry-After": "60"}, 60),
+    ],
+)
+def test_a_server_that_says_when_to_come_back_is_obeyed(headers: dict[str, str], seconds: float) -> None:
+    assert max(0, network.told_wait(429, headers)) == pytest.approx(seconds, abs=0.01)
+
+
+def test_a_date_without_the_servers_own_is_compared_with_this_clock() -> None:
+    assert 25 < network.told_wait(503, {"Retry-After": email.utils.formatdate(time.time() + 30)}) <= 30
+
+
+# ---- the allowance ---------------------------------------------------------------------------------------------------
+
+
+def limits(remaining: int, seconds: int) -> dict[str, str]:
+    return {"RateLimit": f'"resolvers";r={remaining};t={seconds}', "RateLimit-Policy": '"w";"resolvers";q=5000;w=300'}
+
+
+@pytest.fixture
+def shared(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Allowance:
+    """An allowance whose waits move the clock."""
+    monkeypatch.setattr("threading.Condition.wait", lambda self, timeout: time.sleep(timeout))
+    return Allowance()
+
+
+def waits(shared: Allowance, clock: list[float], count: int = 4) -> list[float]:
+    """When each of so many requests may be made, counted from now."""
+    began, times = clock[0], []
+    for _ in range(count):
+        shared.wait_for_turn()
+        times.append(clock[0] - began)
+    return times
+
+
+@pytest.mark.parametrize(("remaining", "spread"), [(4000, False), (2500, False), (1000, True)])
+def test_requests_are_spread_out_when_the_allowance_runs_low(
+    shared: Allowance, clock: list[float], remaining: int, spread: bool
+) -> None:
+    shared.wait_for_turn()
+    shared.note(200, limits(remaining, 200))
+    interval = 201 / (remaining - allowance.SPARE) if spread else 0
+    assert waits(shared, clock) == pytest.approx([n * interval for n in range(1, 5)], abs=0.01)
+
+
+def test_nobody_waits_longer_than_until_the_moment_that_was_told(shared: Allowance, clock: list[float]) -> None:
+    shared.note(429, limits(0, 20))
+    assert waits(shared, clock) == pytest.approx([21] * 4)
+    assert waits(shared, clock) == [0] * 4, "what was slept off is waited for again"
+
+
+def test_a_wait_without_numbers_holds_all_until_it_is_over_or_an_answer_is_good(
+    shared: Allowance, clock: list[float]
+) -> None:
+    shared.note(503, {"Retry-After": "40"})
+    shared.note(503, {})
+    assert waits(shared, clock, 2) == pytest.approx([40, 40])
+    shared.note(503, {"Retry-After": "40"})
+    shared.note(206, {})
+    assert waits(shared, clock, 2) == [0, 0]
+
+
+def test_an_answer_that_tells_nothing_does_not_end_the_spreading_and_a_good_one_does(
+    shared: Allowance, clock: list[float]
+) -> None:
+    shared.wait_for_turn()
+    shared.note(302, limits(108, 99))
+    shared.note(206, {})
+    assert waits(shared, clock, 2) == pytest.approx([1, 2])
+    shared.note(302, limits(4999, 300))
+    assert waits(shared, clock, 2) == [0, 0]
+
+
+def simulate(
+    ranks: int, threads: int, limit: int, window: int, minutes: int, patch: pytest.MonkeyPatch, others: int = 0
+) -> tuple[list[float], list[float], list[float]]:
+    """When the requests of ranks that share an allowance were refused and granted, and how long each thread waited.
+
+    Each process knows only the answers that it gets, 50 ms after its request. `others` use up a part of each window.
+    """
+    now = [1000.0]
+    patch.setattr("time.monotonic", lambda: now[0])
+    patch.setattr("distributed.world_size", lambda: ranks)
+    shared = [Allowance() for _ in range(ranks)]
+    counts: Counter[int] = Counter()
+    refused: list[float] = []
+    granted: list[float] = []
+    idle: list[float] = []
+    order = itertools.count()
+    queue: list[Any] = [(now[0], next(order), rank, None, now[0]) for rank in range(ranks) for _ in range(threads)]
+    while queue[0][0] < 1000 + 60 * minutes:
+        now[0], _, rank, answer, since = heapq.heappop(queue)
+        if answer is not None:
+            shared[rank].note(*answer)
+            told = told_wait(*answer)
+            heapq.heappush(queue, (now[0] + told, next(order), rank, None, now[0]))
+            continue
+        turn = shared[rank]._turn()
+        if turn > now[0]:
+            heapq.heappush(queue, (min(turn, now[0] + 0.25), next(order), rank, None, since))
+            continue
+        shared[rank]._last = now[0]
+        idle.append(now[0] - since)
+        period, into = divmod(now[0], window)
+        counts[int(period)] += 1
+        left = limit - others - counts[int(period)]
+        (granted if left >= 0 else refused).append(now[0])
+        headers = {"RateLimit": f'"resolvers";r={max(0, left)};t={int(window - into)}'}
+        headers["RateLimit-Policy"] = f'"w";"resolvers";q={limit};w={window}'
+        heapq.heappush(queue, (now[0] + 0.05, next(order), rank, (302 if left >= 0 else 429, headers), now[0]))
+    return refused, granted, idle
+
+
+def test_eight_ranks_share_one_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of eight threads, each request taking 50 ms, on one allowance of 5,000 in 300 s, for 20 minutes."""
+    refused, times, idle = simulate(ranks=8, threads=8, limit=5000, window=300, minutes=20, patch=monkeypatch)
+    assert refused == []
+    assert len(times) >= 0.9 * 5000 * 4
+    assert max(idle) <= 300
+
+
+def test_an_allowance_that_others_use_up_costs_one_refusal_a_thread_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, _, idle = simulate(8, 8, 5000, 300, minutes=20, others=2400, patch=monkeypatch)
+    assert len(refused) <= 64 * 4
+    assert max(idle) <= 301

@@ -12,6 +12,7 @@ from shards import card, class_names, to_table
 
 from errors import DataError
 from stream import parquet
+from stream.cache import Bytes
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.parquet import LARGEST_GAP, TAIL_BYTES, Block, ParquetShards
 from stream.ranges import Check, LocalFiles, trust
@@ -36,7 +37,7 @@ class RecordedFiles(LocalFiles):
         return super().read(number, first, end, check)
 
 
-def keep_nothing(name: str, make: Callable[[], bytes]) -> bytes:
+def keep_nothing(name: str, make: Callable[[], Bytes]) -> Bytes:
     return make()
 
 
@@ -274,9 +275,9 @@ def test_kept_footers_are_never_read_again(tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.parquet" for name in "abc"]
     for number, path in enumerate(paths):
         write(path, 10 + number, 5)
-    kept: dict[str, bytes] = {}
+    kept: dict[str, Bytes] = {}
 
-    def keep(name: str, make: Callable[[], bytes]) -> memoryview:
+    def keep(name: str, make: Callable[[], Bytes]) -> memoryview:
         if name not in kept:
             kept[name] = make()
         return memoryview(kept[name])

@@ -20,7 +20,7 @@ from program import ROOT, TIMEOUT, Outcome, environment, run
 from shards import REPO_ID, make_small_set
 
 from errors import redact
-from stream import hub as remote
+from stream import ranges
 from stream import retry as network
 from stream.retry import Network
 
@@ -183,7 +183,7 @@ ON_THE_LINE: list[tuple[object, ...]] = [
 def test_a_secret_on_the_command_line_is_neither_repeated_nor_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...]
 ) -> None:
-    monkeypatch.setattr(remote, "START_PATIENCE", 0.1)
+    monkeypatch.setattr(network, "START_PATIENCE", 0.1)
     monkeypatch.chdir(tmp_path)
     done = run(*DIGITS, *arguments)
     assert "CANARY" not in done.out + done.err
@@ -194,7 +194,7 @@ def test_a_secret_on_the_command_line_is_neither_repeated_nor_kept(
 def test_a_password_in_the_hubs_address_is_not_printed(
     small_hub: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
 ) -> None:
-    monkeypatch.setattr(remote, "START_PATIENCE", 0.1)
+    monkeypatch.setattr(network, "START_PATIENCE", 0.1)
     monkeypatch.setattr(network, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://user:CANARYurl@127.0.0.1:{hub_port}")
     with Hub(small_hub, port=hub_port, fault=lambda method, path: status) if status else contextlib.nullcontext():
@@ -241,7 +241,7 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_keeps_its_files(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with storage(0) as far, storage(hub_port, f"http://127.0.0.1:{far.server_port}/file?signed") as hub:
-        data = remote.HubFiles("someone/set", "0" * 40, ["x.parquet"], Network(5, 1)).read(0, 0, 4)
+        data = ranges.HubFiles("someone/set", "0" * 40, ["x.parquet"], Network(5, 1)).read(0, 0, 4)
     assert data == b"abcd"
     assert [TOKEN in str(seen) for seen in hub.RequestHandlerClass.seen] == [True]
     assert [TOKEN in str(seen) for seen in far.RequestHandlerClass.seen] == [False]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
-from errors import UsageError, redact
+from errors import UsageError, complain, redact
 from stream.files import open_plain, read_small, write_durably
 
 RESULT_COLUMNS = (
@@ -73,6 +73,10 @@ def _claim(lock: IO[str], folder: Path) -> None:
         raise UsageError(
             f"{folder} is at work in another process ({lock.read().strip()}); wait for it, or give another --run_dir"
         ) from error
+    except OSError as error:
+        complain(
+            f"{folder} cannot be locked ({error.strerror}): start no other run in it; a folder on a local disk can"
+        )
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}\n")
     lock.flush()
