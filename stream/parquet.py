@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # the bytes kep
 
 FOOTER_THREADS = 16
 TAIL_BYTES = 64 * 1024  # most footers are smaller; a larger one costs a second request
+USUAL_COLUMNS = ["image", "label"]  # the names of blocks tell others, which a cache must not mix up with them
 LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is cheaper than a second request
 
 
@@ -66,6 +68,8 @@ class ParquetShards:
             known = Features.from_dict(features) if features else self._features_of(0)
         self.image_column = _find_column(known, Image, columns[0], "--image_column", source)
         self.label_column = _find_column(known, ClassLabel, columns[1], "--label_column", source)
+        columns_read = [quote(column, safe="") for column in (self.image_column, self.label_column)]
+        self._suffix = "" if columns_read == USUAL_COLUMNS else f".{'.'.join(columns_read)}"
         self.classes: list[str] = list(known[self.label_column].names)
         self._check_class_names("the dataset's card" if features else files.names[0], renamed=bool(features))
         self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
@@ -148,7 +152,7 @@ class ParquetShards:
 
     def _block(self, file: int, groups: list[int], sizes: list[int]) -> Block:
         rows = sum(self._footers[file].row_group(group).num_rows for group in groups)
-        name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}"
+        name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}{self._suffix}"
         return Block(name, file, tuple(groups), rows, sum(sizes[group] for group in groups))
 
     def _ranges(self, block: Block) -> list[tuple[int, int]]:
