@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import datasets
+import xxhash
 from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 import distributed
+from errors import DataError, UsageError
 from stream.cache import FileStore
 from stream.files import read_small
 from stream.retry import Network, one_line_errors, patiently
@@ -150,13 +152,20 @@ class Listing:
     lengths: dict[str, int]
 
 
-def resolve(source: str, revision: str, store: FileStore) -> Listing:
-    """What `datasets` finds in a Hub repository (kept in `store`) or in a local folder. Raises DataError."""
+def resolve(source: str, revision: str, store: FileStore, configuration: str | None = None) -> Listing:
+    """What `datasets` finds in a Hub repository (kept in `store`) or in a local folder.
+
+    `configuration` is the name of one, None the dataset's default. Raises DataError, UsageError if there is none of
+    that name.
+    """
     if Path(source).is_dir():
         with one_line_errors(source):
-            return _ask_datasets(source, None)
+            return _ask_datasets(source, None, configuration)
     commit = pin(source, revision, store)
-    kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit))).encode())
+    name = f"{commit}/listing"
+    if configuration is not None:  # by a digest, since a user may give any text
+        name += f".{xxhash.xxh3_128_hexdigest(configuration.encode(errors='surrogateescape'))}"
+    kept = store.get(name, lambda: json.dumps(vars(_ask_hub(source, commit, configuration))).encode())
     with one_line_errors(source, f"the kept listing of {source}"):
         listing = Listing(**json.loads(bytes(kept)))
         names = [name for names in listing.splits.values() for name in names]
@@ -193,18 +202,32 @@ def pin(source: str, revision: str, store: FileStore) -> str:
     return commit
 
 
-def _ask_hub(source: str, commit: str) -> Listing:
+def _ask_hub(source: str, commit: str, configuration: str | None) -> Listing:
     with one_line_errors(source):
-        return patiently(lambda: _ask_datasets(source, commit), START_PATIENCE)
+        return patiently(lambda: _ask_datasets(source, commit, configuration), START_PATIENCE)
 
 
-def _ask_datasets(source: str, commit: str | None) -> Listing:
-    builder = datasets.load_dataset_builder(source, revision=commit)
+def _ask_datasets(source: str, commit: str | None, configuration: str | None) -> Listing:
+    try:
+        builder = datasets.load_dataset_builder(source, configuration, revision=commit)
+    except ValueError:
+        _check_configuration(source, commit, configuration)
+        raise
     prefix = f"hf://datasets/{source}@{commit}/"
     files = builder.config.data_files or {}
     splits = {str(split): [str(path).removeprefix(prefix) for path in paths] for split, paths in files.items()}
     features = builder.info.features
     return Listing(commit, splits, None if features is None else features.to_dict(), _lengths(source, commit, splits))
+
+
+def _check_configuration(source: str, commit: str | None, configuration: str | None) -> None:
+    """Refuse a configuration that does not exist, and none where the dataset has several and no default."""
+    names = datasets.get_dataset_config_names(source, revision=commit)
+    choices = f"choose with --dataset_config one of {' '.join(', '.join(names).split())}"
+    if configuration is not None and configuration not in names:
+        raise UsageError(f"{source} has no configuration {configuration}; {choices}")
+    if configuration is None and datasets.get_dataset_default_config_name(source, revision=commit) is None:
+        raise DataError(f"{source} has several configurations and no default; {choices}")
 
 
 def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> dict[str, int]:
