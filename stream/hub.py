@@ -1,6 +1,7 @@
 """Files on the Hub at one commit: their listing, and ranges of their bytes."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -12,7 +13,12 @@ from typing import Any, Protocol, TypeVar
 import datasets
 import xxhash
 from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 import distributed
@@ -24,13 +30,15 @@ from stream.retry import Network, one_line_errors, patiently
 T = TypeVar("T")
 
 START_PATIENCE = 20.0  # seconds: at the start giving up loses nothing, and the user may be watching
+LARGEST_IMAGE = 2**26  # bytes of a file that is read by its path; none that can be decoded is larger
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Files(Protocol):
-    """Files whose bytes can be read in ranges, numbered from 0."""
+    """Files whose bytes can be read in ranges, numbered from 0. The names of those of a dataset begin with `root`."""
 
     names: list[str]
+    root: str
 
     def size(self, number: int) -> int:
         """The size of a file in bytes. Raises DataError."""
@@ -41,12 +49,19 @@ class Files(Protocol):
     def read_tail(self, number: int, count: int) -> bytes:
         """The last `count` bytes of a file, or the whole file if it is smaller. Raises DataError."""
 
+    def read_path(self, path: str) -> bytes | None:
+        """A small file by its path below the root, None if none can be read there.
+
+        Raises DataError, and ValueError where a link leads out of the root.
+        """
+
 
 class LocalFiles:
-    """Files on this machine."""
+    """Files on this machine. `root` is the folder of their dataset, with a slash at its end; by default the first's."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], root: str | None = None) -> None:
         self.names = names
+        self.root = root or os.path.join(os.path.realpath(os.path.dirname(names[0])), "")
 
     def read(self, number: int, first: int, end: int) -> bytes:
         with one_line_errors(self.names[number]), open(self.names[number], "rb") as file:
@@ -61,6 +76,45 @@ class LocalFiles:
         size = self.size(number)
         return self.read(number, max(0, size - count), size)
 
+    def read_path(self, path: str) -> bytes | None:
+        place = os.path.realpath(self.root + path)
+        if not place.startswith(self.root):
+            raise ValueError("it leads out of the folder")
+        return _read_if_there(Path(place))
+
+
+class DownloadedFiles(LocalFiles):
+    """Files of a dataset on the Hub at one commit, downloaded to this machine: these at once, others when read."""
+
+    def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
+        self._source, self._commit, self._network = source, commit, network
+        with one_line_errors(source):
+            paths = [self._download(name) for name in names]
+        super().__init__(paths, paths[0][: -len(names[0])])
+
+    def read_path(self, path: str) -> bytes | None:
+        with one_line_errors(self._source, path):
+            try:
+                return _read_if_there(Path(self._download(path)))
+            except RemoteEntryNotFoundError:
+                return None
+
+    def _download(self, name: str) -> str:
+        def ask() -> str:
+            try:
+                return hf_hub_download(self._source, name, repo_type="dataset", revision=self._commit)
+            except LocalEntryNotFoundError as error:  # in place of a failure of the network
+                raise error.__cause__ or error from None
+
+        return patiently(ask, self._network.patience)
+
+
+def _read_if_there(path: Path) -> bytes | None:
+    try:
+        return read_small(path, LARGEST_IMAGE)
+    except OSError:
+        return None
+
 
 class HubFiles:
     """Files of a dataset on the Hub at one commit, read by range requests.
@@ -71,7 +125,8 @@ class HubFiles:
 
     def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
         self.names = names
-        self._source = source
+        self.root = ""
+        self._source, self._commit = source, commit
         self._urls = [hf_hub_url(source, name, repo_type="dataset", revision=commit) for name in names]
         self._network = network
         self._lock = threading.Lock()
@@ -100,6 +155,26 @@ class HubFiles:
             return bytes(data)
 
         return self._patiently(number, tail, lambda: 0)
+
+    def read_path(self, path: str) -> bytes | None:
+        url = hf_hub_url(self._source, path, repo_type="dataset", revision=self._commit)
+
+        def whole() -> bytes | None:
+            self._wait_for_turn()
+            headers = build_hf_headers() | {"Range": f"bytes=0-{LARGEST_IMAGE}", "Accept-Encoding": "identity"}
+            response = get_session().get(url, headers=headers, timeout=self._network.stall_timeout)
+            for answer in (*response.history, response):
+                self._note_allowance(answer.headers)
+            if response.status_code == 416:  # an empty file has no such range
+                return None
+            try:
+                hf_raise_for_status(response)
+            except RemoteEntryNotFoundError:
+                return None
+            return response.content if len(response.content) <= LARGEST_IMAGE else None
+
+        with one_line_errors(self._source, path):
+            return patiently(whole, self._network.patience)
 
     def _patiently(self, number: int, call: Callable[[], T], progress: Callable[[], int]) -> T:
         with one_line_errors(self._source, self.names[number]):
@@ -255,12 +330,5 @@ def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> d
 def open_files(source: str, commit: str | None, names: list[str], streaming: bool, network: Network) -> Files:
     """The files of a listing; without `streaming`, files on the Hub are downloaded first."""
     if commit is None:
-        return LocalFiles(names)
-    if streaming:
-        return HubFiles(source, commit, names, network)
-
-    def download(name: str) -> str:
-        return patiently(lambda: hf_hub_download(source, name, repo_type="dataset", revision=commit), network.patience)
-
-    with one_line_errors(source):
-        return LocalFiles([download(name) for name in names])
+        return LocalFiles(names, os.path.join(os.path.realpath(source), ""))
+    return (HubFiles if streaming else DownloadedFiles)(source, commit, names, network)
