@@ -3,8 +3,8 @@
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
 from typing import Any
 from urllib.parse import quote
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 import distributed
 from errors import DataError, UsageError
 from stream.hub import Files
+from stream.outside import USUAL_BYTES, OutsideImages, find_leaves, part, rows_outside
 from stream.retry import one_line_errors
 
 Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # the bytes kept under a name, made if absent
@@ -28,13 +29,14 @@ LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is chea
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive row groups of one file, read together. `size` is in bytes."""
+    """Consecutive row groups of one file, read together, or the `rows` from `first` on of one. `size` is in bytes."""
 
     name: str
     file: int
     groups: tuple[int, ...]
     rows: int
     size: int
+    first: int = 0
 
 
 def first_difference(classes: Sequence[str], others: Sequence[str], renamed: bool = False) -> str | None:
@@ -72,34 +74,55 @@ class ParquetShards:
         self._suffix = "" if columns_read == USUAL_COLUMNS else f".{'.'.join(columns_read)}"
         self.classes: list[str] = list(known[self.label_column].names)
         self._check_class_names("the dataset's card" if features else files.names[0], renamed=bool(features))
+        self._outside = OutsideImages(source, files, self.image_column)
+        self._images = [find_leaves(footer.schema, self.image_column) for footer in self._footers]
         self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
 
     def blocks(self, most_bytes: int) -> list[Block]:
-        """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group."""
+        """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group.
+
+        A group is cut up only if the images that lie outside the file would exceed this. Their bytes are estimated.
+        """
         files = range(len(self._footers))
         return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
     def read(self, block: Block) -> pa.Table:
         """The columns `image`, encoded, and `label` of a block. Raises DataError."""
-        footer = self._footers[block.file]
         with one_line_errors(self._source, self._files.names[block.file]):
-            ranges = [(first, self._files.read(block.file, first, end)) for first, end in self._ranges(block)]
-            file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
-            table = file.read_row_groups(
-                list(block.groups), [f"{self.image_column}.bytes", self.label_column], use_threads=False
-            )
-            (images,) = table[self.image_column].flatten()
+            table = self._read_leaves(block, self._leaves[block.file])
+            images = self._images_of(block, table[self.image_column])
             return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None if the footer lacks statistics."""
         found = []
         for group in block.groups:
-            statistics = self._column(block.file, group, self._leaves[block.file][1]).statistics
+            statistics = self._column(block.file, group, self._leaves[block.file][-1]).statistics
             if statistics is None or not statistics.has_min_max:
                 return None
-            found.append((self._footers[block.file].row_group(group).num_rows, statistics.min, statistics.max))
+            rows = min(block.rows, self._footers[block.file].row_group(group).num_rows)
+            found.append((rows, statistics.min, statistics.max))
         return found
+
+    def _read_leaves(self, block: Block, leaves: Sequence[int]) -> pa.Table:
+        """These stored columns of a block."""
+        footer = self._footers[block.file]
+        ranges = [(first, self._files.read(block.file, first, end)) for first, end in self._ranges(block, leaves)]
+        file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
+        names = [footer.schema.column(leaf).path for leaf in leaves]
+        return file.read_row_groups(list(block.groups), names, use_threads=False).slice(block.first, block.rows)
+
+    def _images_of(self, block: Block, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """The encoded images of a block; those that only have a path are read from where it leads."""
+        leaves = self._images[block.file]
+        data, paths = part(column, "bytes", leaves), part(column, "path", leaves)
+        if data is not None and paths is None and leaves.paths is not None and data.null_count > column.null_count:
+            column = self._read_leaves(block, [leaves.paths])[self.image_column]  # the footer did not tell of paths
+            paths = part(column, "path", leaves)
+        if paths is not None and (data is None or data.null_count):
+            return self._outside.fill_in(block.file, data, paths)
+        assert data is not None
+        return data if data.type in (pa.binary(), pa.large_binary()) else data.cast(pa.large_binary())
 
     def _features_of(self, file: int) -> Features:
         return Features.from_arrow_schema(self._footers[file].schema.to_arrow_schema())
@@ -121,23 +144,33 @@ class ParquetShards:
                 if problem:
                     raise DataError(f"{name} has other classes than {where}: {problem}; make them the same")
 
-    def _find_leaves(self, file: int) -> tuple[int, int]:
-        """The numbers of the two stored columns that are read. Raises DataError, naming a file that lacks one."""
-        schema = self._footers[file].schema
-        paths = [schema.column(number).path for number in range(len(schema.names))]
-        for wanted in (f"{self.image_column}.bytes", self.label_column):
-            if wanted not in paths:
-                raise DataError(f"{self._files.names[file]} has no column {wanted}; mend or remove the file")
-        return paths.index(f"{self.image_column}.bytes"), paths.index(self.label_column)
+    def _find_leaves(self, file: int) -> list[int]:
+        """The numbers of the stored columns that are read, the labels' last: paths only where images lie outside.
+
+        Raises DataError, naming a file that lacks images or labels.
+        """
+        footer, images = self._footers[file], self._images[file]
+        names = [footer.schema.column(number).path for number in range(len(footer.schema.names))]
+        if images.data is None and images.paths is None:
+            wanted = f"{self.image_column}.bytes"
+            raise DataError(f"{self._files.names[file]} has no column {wanted}; mend or remove the file")
+        if self.label_column not in names:
+            raise DataError(f"{self._files.names[file]} has no column {self.label_column}; mend or remove the file")
+        groups = range(footer.num_row_groups)
+        outside = images.data is None or any(rows_outside(footer.row_group(group), images) for group in groups)
+        used = (images.data, images.paths if outside else None, names.index(self.label_column))
+        return [leaf for leaf in used if leaf is not None]
 
     def _column(self, file: int, group: int, leaf: int) -> Any:
         return self._footers[file].row_group(group).column(leaf)
 
     def _blocks_of(self, file: int, most_bytes: int) -> Iterator[Block]:
         footer = self._footers[file]
+        every = range(footer.num_row_groups)
+        outside = [USUAL_BYTES * rows_outside(footer.row_group(group), self._images[file]) for group in every]
         sizes = [
-            sum(self._column(file, group, leaf).total_compressed_size for leaf in self._leaves[file])
-            for group in range(footer.num_row_groups)
+            sum(self._column(file, group, leaf).total_compressed_size for leaf in self._leaves[file]) + outside[group]
+            for group in every
         ]
         groups: list[int] = []
         for group, size in enumerate(sizes):
@@ -146,7 +179,10 @@ class ParquetShards:
             if groups and sum(sizes[g] for g in groups) + size > most_bytes:
                 yield self._block(file, groups, sizes)
                 groups = []
-            groups.append(group)
+            if outside[group] > most_bytes:
+                yield from _cut(self._block(file, [group], sizes), most_bytes)
+            else:
+                groups.append(group)
         if groups:
             yield self._block(file, groups, sizes)
 
@@ -155,11 +191,11 @@ class ParquetShards:
         name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}{self._suffix}"
         return Block(name, file, tuple(groups), rows, sum(sizes[group] for group in groups))
 
-    def _ranges(self, block: Block) -> list[tuple[int, int]]:
-        """The byte ranges of the block's two columns; ranges that are close are merged."""
+    def _ranges(self, block: Block, leaves: Sequence[int]) -> list[tuple[int, int]]:
+        """The byte ranges of these stored columns of a block; ranges that are close are merged."""
         spans = []
         for group in block.groups:
-            for leaf in self._leaves[block.file]:
+            for leaf in leaves:
                 column = self._column(block.file, group, leaf)
                 first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
                 spans.append((first, first + column.total_compressed_size))
@@ -202,6 +238,15 @@ class _Ranges(io.RawIOBase):
                 self._position += len(found)
                 return found
         return memoryview(b"")
+
+
+def _cut(block: Block, most_bytes: int) -> Iterator[Block]:
+    """A block of one row group in parts of nearly as many rows: each up to `most_bytes`, and at least one row."""
+    parts = -(-block.rows // max(1, block.rows * most_bytes // block.size))
+    ends = [block.rows * number // parts for number in range(parts + 1)]
+    for first, end in pairwise(ends):
+        size = block.size * (end - first) // block.rows
+        yield replace(block, name=f"{block.name}.{first}", rows=end - first, size=size, first=first)
 
 
 def _read_footers(source: str, files: Files, keep: Keep) -> list[pq.FileMetaData]:
