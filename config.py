@@ -1,12 +1,11 @@
 """Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
 import argparse
-import dataclasses
 import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from errors import SnapshotError, UsageError
@@ -76,6 +75,7 @@ class Config:
     dataset: str = flag("data", "what to train on", "digits", choices=tuple(PRESETS))
     dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
     dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
+    dataset_config: str | None = flag("data", "with --dataset hf: which configuration of the dataset, where its card tells several", None, short="its default")
     data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/; cifar: where its files are or go", None, short="data", on_resume="kept")
     image_column: str | None = flag("data", "name of the image column", None, short="the Image feature")
     label_column: str | None = flag("data", "name of the label column", None, short="the ClassLabel feature")
@@ -159,7 +159,7 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
+        for item in fields(self):
             _check_bounds(f"--{item.name}", getattr(self, item.name), item.metadata["bounds"])
         lower = self.batch_size // self.streams * self.streams
         nearest = " or ".join(str(batch) for batch in (lower, lower + self.streams) if batch)
@@ -170,7 +170,7 @@ class Config:
             (self.lr is not None and self.lr_from, "--lr and --lr_from both name a learning rate; give one of them"),
             (self.use_pretrained and self.model not in ("auto", "resnet50"), f"--use_pretrained loads a ResNet-50; leave out --model {self.model}"),
             (self.dataset == "hf" and not self.dataset_name, "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"),
-            (self.dataset != "hf" and self.dataset_name, f"--dataset_name goes with --dataset hf, not with --dataset {self.dataset}"),
+            (self.dataset != "hf" and (self.dataset_name or self.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {self.dataset}"),
             (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
@@ -183,7 +183,7 @@ class Config:
     @property
     def expects_other_data(self) -> bool:
         """Whether an override allows other data than the snapshot's, or changes a data flag."""
-        about_data = {item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "data"}
+        about_data = {item.name for item in fields(Config) if item.metadata["group"] == "data"}
         return any(text == OTHER_DATA or text.partition("=")[0] in about_data for text in self.override)
 
     @property
@@ -245,10 +245,10 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> 
 
 
 def _names(*on_resume: str) -> set[str]:
-    return {item.name for item in dataclasses.fields(Config) if item.metadata["on_resume"] in on_resume}
+    return {item.name for item in fields(Config) if item.metadata["on_resume"] in on_resume}
 
 
-def _default_text(item: dataclasses.Field[Any]) -> str:
+def _default_text(item: Field[Any]) -> str:
     if item.metadata["short"]:
         return str(item.metadata["short"])
     if item.default is FROM_PRESET:
@@ -271,7 +271,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
     hints = typing.get_type_hints(Config)
     groups: dict[str, Any] = {}
-    for item in dataclasses.fields(Config):
+    for item in fields(Config):
         title = item.metadata["group"]
         group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
         options = dict(item.metadata["argparse"])

@@ -30,7 +30,10 @@ from training.lr_curve import METHODS, SWEEP_STEPS, RangeTest, read_sweeps
 from training.state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "lowest"
-DECIDES_LR = ("dataset", "dataset_name", "image_size", "model", "use_pretrained", "optimizer", "batch_size")
+DECIDES_LR = (
+    *("dataset", "dataset_name", "dataset_config", "image_size"),
+    *("model", "use_pretrained", "optimizer", "batch_size"),
+)
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -156,6 +156,7 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
             HuggingFaceImageNetDataset.open,
             source,
             revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache, network)),
+            configuration=config.dataset_config,
             image_column=config.image_column,
             label_column=config.label_column,
             num_classes=config.num_classes,

@@ -5,6 +5,8 @@ What is read
     order        which sample comes when: a pure function of seed and epoch
     seeds        where random numbers come from, separate for each use
     parquet      files of images and labels, read in blocks of row groups
+    footers      which row groups the files have, and where
+    outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
     local        images in memory or in files: digits, CIFAR, image folders
     synthetic    generated images to try things on

@@ -88,6 +88,7 @@ class HuggingFaceImageNetDataset:
         *,
         split: list[str],
         revision: str = "main",
+        configuration: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
         num_classes: int | None = None,
@@ -101,11 +102,12 @@ class HuggingFaceImageNetDataset:
 
         `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision
         is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives; the
-        first that exists is used. Raises DataError when the data is missing, unreachable, not authorised or not
-        labelled, UsageError when a requested column does not exist.
+        first that exists is used. `configuration` is one of those that the dataset's card tells, None its default.
+        Raises DataError when the data is missing, unreachable, not authorised or not labelled, UsageError when a
+        requested configuration or column does not exist.
         """
         store = _store_of(source, cache)
-        listing = resolve(source, revision, store, network)
+        listing = resolve(source, revision, store, network, configuration)
         name = _first_split(source, split, listing.splits)
         files = open_files(source, listing, listing.splits[name], streaming, network)
 
@@ -230,9 +232,10 @@ def pin_revision(source: str, revision: str, cache: Cache | None, network: Netwo
 
 def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -> str:
     for name in wanted:
-        if name in splits:
+        if splits.get(name):
             return name
-    raise DataError(f"{source} has no split {' or '.join(wanted)}, only {', '.join(splits) or 'none'}")
+    there = [name for name, files in splits.items() if files]
+    raise DataError(f"{source} has no split {' or '.join(wanted)}, only {', '.join(there) or 'none'}")
 
 
 def reduce(encoded: bytes, short_side: int) -> bytes:

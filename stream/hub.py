@@ -1,6 +1,7 @@
 """What a dataset on the Hub has at one commit, and what opens its files."""
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -8,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import xxhash
 from huggingface_hub import HfApi, RepoFile, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 from tqdm import tqdm
 
+from errors import DataError, UsageError
 from stream.cache import FileStore
 from stream.explain import one_line_errors
 from stream.files import read_small
-from stream.ranges import FileInfo, Files, HubFiles, LocalFiles
+from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, read_if_there
 from stream.retry import Attempt, Network, WrongAnswer, attempt, first_line, passing_cause, patiently
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -39,13 +42,22 @@ class Listing:
     told: dict[str, FileInfo] = field(default_factory=dict)
 
 
-def resolve(source: str, revision: str, store: FileStore, network: Network) -> Listing:
-    """What `datasets` finds in a Hub repository (kept in `store`) or in a local folder. Raises DataError."""
+def resolve(
+    source: str, revision: str, store: FileStore, network: Network, configuration: str | None = None
+) -> Listing:
+    """What `datasets` finds in a Hub repository (kept in `store`) or in a local folder.
+
+    `configuration` is the name of one, None the dataset's default. Raises DataError, UsageError if there is none of
+    that name.
+    """
     if Path(source).is_dir():
         with one_line_errors(source):
-            return _ask_datasets(source, None)
+            return _ask_datasets(source, None, configuration)
     commit = pin(source, revision, store, network)
-    kept = store.get(f"{commit}/listing", lambda: json.dumps(vars(_ask_hub(source, commit, network))).encode())
+    name = f"{commit}/listing"
+    if configuration is not None:  # by a digest, since a user may give any text
+        name += f".{xxhash.xxh3_128_hexdigest(configuration.encode(errors='surrogateescape'))}"
+    kept = store.get(name, lambda: json.dumps(vars(_ask_hub(source, commit, network, configuration))).encode())
     with one_line_errors(source, f"the kept listing of {source}"):
         listing = Listing(**json.loads(bytes(kept)))
         names = [name for names in listing.splits.values() for name in names]
@@ -86,22 +98,36 @@ def pin(source: str, revision: str, store: FileStore, network: Network) -> str:
     return commit
 
 
-def _ask_hub(source: str, commit: str, network: Network) -> Listing:
+def _ask_hub(source: str, commit: str, network: Network, configuration: str | None) -> Listing:
     with one_line_errors(source, commit=commit):
-        listing = patiently(lambda: _ask_datasets(source, commit), network, source, at_start=True)
+        listing = patiently(lambda: _ask_datasets(source, commit, configuration), network, source, at_start=True)
         names = [name for names in listing.splits.values() for name in names]
         return replace(
             listing, told=patiently(lambda: _ask_about(source, commit, names), network, source, at_start=True)
         )
 
 
-def _ask_datasets(source: str, commit: str | None) -> Listing:
-    builder = datasets.load_dataset_builder(source, revision=commit)
+def _ask_datasets(source: str, commit: str | None, configuration: str | None) -> Listing:
+    try:
+        builder = datasets.load_dataset_builder(source, configuration, revision=commit)
+    except ValueError:
+        _check_configuration(source, commit, configuration)
+        raise
     prefix = f"hf://datasets/{source}@{commit}/"
     files = builder.config.data_files or {}
     splits = {str(split): [str(path).removeprefix(prefix) for path in paths] for split, paths in files.items()}
     features = builder.info.features
     return Listing(commit, splits, None if features is None else features.to_dict(), _lengths(source, commit, splits))
+
+
+def _check_configuration(source: str, commit: str | None, configuration: str | None) -> None:
+    """Refuse a configuration that does not exist, and none where the dataset has several and no default."""
+    names = datasets.get_dataset_config_names(source, revision=commit)
+    choices = f"choose with --dataset_config one of {' '.join(', '.join(names).split())}"
+    if configuration is not None and configuration not in names:
+        raise UsageError(f"{source} has no configuration {configuration}; {choices}")
+    if configuration is None and datasets.get_dataset_default_config_name(source, revision=commit) is None:
+        raise DataError(f"{source} has several configurations and no default; {choices}")
 
 
 def _ask_about(source: str, commit: str, names: list[str]) -> dict[str, FileInfo]:
@@ -147,31 +173,46 @@ def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> d
 def open_files(source: str, listing: Listing, names: list[str], streaming: bool, network: Network) -> Files:
     """The files of a listing; without `streaming`, files on the Hub are downloaded first."""
     if listing.commit is None:
-        return LocalFiles(names)
+        return LocalFiles(names, os.path.join(os.path.realpath(source), ""))
     if streaming:
         return HubFiles(source, listing.commit, names, network, listing.told)
-
-    def download(name: str) -> str:
-        with one_line_errors(source, name, listing.commit):
-            return patiently(lambda: _download(source, name, listing.commit), network, name)
-
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        return LocalFiles(list(pool.map(download, names)))
+    return DownloadedFiles(source, listing.commit, names, network)
 
 
-def _download(source: str, name: str, commit: str | None) -> str:
-    count = attempt.get(Attempt()).count
+class DownloadedFiles(LocalFiles):
+    """Files of a dataset on the Hub at one commit, downloaded to this machine: these at once, others when read."""
 
-    class Counted(tqdm):  # type: ignore[misc]
-        """A bar that counts what Xet's own client brings."""
+    def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
+        self._source, self._commit, self._network = source, commit, network
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            paths = list(pool.map(self._download, names))
+        super().__init__(paths, paths[0][: -len(names[0])])
 
-        def update(self, added: float | None = 1) -> bool | None:
-            count(int(added or 0))
-            return super().update(added)
+    def read_path(self, path: str) -> bytes | None:
+        try:
+            return read_if_there(Path(self._download(path)))
+        except DataError as error:
+            if isinstance(error.__cause__, RemoteEntryNotFoundError):
+                return None
+            raise
 
-    try:
-        return hf_hub_download(source, name, repo_type="dataset", revision=commit, tqdm_class=Counted)
-    except OSError as error:
-        if error.errno is None and "Consistency check" in str(error):
-            raise WrongAnswer(first_line(error)) from None
-        raise
+    def _download(self, name: str) -> str:
+        with one_line_errors(self._source, name, self._commit):
+            return patiently(lambda: self._ask(name), self._network, name)
+
+    def _ask(self, name: str) -> str:
+        count = attempt.get(Attempt()).count
+
+        class Counted(tqdm):  # type: ignore[misc]
+            """A bar that counts what Xet's own client brings."""
+
+            def update(self, added: float | None = 1) -> bool | None:
+                count(int(added or 0))
+                return super().update(added)
+
+        try:
+            return hf_hub_download(self._source, name, repo_type="dataset", revision=self._commit, tqdm_class=Counted)
+        except OSError as error:
+            if error.errno is None and "Consistency check" in str(error):
+                raise WrongAnswer(first_line(error)) from None
+            raise

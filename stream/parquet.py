@@ -1,43 +1,39 @@
 """Parquet files of images and labels, read in blocks of row groups by exact byte ranges."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image
-from tqdm import tqdm
 
-import distributed
 from errors import DataError, UsageError
 from stream.cache import Bytes
 from stream.explain import one_line_errors
+from stream.footers import Keep, read_footers, small_files, whole
+from stream.outside import USUAL_BYTES, OutsideImages, find_leaves, part, rows_outside
 from stream.pages import check_chunk
 from stream.ranges import Files, trust
 
-Keep = Callable[[str, Callable[[], Bytes]], Bytes]  # the bytes kept under a name, made if absent
-
-FOOTER_THREADS = 16
-TAIL_BYTES = 64 * 1024  # most footers are smaller; a larger one costs a second request
-MANY_FILES = 256  # of so many files, the small ones are fetched whole with the index, to save requests:
-SMALL_FILE, SMALL_FILES = 2**20, 2**28  # bytes that one, and all of them together, may have
+USUAL_COLUMNS = ["image", "label"]  # the names of blocks tell others, which a cache must not mix up with them
 LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is cheaper than a second request
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive row groups of one file, read together. `size` is in bytes."""
+    """Consecutive row groups of one file, read together, or the `rows` from `first` on of one. `size` is in bytes."""
 
     name: str
     file: int
     groups: tuple[int, ...]
     rows: int
     size: int
+    first: int = 0
 
 
 def first_difference(classes: Sequence[str], others: Sequence[str], renamed: bool = False) -> str | None:
@@ -67,51 +63,57 @@ class ParquetShards:
         self._source = source
         self._files = files
         self._keep = keep
-        self._whole = _small_files(files)
-        self._footers = _read_footers(source, files, keep, self._whole)
+        self._whole = small_files(files)
+        self._footers = read_footers(source, files, keep, self._whole)
         with one_line_errors(source, files.names[0]):
             known = Features.from_dict(features) if features else self._features_of(0)
         self.image_column = _find_column(known, Image, columns[0], "--image_column", source)
         self.label_column = _find_column(known, ClassLabel, columns[1], "--label_column", source)
+        columns_read = [quote(column, safe="") for column in (self.image_column, self.label_column)]
+        self._suffix = "" if columns_read == USUAL_COLUMNS else f".{'.'.join(columns_read)}"
         self.classes: list[str] = list(known[self.label_column].names)
         self._check_class_names("the dataset's card" if features else files.names[0], renamed=bool(features))
+        self._outside = OutsideImages(source, files, self.image_column)
+        self._images = [find_leaves(footer.schema, self.image_column) for footer in self._footers]
         self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
 
     def blocks(self, most_bytes: int) -> list[Block]:
-        """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group."""
+        """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group.
+
+        A group is cut up only if the images that lie outside the file would exceed this. Their bytes are estimated.
+        """
         files = range(len(self._footers))
         return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
     def read(self, block: Block) -> pa.Table:
         """The columns `image`, encoded, and `label` of a block. Raises DataError."""
-        footer = self._footers[block.file]
         with one_line_errors(self._source, self._files.names[block.file]):
-            ranges = [(first, self._fetch(block, first, end)) for first, end in self._ranges(block)]
-            file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
-            table = file.read_row_groups(
-                list(block.groups), [f"{self.image_column}.bytes", self.label_column], use_threads=False
-            )
-            (images,) = table[self.image_column].flatten()
+            table = self._read_leaves(block, self._leaves[block.file])
+            images = self._images_of(block, table[self.image_column])
             return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
 
     def requests(self, block: Block) -> int:
-        """How many requests a block costs."""
-        return 0 if block.file in self._whole or not self._files.by_request else len(self._ranges(block))
+        """How many requests a block costs, those for images that lie outside its file included."""
+        if not self._files.by_request:
+            return 0
+        footer, images = self._footers[block.file], self._images[block.file]
+        outside = sum(min(block.rows, rows_outside(footer.row_group(group), images)) for group in block.groups)
+        return outside + (0 if block.file in self._whole else len(self._ranges(block, self._leaves[block.file])))
 
-    def _fetch(self, block: Block, first: int, end: int) -> Bytes:
+    def _fetch(self, block: Block, first: int, end: int, leaves: Sequence[int]) -> Bytes:
         """Bytes of the block's file, from the index if it has the whole file."""
         number = block.file
         if number in self._whole:
-            kept = self._keep(f"{self._files.names[number]}.footer", lambda: _whole(self._files, number))
+            kept = self._keep(f"{self._files.names[number]}.footer", lambda: whole(self._files, number))
             if len(kept) == self._files.size(number):
                 return memoryview(kept)[first:end]
-        check = partial(self._check_pages, block, first) if self._files.by_request else trust
+        check = partial(self._check_pages, block, first, leaves) if self._files.by_request else trust
         return self._files.read(number, first, end, check)
 
-    def _check_pages(self, block: Block, start: int, data: bytes | bytearray) -> None:
+    def _check_pages(self, block: Block, start: int, leaves: Sequence[int], data: bytes | bytearray) -> None:
         """Raise ValueError unless `data`, the bytes of the file from `start` on, holds these columns of the block."""
         for group in block.groups:
-            for leaf in self._leaves[block.file]:
+            for leaf in leaves:
                 column = self._column(block.file, group, leaf)
                 first = _begin(column) - start
                 if 0 <= first < len(data):
@@ -122,11 +124,32 @@ class ParquetShards:
         """Rows, smallest and largest label of each row group, or None if the footer lacks statistics."""
         found = []
         for group in block.groups:
-            statistics = self._column(block.file, group, self._leaves[block.file][1]).statistics
+            statistics = self._column(block.file, group, self._leaves[block.file][-1]).statistics
             if statistics is None or not statistics.has_min_max:
                 return None
-            found.append((self._footers[block.file].row_group(group).num_rows, statistics.min, statistics.max))
+            rows = min(block.rows, self._footers[block.file].row_group(group).num_rows)
+            found.append((rows, statistics.min, statistics.max))
         return found
+
+    def _read_leaves(self, block: Block, leaves: Sequence[int]) -> pa.Table:
+        """These stored columns of a block."""
+        footer = self._footers[block.file]
+        ranges = [(first, self._fetch(block, first, end, leaves)) for first, end in self._ranges(block, leaves)]
+        file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
+        names = [footer.schema.column(leaf).path for leaf in leaves]
+        return file.read_row_groups(list(block.groups), names, use_threads=False).slice(block.first, block.rows)
+
+    def _images_of(self, block: Block, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """The encoded images of a block; those that only have a path are read from where it leads."""
+        leaves = self._images[block.file]
+        data, paths = part(column, "bytes", leaves), part(column, "path", leaves)
+        if data is not None and paths is None and leaves.paths is not None and data.null_count > column.null_count:
+            column = self._read_leaves(block, [leaves.paths])[self.image_column]  # the footer did not tell of paths
+            paths = part(column, "path", leaves)
+        if paths is not None and (data is None or data.null_count):
+            return self._outside.fill_in(block.file, data, paths)
+        assert data is not None
+        return data if data.type in (pa.binary(), pa.large_binary()) else data.cast(pa.large_binary())
 
     def _features_of(self, file: int) -> Features:
         return Features.from_arrow_schema(self._footers[file].schema.to_arrow_schema())
@@ -148,23 +171,33 @@ class ParquetShards:
                 if problem:
                     raise DataError(f"{name} has other classes than {where}: {problem}; make them the same")
 
-    def _find_leaves(self, file: int) -> tuple[int, int]:
-        """The numbers of the two stored columns that are read. Raises DataError, naming a file that lacks one."""
-        schema = self._footers[file].schema
-        paths = [schema.column(number).path for number in range(len(schema.names))]
-        for wanted in (f"{self.image_column}.bytes", self.label_column):
-            if wanted not in paths:
-                raise DataError(f"{self._files.names[file]} has no column {wanted}; mend or remove the file")
-        return paths.index(f"{self.image_column}.bytes"), paths.index(self.label_column)
+    def _find_leaves(self, file: int) -> list[int]:
+        """The numbers of the stored columns that are read, the labels' last: paths only where images lie outside.
+
+        Raises DataError, naming a file that lacks images or labels.
+        """
+        footer, images = self._footers[file], self._images[file]
+        names = [footer.schema.column(number).path for number in range(len(footer.schema.names))]
+        if images.data is None and images.paths is None:
+            wanted = f"{self.image_column}.bytes"
+            raise DataError(f"{self._files.names[file]} has no column {wanted}; mend or remove the file")
+        if self.label_column not in names:
+            raise DataError(f"{self._files.names[file]} has no column {self.label_column}; mend or remove the file")
+        groups = range(footer.num_row_groups)
+        outside = images.data is None or any(rows_outside(footer.row_group(group), images) for group in groups)
+        used = (images.data, images.paths if outside else None, names.index(self.label_column))
+        return [leaf for leaf in used if leaf is not None]
 
     def _column(self, file: int, group: int, leaf: int) -> Any:
         return self._footers[file].row_group(group).column(leaf)
 
     def _blocks_of(self, file: int, most_bytes: int) -> Iterator[Block]:
         footer = self._footers[file]
+        every = range(footer.num_row_groups)
+        outside = [USUAL_BYTES * rows_outside(footer.row_group(group), self._images[file]) for group in every]
         sizes = [
-            sum(self._column(file, group, leaf).total_compressed_size for leaf in self._leaves[file])
-            for group in range(footer.num_row_groups)
+            sum(self._column(file, group, leaf).total_compressed_size for leaf in self._leaves[file]) + outside[group]
+            for group in every
         ]
         groups: list[int] = []
         for group, size in enumerate(sizes):
@@ -173,20 +206,23 @@ class ParquetShards:
             if groups and sum(sizes[g] for g in groups) + size > most_bytes:
                 yield self._block(file, groups, sizes)
                 groups = []
-            groups.append(group)
+            if outside[group] > most_bytes:
+                yield from _cut(self._block(file, [group], sizes), most_bytes)
+            else:
+                groups.append(group)
         if groups:
             yield self._block(file, groups, sizes)
 
     def _block(self, file: int, groups: list[int], sizes: list[int]) -> Block:
         rows = sum(self._footers[file].row_group(group).num_rows for group in groups)
-        name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}"
+        name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}{self._suffix}"
         return Block(name, file, tuple(groups), rows, sum(sizes[group] for group in groups))
 
-    def _ranges(self, block: Block) -> list[tuple[int, int]]:
-        """The byte ranges of the block's two columns; ranges that are close are merged."""
+    def _ranges(self, block: Block, leaves: Sequence[int]) -> list[tuple[int, int]]:
+        """The byte ranges of these stored columns of a block; ranges that are close are merged."""
         spans = []
         for group in block.groups:
-            for leaf in self._leaves[block.file]:
+            for leaf in leaves:
                 column = self._column(block.file, group, leaf)
                 spans.append((_begin(column), _begin(column) + column.total_compressed_size))
         spans.sort()
@@ -235,45 +271,13 @@ def _begin(column: Any) -> int:
     return int(column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset)
 
 
-def _small_files(files: Files) -> frozenset[int]:
-    """The files that are fetched whole with the index, because a footer of them costs as much as all of them."""
-    if len(files.names) < MANY_FILES:
-        return frozenset()
-    sizes = {number: files.told_size(number) for number in range(len(files.names))}
-    small = {number: size for number, size in sizes.items() if size is not None and size <= SMALL_FILE}
-    return frozenset(small) if sum(small.values()) <= SMALL_FILES else frozenset()
-
-
-def _whole(files: Files, number: int) -> bytes | bytearray:
-    return files.read(number, 0, files.size(number), _check_magic)
-
-
-def _check_magic(data: bytes | bytearray) -> None:
-    if data[-4:] != b"PAR1":
-        raise ValueError("it is not a whole parquet file; fetch or make it again")
-
-
-def _read_footers(source: str, files: Files, keep: Keep, whole: frozenset[int]) -> list[pq.FileMetaData]:
-    """The metadata of every file, read in parallel and kept; of a small file, all of it is kept."""
-
-    def tail(number: int) -> bytes | bytearray:
-        if number in whole:
-            return _whole(files, number)
-        size = files.size(number)
-        data = files.read(number, max(0, size - TAIL_BYTES), size, _check_magic)
-        length = 8 + int.from_bytes(data[-8:-4], "little")
-        return data[-length:] if length <= len(data) else files.read(number, max(0, size - length), size)
-
-    def read(number: int) -> pq.FileMetaData:
-        data = keep(f"{files.names[number]}.footer", lambda: tail(number))
-        with one_line_errors(source, files.names[number]):
-            return pq.read_metadata(pa.BufferReader(data))
-
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        quiet = True if distributed.rank() else None
-        return list(
-            tqdm(pool.map(read, range(len(files.names))), "index", len(files.names), leave=False, disable=quiet)
-        )
+def _cut(block: Block, most_bytes: int) -> Iterator[Block]:
+    """A block of one row group in parts of nearly as many rows: each up to `most_bytes`, and at least one row."""
+    parts = -(-block.rows // max(1, block.rows * most_bytes // block.size))
+    ends = [block.rows * number // parts for number in range(parts + 1)]
+    for first, end in pairwise(ends):
+        size = block.size * (end - first) // block.rows
+        yield replace(block, name=f"{block.name}.{first}", rows=end - first, size=size, first=first)
 
 
 def _find_column(features: Features, kind: type, wanted: str | None, flag: str, source: str) -> str:

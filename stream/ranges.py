@@ -1,6 +1,7 @@
 """Files whose bytes are read in ranges, on this machine or on the Hub; of the Hub's answers none is believed."""
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,14 +11,17 @@ from typing import Any, NamedTuple, Protocol
 
 import xxhash
 from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 import stream.client  # noqa: F401 (bounds the waits of every request)
 from stream import allowance
 from stream.explain import one_line_errors
+from stream.files import read_small
 from stream.retry import Network, WrongAnswer, patiently
 
 SHA256 = 64  # digits
+LARGEST_IMAGE = 2**26  # bytes of a file that is read by its path; none that can be decoded is larger
 WHOLE_FILE = 2**23  # bytes: a server that knows no ranges may send a whole file of this size
 SAME_BYTES = 8  # times that the same wrong bytes come before they are taken to be the file's own
 
@@ -29,9 +33,10 @@ def trust(data: bytes | bytearray) -> None:
 
 
 class Files(Protocol):
-    """Files whose bytes can be read in ranges, numbered from 0."""
+    """Files whose bytes can be read in ranges, numbered from 0. The names of those of a dataset begin with `root`."""
 
     names: list[str]
+    root: str
     by_request: bool  # each read costs a request
 
     def size(self, number: int) -> int:
@@ -43,14 +48,21 @@ class Files(Protocol):
     def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes | bytearray:
         """Bytes first to end - 1 of a file. `check` raises ValueError for wrong ones. Raises DataError."""
 
+    def read_path(self, path: str) -> bytes | None:
+        """A small file by its path below the root, None if none can be read there.
+
+        Raises DataError, and ValueError where a link leads out of the root.
+        """
+
 
 class LocalFiles:
-    """Files on this machine."""
+    """Files on this machine. `root` is the folder of their dataset, with a slash at its end; by default the first's."""
 
     by_request = False
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], root: str | None = None) -> None:
         self.names = names
+        self.root = root or os.path.join(os.path.realpath(os.path.dirname(names[0])), "")
 
     def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes:
         with one_line_errors(self.names[number]), open(self.names[number], "rb") as file:
@@ -65,6 +77,19 @@ class LocalFiles:
     def size(self, number: int) -> int:
         with one_line_errors(self.names[number]):
             return Path(self.names[number]).stat().st_size
+
+    def read_path(self, path: str) -> bytes | None:
+        place = os.path.realpath(self.root + path)
+        if not place.startswith(self.root):
+            raise ValueError("it leads out of the folder")
+        return read_if_there(Path(place))
+
+
+def read_if_there(path: Path) -> bytes | None:
+    try:
+        return read_small(path, LARGEST_IMAGE)
+    except OSError:
+        return None
 
 
 class FileInfo(NamedTuple):
@@ -92,6 +117,7 @@ class HubFiles:
         told: Mapping[str, FileInfo] = MappingProxyType({}),
     ) -> None:
         self.names = names
+        self.root = ""
         self._source = source
         self._commit = commit
         self._urls = [hf_hub_url(source, name, repo_type="dataset", revision=commit) for name in names]
@@ -130,6 +156,28 @@ class HubFiles:
 
         self._patiently(number, rest, lambda: len(data))
         return data
+
+    def read_path(self, path: str) -> bytes | None:
+        url = hf_hub_url(self._source, path, repo_type="dataset", revision=self._commit)
+
+        def whole() -> bytes | None:
+            headers = build_hf_headers() | {"Range": f"bytes=0-{LARGEST_IMAGE}", "Accept-Encoding": "identity"}
+            response = get_session().get(url, headers=headers)
+            if response.status_code == 416:  # an empty file has no such range
+                return None
+            try:
+                hf_raise_for_status(response)
+            except RemoteEntryNotFoundError:
+                return None
+            told, data = response.headers.get("Content-Range"), response.content
+            if len(data) > LARGEST_IMAGE:
+                return None
+            if response.status_code == 206 and told != f"bytes 0-{len(data) - 1}/{len(data)}":
+                raise WrongAnswer(f"the whole file was asked for, and {told or 'an unnamed range'} came")
+            return data
+
+        with one_line_errors(self._source, path, self._commit):
+            return patiently(whole, self._network, path, turn=allowance.requests.wait_for_turn)
 
     def _patiently(self, number: int, call: Callable[[], None], progress: Callable[[], int]) -> None:
         name = self.names[number]

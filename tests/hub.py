@@ -210,10 +210,9 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: _Server
     at_end = False
-    allowance: dict[str, str]
 
     def do_GET(self) -> None:
-        self.at_end, self.allowance = False, {}
+        self.at_end = False
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.fault = self.server.hub.fault(self.command, self.path)
         try:
@@ -244,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.hub.closed.wait()
             raise _BrokenOff
         if self.fault == "elsewhere" and "expired" not in self.path:
-            self._redirect("expired")
+            self._redirect("expired", {})
             raise _Answered
         if "expired" in self.path:
             raise Refused(403, "", "Request has expired")
@@ -253,8 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(PORTAL)
             raise _Answered
 
-    def _redirect(self, query: str) -> None:
-        self._start(302, 0, {"Location": f"{self.server.hub.elsewhere}{self.path.partition('?')[0]}?{query}"})
+    def _redirect(self, query: str, headers: dict[str, str]) -> None:
+        self._start(302, 0, headers | {"Location": f"{self.server.hub.elsewhere}{self.path.partition('?')[0]}?{query}"})
 
     def _route(self) -> None:
         """Answers /api/KIND/ORG/NAME[/CALL[/REV[/PATH]]] and [/datasets]/ORG/NAME/resolve/REV/PATH."""
@@ -295,14 +294,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, repo: Repo, path: str) -> None:
         file = repo.file(path)
         hub = self.server.hub
-        if hub.redirect and "lfs" in file and not self.path.endswith("?signed"):
-            self.allowance = {} if hub.mirror else ALLOWANCE
-            self._redirect("signed")
-            return
         size, etag = file["size"], f'"{file.get("lfs", file)["oid"]}"'
         headers = {"X-Repo-Commit": repo.sha, "ETag": etag, "Accept-Ranges": "bytes"}
         if "lfs" in file:
             headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": etag}
+        if hub.redirect and "lfs" in file and not self.path.endswith("?signed"):
+            self._redirect("signed", headers | ({} if hub.mirror else ALLOWANCE))
+            return
         asked = _byte_span(self.headers.get("Range"), size) if self.fault != "whole" else None
         span = self._misplaced(asked, size) if asked else None
         first, end = span or (0, size)
@@ -356,7 +354,7 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), status, sent, self.at_end))
         self.send_response(status)
-        for name, value in (self.allowance | headers | {"Content-Length": str(length)}).items():
+        for name, value in (headers | {"Content-Length": str(length)}).items():
             self.send_header(name, value)
         if self.fault == "trickled head":
             self.flush_headers()

@@ -318,8 +318,19 @@ def test_a_header_that_promises_more_than_memory_holds_is_unreadable_at_once(kin
 # ---- threads and errors ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _before() -> Iterator[None]:
+    """Threads of earlier tests may still wait for a network that is gone."""
+    others.update(threading.enumerate())
+    yield
+    others.clear()
+
+
+others: set[threading.Thread] = set()
+
+
 def our_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith(("decode", "fetch"))]
+    return [t.name for t in {*threading.enumerate()} - others if t.name.startswith(("decode", "fetch"))]
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,17 @@ def sound(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
     return ledger(folder)
 
 
-def at_first(kind: int | str, only: str, times: int = 1) -> Fault:
-    """Each request whose path has `only` in it fails so many times before it is answered."""
-    seen, lock = Counter[str](), threading.Lock()
+def each_at_first(kinds: Sequence[int | str], only: str) -> Fault:
+    """The first request for each path that has `only` in it fails in the next of these ways, over and over."""
+    seen: set[str] = set()
+    ways, lock = itertools.cycle(kinds), threading.Lock()
 
     def fault(method: str, path: str) -> int | str | None:
         with lock:
-            seen[path] += 1
-            return kind if only in path and seen[path] <= times else None
+            if only not in path or path in seen:
+                return None
+            seen.add(path)
+            return next(ways)
 
     return fault
 
@@ -75,11 +78,12 @@ def assert_one_line(done: Outcome, *parts: str) -> None:
 # ---- one odd answer ends nothing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*LIES, *SLOW, *FAULTS, "wait 1"])
+@pytest.mark.parametrize("redirect", [False, True])
 def test_odd_answers_for_files_change_nothing(
-    hub_root: Path, hub_port: int, sound: list[dict[str, Any]], tmp_path: Path, hasty: None, kind: str
+    hub_root: Path, hub_port: int, sound: list[dict[str, Any]], tmp_path: Path, hasty: None, redirect: bool
 ) -> None:
-    with Hub(hub_root, port=hub_port, redirect=True, fault=at_first(kind, "/data/")):
+    kinds = (*LIES, *SLOW, *FAULTS, "wait 1")
+    with Hub(hub_root, port=hub_port, redirect=redirect, fault=each_at_first(kinds, "/data/")):
         train(*HUB, *SMALL, "--stall_timeout", STALL, "--run_dir", tmp_path / "run")
     assert ledger(tmp_path / "run") == sound
 

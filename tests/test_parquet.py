@@ -11,10 +11,11 @@ import pytest
 from shards import card, class_names, to_table
 
 from errors import DataError
-from stream import parquet
+from stream import footers, parquet
 from stream.cache import Bytes
 from stream.dataset import HuggingFaceImageNetDataset
-from stream.parquet import LARGEST_GAP, TAIL_BYTES, Block, ParquetShards
+from stream.footers import TAIL_BYTES
+from stream.parquet import LARGEST_GAP, Block, ParquetShards
 from stream.ranges import Check, LocalFiles, trust
 
 CLASSES = 1000
@@ -256,7 +257,7 @@ def test_only_a_footer_larger_than_the_first_read_costs_a_second(
 ) -> None:
     path = tmp_path / "a.parquet"
     size = write(path, 20, 10).serialized_size + 8
-    monkeypatch.setattr(parquet, "TAIL_BYTES", size - short)
+    monkeypatch.setattr(footers, "TAIL_BYTES", size - short)
     shards, files = open_shards(path)
     assert files.tails == [(0, size - short), (0, size)][:reads]
     assert tuples(shards.blocks(1)) == [(0, (0,), 10), (0, (1,), 10)]
