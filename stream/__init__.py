@@ -13,6 +13,7 @@ How it gets here
     hub          files on the Hub at one commit, and ranges of their bytes
     retry        what is retried and for how long; what the Hub's refusals mean
     cache        bytes that processes share on one disk
+    blocks       images and labels as one run of bytes, in memory that goes back to the system
     files        files that are either complete or absent
 
 How it becomes a batch

@@ -39,7 +39,7 @@ class FileStore:
         self._measured = False
         self._complained = False
 
-    def get(self, name: str, make: Callable[[], bytes]) -> bytes | memoryview:
+    def get(self, name: str, make: Callable[[], bytes | memoryview]) -> bytes | memoryview:
         """What is kept under `name`. If nothing sound is, `make` it and keep it; `make` must not ask the store."""
         if (kept := self.find(name)) is not None:
             return kept
@@ -83,10 +83,14 @@ class FileStore:
 
     def names(self) -> set[str]:
         """What is kept, unchecked, by names relative to the folder."""
-        return {name for name, _ in self._walk() if not name.endswith(".tmp")}
+        return {*self.sizes()}
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes that each entry takes on the disk, by its name."""
+        return {name: size for name, size in self._walk() if not name.endswith(".tmp")}
 
     @contextlib.contextmanager
-    def _claim(self, name: str) -> Iterator[Callable[[bytes], None]]:
+    def _claim(self, name: str) -> Iterator[Callable[[bytes | memoryview], None]]:
         """Hold the lock of a name, and give what keeps data under it: nothing where the disk refuses the lock."""
         try:
             lock = self._lock(f"{xxhash.xxh32_intdigest(name.encode()) % LOCKS}.lock")
@@ -103,7 +107,7 @@ class FileStore:
             raise OSError(None, "its locks lie behind a link")
         return FileLock(self.folder / OWN / name, poll_interval=0.01, fallback_to_soft=False).acquire()
 
-    def _keep(self, name: str, data: bytes) -> None:
+    def _keep(self, name: str, data: bytes | memoryview) -> None:
         try:
             if self.limit is None:
                 self._write(name, data)
@@ -113,12 +117,12 @@ class FileStore:
         except OSError as error:
             self._complain(error)
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes | memoryview) -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_durably(self.folder / name, xxhash.xxh3_128_digest(data).ljust(HEADER, b"\0"), data)
         self._checked.add(name)
 
-    def _write_within(self, limit: int, name: str, data: bytes) -> None:
+    def _write_within(self, limit: int, name: str, data: bytes | memoryview) -> None:
         size, total, used = HEADER + len(data), self._take_total(), self._used
         while total + size > limit and used:
             oldest, _ = used.popitem(last=False)

@@ -21,6 +21,7 @@ Keep = Callable[[str, Callable[[], bytes]], bytes | memoryview]  # the bytes kep
 
 FOOTER_THREADS = 16
 TAIL_BYTES = 64 * 1024  # most footers are smaller; a larger one costs a second request
+BATCH_BYTES = 2**20  # of images that are decoded at once
 LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is cheaper than a second request
 
 
@@ -67,6 +68,7 @@ class ParquetShards:
         self.image_column = _find_column(known, Image, columns[0], "--image_column", source)
         self.label_column = _find_column(known, ClassLabel, columns[1], "--label_column", source)
         self.classes: list[str] = list(known[self.label_column].names)
+        self.index_bytes = sum(footer.serialized_size for footer in self._footers)
         self._check_class_names("the dataset's card" if features else files.names[0], renamed=bool(features))
         self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
 
@@ -76,16 +78,19 @@ class ParquetShards:
         return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
     def read(self, block: Block) -> pa.Table:
-        """The columns `image`, encoded, and `label` of a block. Raises DataError."""
-        footer = self._footers[block.file]
+        """All `batches` of a block."""
+        return pa.Table.from_batches(self.batches(block))
+
+    def batches(self, block: Block) -> Iterator[pa.RecordBatch]:
+        """The columns `image`, encoded, and `label` (int64) of a block, a few rows at a time. Raises DataError."""
+        names = [f"{self.image_column}.bytes", self.label_column]
+        rows = max(1, block.rows * BATCH_BYTES // max(1, block.size))
         with one_line_errors(self._source, self._files.names[block.file]):
             ranges = [(first, self._files.read(block.file, first, end)) for first, end in self._ranges(block)]
-            file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
-            table = file.read_row_groups(
-                list(block.groups), [f"{self.image_column}.bytes", self.label_column], use_threads=False
-            )
-            (images,) = table[self.image_column].flatten()
-            return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
+            file = pq.ParquetFile(_Ranges(ranges), metadata=self._footers[block.file], pre_buffer=False)
+            for batch in file.iter_batches(rows, list(block.groups), names, use_threads=False):
+                (images,) = batch[self.image_column].flatten()
+                yield pa.record_batch({"image": images, "label": batch[self.label_column].cast(pa.int64())})
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None if the footer lacks statistics."""
