@@ -1,17 +1,23 @@
 """What a streamed run will read, mix and hold in memory, printed before the model is built."""
 
+from collections import deque
+
 import numpy as np
 
 import distributed
 from config import Config
 from preprocess import Data
-from stream.dataset import FETCH_THREADS, HuggingFaceImageNetDataset, blocks_ahead
+from stream.dataset import HuggingFaceImageNetDataset, blocks_ahead, fetch_threads
 from stream.decode_pool import PROCESS_BYTES
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
 
 POOR_MIXING = 0.9
 BATCHES_LOOKED_AT = 64
+CLIENT_BYTES = 100 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
+FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
+TRANSFER_COPIES = 1.5  # what receiving a block takes over its size, as measured
+DECODED_OVER_ENCODED = 15  # a photograph of 24 megapixels is 5 MB, or 72 MB of pixels
 
 
 def describe_data(config: Config, data: Data) -> list[str]:
@@ -27,12 +33,6 @@ def describe_data(config: Config, data: Data) -> list[str]:
     sizes = np.array([block.size for block in train.blocks])
     val_bytes = sum(block.size for block in val.blocks)
     ranks = distributed.world_size()
-    decoding = f"batches and {config.num_workers} decoding processes" if config.num_workers else "batches"
-    held = (
-        f"blocks ahead, {decoding}; windows are mapped from the cache"
-        if train.cache
-        else f"windows, blocks ahead, {decoding}"
-    )
     return [
         f"revision  {train.revision or 'a local folder'}",
         *lines,
@@ -40,13 +40,27 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"bytes     {_size(sizes.sum())} for training, {_size(val_bytes)} for validation, in each epoch",
         f"streams   {config.streams}, {config.streams // ranks} for each of {ranks} ranks",
         f"mixing    {_mixing_line(config, train)}",
-        f"memory    about {_size(memory_bytes(config, data))} a rank for {held}",
+        f"memory    about {_size(memory_bytes(config, data))} a rank for {_holders(config, data)}",
         f"cache     {_cache_line(train)}",
     ]
 
 
 def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _holders(config: Config, data: Data) -> str:
+    """What the memory is for."""
+    train = data.train.dataset
+    assert isinstance(train, HuggingFaceImageNetDataset)
+    rest = f"blocks ahead, batches and {config.num_workers} decoding processes"
+    rest = rest if config.num_workers else "blocks ahead, batches"
+    if train.cache is None:
+        return f"windows, {rest}"
+    beyond = windows_bytes(config, data)
+    if beyond:
+        return f"{_size(beyond)} of windows beyond --cache_limit_gb, {rest}; other windows are mapped from the cache"
+    return f"{rest}; windows are mapped from the cache"
 
 
 def _mixing_line(config: Config, train: HuggingFaceImageNetDataset) -> str:
@@ -81,30 +95,91 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
 
 
 def memory_bytes(config: Config, data: Data) -> int:
-    """The most bytes that this rank's loader holds: blocks in use, prefetched and in transfer, batches, processes."""
+    """The most bytes that this rank's loader holds in its first two epochs, its decoding processes included."""
+    train, val = data.train.dataset, data.val.dataset
+    assert isinstance(train, HuggingFaceImageNetDataset)
+    largest = max(block.size for block in train.blocks)
+    image = max(block.size / block.rows for block in train.blocks)
+    total = sum(block.size for block in train.blocks)
+    batch = data.train.batch_size * config.image_size**2 * 3
+    copies = TRANSFER_COPIES + bool(train.cache)  # what is received, and what is written
+    in_transfer = int(min(fetch_threads(largest) * copies * largest, 2 * total))
+    decoding = int(image * (DECODED_OVER_ENCODED * max(1, config.num_workers) + config.num_workers))
+    footers = int(FOOTER_OBJECTS * (train.index_bytes + getattr(val, "index_bytes", 0)))
+    blocks = windows_bytes(config, data) + in_transfer
+    return CLIENT_BYTES + footers + blocks + (BATCHES_AHEAD + 2) * batch + decoding + config.num_workers * PROCESS_BYTES
+
+
+def windows_bytes(config: Config, data: Data) -> int:
+    """The most bytes of blocks, from their arrival to their last use, that are in memory and not in the cache.
+
+    Without a cache that is all of them. A cache with a limit is followed for two epochs: the second finds what the
+    first left, and none of that makes room before it is used. Ranks are taken to share the room equally.
+    """
     train = data.train.dataset
     assert isinstance(train, HuggingFaceImageNetDataset)
+    room, kept = 0, dict[int, int]()
+    if train.cache is not None:
+        if train.cache.limit is None:
+            return 0
+        found = train.cache.sizes()
+        kept = {
+            number: found[train.cache_name(number)]
+            for number in range(len(train.blocks))
+            if train.cache_name(number) in found
+        }
+        room = (train.cache.limit - sum(found.values()) + sum(kept.values())) // distributed.world_size()
     sizes = np.array([block.size for block in train.blocks])
-    largest = int(sizes.max())
-    ahead = (blocks_ahead(largest) + FETCH_THREADS) * largest
-    batch = data.train.batch_size * config.image_size**2 * 3
-    in_use = 0 if train.cache else _most_in_use(train, data.train.order(0), sizes, config.batch_size // config.streams)
-    held = min(in_use + ahead, int(2 * sizes.sum())) + (BATCHES_AHEAD + 2) * batch
-    return held + config.num_workers * PROCESS_BYTES
+    share, ahead, most = config.batch_size // config.streams, BATCHES_AHEAD if config.num_workers else 0, 0
+    for epoch in range(min(config.epochs, 2) if room else 1):
+        spans = _spans(train, data.train.order(epoch), sizes, share, ahead)
+        blocks = spans[0]
+        on_disk = _kept(sizes, kept, room, *spans)
+        most = max(most, _fullest(np.where(on_disk, 0, sizes[blocks]), *spans[1:]))
+    return most
 
 
-def _most_in_use(train: HuggingFaceImageNetDataset, order: list[np.ndarray], sizes: np.ndarray, share: int) -> int:
-    """The most bytes of blocks in use at any step: those between their first and their last use."""
-    steps = max(map(len, order)) // share + 1
-    first, last = np.full(len(sizes), steps), np.full(len(sizes), -1)
+def _spans(
+    train: HuggingFaceImageNetDataset, order: list[np.ndarray], sizes: np.ndarray, share: int, ahead: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The blocks of an epoch as they are fetched, the batch that asks for each, and the one begun when it is dropped.
+
+    A batch takes `share` samples of each stream, and `ahead` further batches are begun before it is done.
+    """
+    first, last = np.full(len(sizes), np.iinfo(np.int64).max), np.full(len(sizes), -1)
     for stream in order:
         blocks, at = train.locate(stream)[0], np.arange(len(stream)) // share
         np.minimum.at(first, blocks, at)
         np.maximum.at(last, blocks, at)
-    change = np.zeros(steps + 2, np.int64)
-    used = last >= 0
-    np.add.at(change, first[used], sizes[used])
-    np.add.at(change, last[used] + 1, -sizes[used])
+    queue = np.argsort(first, kind="stable")[: int((last >= 0).sum())]
+    places = np.maximum(0, np.arange(len(queue)) - blocks_ahead(int(sizes.max())))
+    return queue, first[queue][places], last[queue] + ahead
+
+
+def _kept(
+    sizes: np.ndarray, kept: dict[int, int], room: int, blocks: np.ndarray, asked: np.ndarray, last: np.ndarray
+) -> np.ndarray:
+    """Whether the cache has each block while it is needed. `kept`, the bytes of each block in it, is moved on."""
+    done, used, on_disk = deque(np.argsort(last, kind="stable").tolist()), deque[int](), np.zeros(len(blocks), bool)
+    total = sum(kept.values())
+    for place, block in enumerate(blocks.tolist()):
+        while done and last[done[0]] < asked[place]:
+            used.append(int(blocks[done.popleft()]))
+        size = 0 if block in kept else int(sizes[block])
+        while size and total + size > room and used:
+            total -= kept.pop(used.popleft(), 0)
+        if size and total + size <= room:
+            kept[block] = size
+            total += size
+        on_disk[place] = block in kept
+    return on_disk
+
+
+def _fullest(sizes: np.ndarray, asked: np.ndarray, last: np.ndarray) -> int:
+    """The most bytes at any batch of what is there from one batch to another, both included."""
+    change = np.zeros(int(last.max()) + 2, np.int64)
+    np.add.at(change, asked, sizes)
+    np.add.at(change, last + 1, -sizes)
     return int(np.cumsum(change).max())
 
 

@@ -20,6 +20,7 @@ How it gets here
     allowance    how fast the Hub may be asked
     explain      what errors mean, in one line that says what to do
     cache        bytes that processes share on one disk
+    blocks       images and labels as one run of bytes, in memory that goes back to the system
     files        files that are either complete or absent
 
 How it becomes a batch

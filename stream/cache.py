@@ -90,7 +90,11 @@ class FileStore:
 
     def names(self) -> set[str]:
         """What is kept, unchecked, by names relative to the folder."""
-        return {name for name, _ in self._walk() if not name.endswith(".tmp")}
+        return {*self.sizes()}
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes that each entry takes on the disk, by its name."""
+        return {name: size for name, size in self._walk() if not name.endswith(".tmp")}
 
     @contextlib.contextmanager
     def _claim(self, name: str) -> Iterator[Callable[[Bytes], None]]:

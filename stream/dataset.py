@@ -17,6 +17,7 @@ import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
+from stream.blocks import BlockData, to_bytes
 from stream.cache import Bytes, FileStore
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
@@ -30,6 +31,7 @@ from stream.webdataset import TarShards
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 256 * 2**20
+TRANSFER_BYTES = 128 * 2**20
 OPEN_BLOCKS = 256
 CLOSE_SECONDS = 1.0
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
@@ -42,14 +44,6 @@ class Cache:
     folder: Path
     limit: int | None = None
     short_side: int | None = None
-
-
-@dataclass(frozen=True)
-class BlockData:
-    """Encoded images (binary) and their labels (int64)."""
-
-    images: pa.ChunkedArray
-    labels: np.ndarray
 
 
 class HuggingFaceImageNetDataset:
@@ -73,6 +67,7 @@ class HuggingFaceImageNetDataset:
         self.source = source
         self.revision = revision
         self.classes = shards.classes
+        self.index_bytes = shards.index_bytes if isinstance(shards, ParquetShards) else 0  # as the files store it
         self.blocks = blocks
         self.block_rows = block_rows
         self.cache = cache
@@ -149,14 +144,15 @@ class HuggingFaceImageNetDataset:
         Raises DataError, also for a label outside the classes.
         """
         block = self.blocks[number]
-        if self.cache is None:
-            table = self._shards.read(block)
-        else:
-            kept = self.cache.get(self.cache_name(number), lambda: self._serialise(block))
-            with one_line_errors(self.source, self.cache_name(number)):
-                table = pa.ipc.open_stream(kept).read_all()
-                if table.num_rows != block.rows or table["image"].type not in (pa.binary(), pa.large_binary()):
-                    raise ValueError("it is another block")
+        kept = (
+            self.cache.get(self.cache_name(number), lambda: self._serialise(block))
+            if self.cache
+            else self._serialise(block)
+        )
+        with one_line_errors(self.source, self.cache_name(number)):
+            table = pa.ipc.open_stream(kept).read_all()
+            if table.num_rows != block.rows or table["image"].type not in (pa.binary(), pa.large_binary()):
+                raise ValueError("it is another block")
         images, labels = table["image"], table["label"].cast(pa.int64())
         if labels.null_count:
             self._check_labels(block, None, None)
@@ -201,15 +197,16 @@ class HuggingFaceImageNetDataset:
     def reader(self, ids: np.ndarray) -> "BlockReader":
         return BlockReader(self, ids)
 
-    def _serialise(self, block: Block) -> bytes:
-        table = self._shards.read(block)
-        if self._short_side:
-            images = [reduce(image.as_py(), self._short_side) for image in table["image"]]
-            table = table.set_column(0, "image", pa.array(images, table.schema.field("image").type))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        return sink.getvalue().to_pybytes()
+    def _serialise(self, block: Block) -> memoryview:
+        shards = self._shards
+        batches = iter(shards.read(block).to_batches()) if isinstance(shards, TarShards) else shards.batches(block)
+        return to_bytes(map(self._reduced, batches), block.size)
+
+    def _reduced(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if not self._short_side:
+            return batch
+        images = [reduce(image.as_py(), self._short_side) for image in batch["image"]]
+        return batch.set_column(0, "image", pa.array(images, batch.schema.field("image").type))
 
     def _check_labels(self, block: Block, low: int | None, high: int | None) -> None:
         for label in (low, high):
@@ -257,6 +254,11 @@ def blocks_ahead(largest: int) -> int:
     return max(1, min(FETCH_THREADS, AHEAD_BYTES // largest))
 
 
+def fetch_threads(largest: int) -> int:
+    """How many blocks are in transfer at once: two at least, so that one that stalls does not hold up the others."""
+    return max(2, min(FETCH_THREADS, TRANSFER_BYTES // largest))
+
+
 class BlockReader:
     """Reads each block of an epoch once, some blocks ahead of use, and drops it after its last sample was used.
 
@@ -269,7 +271,8 @@ class BlockReader:
         self._left = dict(zip(blocks.tolist(), counts.tolist(), strict=True))
         self._queue = blocks[np.argsort(first_use)].tolist()
         self._place = {block: place for place, block in enumerate(self._queue)}
-        self._ahead = blocks_ahead(max(dataset.blocks[block].size for block in self._queue))
+        largest = max(dataset.blocks[block].size for block in self._queue)
+        self._ahead = blocks_ahead(largest)
         self._asked = 0
         self._blocks: dict[int, Future[BlockData | None]] = {}
         self._open: OrderedDict[int, BlockData] = OrderedDict()
@@ -278,7 +281,9 @@ class BlockReader:
         self._closed = False
         if dataset.cache is not None:
             dataset.cache.forget_used()
-        self._threads = [threading.Thread(target=self._fetch, name="fetch", daemon=True) for _ in range(FETCH_THREADS)]
+        self._threads = [
+            threading.Thread(target=self._fetch, name="fetch", daemon=True) for _ in range(fetch_threads(largest))
+        ]
         for thread in self._threads:
             thread.start()
 

@@ -69,11 +69,21 @@ def _nulls(column: Any) -> int | None:
     return int(statistics.null_count) if statistics is not None and statistics.has_null_count else None
 
 
-def part(column: pa.ChunkedArray, field: str, leaves: ImageLeaves) -> pa.ChunkedArray | None:
+def may_lie_outside(group: Any, leaves: ImageLeaves) -> bool:
+    """Whether the footer of a row group, a `RowGroupMetaData`, leaves it open that images of it lie outside."""
+    return leaves.paths is not None and (leaves.data is None or _nulls(group.column(leaves.data)) != 0)
+
+
+def part(column: Any, field: str, leaves: ImageLeaves) -> Any:
     """The `bytes` or the `path` of each row of an image column as it was read, or None if that was not read."""
     if not pa.types.is_struct(column.type):
         return column if (leaves.data is None) == (field == "path") else None
     return next((values for of, values in zip(column.type, column.flatten(), strict=True) if of.name == field), None)
+
+
+def as_binary(images: Any) -> Any:
+    """Encoded images as binary or large_binary."""
+    return images if images.type in (pa.binary(), pa.large_binary()) else images.cast(pa.large_binary())
 
 
 class OutsideImages:

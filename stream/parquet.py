@@ -16,10 +16,11 @@ from errors import DataError, UsageError
 from stream.cache import Bytes
 from stream.explain import one_line_errors
 from stream.footers import Keep, read_footers, small_files, whole
-from stream.outside import USUAL_BYTES, OutsideImages, find_leaves, part, rows_outside
+from stream.outside import USUAL_BYTES, OutsideImages, as_binary, find_leaves, may_lie_outside, part, rows_outside
 from stream.pages import check_chunk
 from stream.ranges import Files, trust
 
+BATCH_BYTES = 2**20  # of images that are decoded at once
 USUAL_COLUMNS = ["image", "label"]  # the names of blocks tell others, which a cache must not mix up with them
 LARGEST_GAP = 2**20  # bytes: a smaller gap is read and discarded, which is cheaper than a second request
 
@@ -72,6 +73,7 @@ class ParquetShards:
         columns_read = [quote(column, safe="") for column in (self.image_column, self.label_column)]
         self._suffix = "" if columns_read == USUAL_COLUMNS else f".{'.'.join(columns_read)}"
         self.classes: list[str] = list(known[self.label_column].names)
+        self.index_bytes = sum(footer.serialized_size for footer in self._footers)
         self._check_class_names("the dataset's card" if features else files.names[0], renamed=bool(features))
         self._outside = OutsideImages(source, files, self.image_column)
         self._images = [find_leaves(footer.schema, self.image_column) for footer in self._footers]
@@ -86,11 +88,23 @@ class ParquetShards:
         return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
     def read(self, block: Block) -> pa.Table:
-        """The columns `image`, encoded, and `label` of a block. Raises DataError."""
+        """All `batches` of a block."""
+        return pa.Table.from_batches(self.batches(block))
+
+    def batches(self, block: Block) -> Iterator[pa.RecordBatch]:
+        """The columns `image`, encoded, and `label` (int64) of a block, a few rows at a time. Raises DataError."""
+        footer, leaves, places = self._footers[block.file], self._leaves[block.file], self._images[block.file]
         with one_line_errors(self._source, self._files.names[block.file]):
-            table = self._read_leaves(block, self._leaves[block.file])
-            images = self._images_of(block, table[self.image_column])
-            return pa.table({"image": images, "label": table[self.label_column].cast(pa.int64())})
+            if any(may_lie_outside(footer.row_group(group), places) for group in block.groups):
+                table = self._read_leaves(block, leaves)
+                images, labels = self._images_of(block, table[self.image_column]), table[self.label_column]
+                yield from pa.table({"image": images, "label": labels.cast(pa.int64())}).to_batches()
+                return
+            rows = max(1, block.rows * BATCH_BYTES // max(1, block.size))
+            file, names = self._open(block, leaves)
+            for batch in file.iter_batches(rows, list(block.groups), names, use_threads=False):
+                images = as_binary(part(batch[self.image_column], "bytes", places))
+                yield pa.record_batch({"image": images, "label": batch[self.label_column].cast(pa.int64())})
 
     def requests(self, block: Block) -> int:
         """How many requests a block costs, those for images that lie outside its file included."""
@@ -131,12 +145,16 @@ class ParquetShards:
             found.append((rows, statistics.min, statistics.max))
         return found
 
-    def _read_leaves(self, block: Block, leaves: Sequence[int]) -> pa.Table:
-        """These stored columns of a block."""
+    def _open(self, block: Block, leaves: Sequence[int]) -> tuple[pq.ParquetFile, list[str]]:
+        """The file of a block, of which only these stored columns of the block are there, and their names."""
         footer = self._footers[block.file]
         ranges = [(first, self._fetch(block, first, end, leaves)) for first, end in self._ranges(block, leaves)]
         file = pq.ParquetFile(_Ranges(ranges), metadata=footer, pre_buffer=False)
-        names = [footer.schema.column(leaf).path for leaf in leaves]
+        return file, [footer.schema.column(leaf).path for leaf in leaves]
+
+    def _read_leaves(self, block: Block, leaves: Sequence[int]) -> pa.Table:
+        """These stored columns of a block."""
+        file, names = self._open(block, leaves)
         return file.read_row_groups(list(block.groups), names, use_threads=False).slice(block.first, block.rows)
 
     def _images_of(self, block: Block, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -148,8 +166,7 @@ class ParquetShards:
             paths = part(column, "path", leaves)
         if paths is not None and (data is None or data.null_count):
             return self._outside.fill_in(block.file, data, paths)
-        assert data is not None
-        return data if data.type in (pa.binary(), pa.large_binary()) else data.cast(pa.large_binary())
+        return as_binary(data)
 
     def _features_of(self, file: int) -> Features:
         return Features.from_arrow_schema(self._footers[file].schema.to_arrow_schema())

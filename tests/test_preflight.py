@@ -1,6 +1,7 @@
 """What is told before a run is what the run will do: what it reads, how well it mixes, what it holds, what is kept."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 from hub import Hub
 from program import pretend_rank
-from shards import REPO_ID, make_imagenet_like
+from shards import REPO_ID, make_imagenet_like, to_table
 
 from config import Config, resolve
-from preflight import describe_data, memory_bytes, mixing
+from preflight import DECODED_OVER_ENCODED, describe_data, memory_bytes, mixing, windows_bytes
 from preprocess import Data, get_data_loaders
-from stream.dataset import FETCH_THREADS, HuggingFaceImageNetDataset
+from stream.dataset import BlockReader, HuggingFaceImageNetDataset, blocks_ahead, fetch_threads
 from stream.decode_pool import PROCESS_BYTES
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
@@ -265,36 +266,46 @@ def test_files_that_do_not_tell_their_labels_are_said_to_be_unknown(
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def most_held(data: Data, share: int, sizes: list[int], steps: int) -> int:
-    """Step by step, the blocks of which a sample was used already or now, and one is used now or later."""
+def most_held(data: Data, share: int, begun: int) -> int:
+    """Batch by batch, the bytes of blocks that are asked for and not dropped; so many batches are `begun` ahead."""
     train, order = train_of(data), data.train.order(0)
+    steps = -(-max(map(len, order)) // share)
     used = [
         set(np.concatenate([train.locate(s[step * share : (step + 1) * share])[0] for s in order]).tolist())
         for step in range(steps)
     ]
+    queue = list(dict.fromkeys(block for blocks in used for block in sorted(blocks)))
     most = 0
-    for step in range(steps):
-        held = set[int]().union(*used[: step + 1]) & set[int]().union(*used[step:])
-        most = max(most, sum(sizes[block] for block in held))
+    for step in range(steps + begun):
+        reached = set[int]().union(*used[: step + 1])
+        asked = queue[: max(queue.index(block) for block in reached) + 1 + blocks_ahead(largest(data))]
+        dropped = reached - set[int]().union(*used[max(0, step - begun) :])
+        most = max(most, sum(train.blocks[block].size for block in {*asked} - dropped))
     return most
+
+
+def largest(data: Data) -> int:
+    return max(block.size for block in train_of(data).blocks)
+
+
+def apart_from_windows(config: Config, data: Data) -> int:
+    return memory_bytes(config, data) - windows_bytes(config, data)
 
 
 @pytest.mark.parametrize("window", [1, 100, 400, 1200])
 @pytest.mark.parametrize(("streams", "batch"), [(8, 40), (4, 48), (1, 100)])
-def test_the_memory_in_use_is_that_of_the_blocks_held_at_the_fullest_step(
-    shuffled_set: Path, monkeypatch: pytest.MonkeyPatch, window: int, streams: int, batch: int
+@pytest.mark.parametrize("ahead", [0, 256 * 2**20])
+def test_the_windows_are_the_blocks_held_at_the_fullest_step(
+    shuffled_set: Path, monkeypatch: pytest.MonkeyPatch, window: int, streams: int, batch: int, ahead: int
 ) -> None:
-    """The blocks ahead are left out, so that the sum is told and not its bound."""
     config = settings(shuffled_set, shuffle_window=window, streams=streams, batch_size=batch)
     data = load(config, monkeypatch)
+    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", ahead)
     sizes = [block.size for block in train_of(data).blocks]
-    steps = len(data.train) + bool(TRAIN % batch)
-    held = most_held(data, batch // streams, sizes, steps)
-    assert max(sizes) <= held <= sum(sizes)
-    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
-    ahead = (1 + FETCH_THREADS) * max(sizes)
-    batches = (BATCHES_AHEAD + 2) * batch * 8 * 8 * 3
-    assert memory_bytes(config, data) == min(held + ahead, 2 * sum(sizes)) + batches
+    assert max(sizes) <= windows_bytes(config, data) <= sum(sizes)
+    assert windows_bytes(config, data) == most_held(data, batch // streams, 0)
+    with_workers = replace(config, num_workers=2)
+    assert windows_bytes(with_workers, data) == most_held(data, batch // streams, BATCHES_AHEAD)
 
 
 @pytest.mark.parametrize("world", [2, 8])
@@ -302,31 +313,95 @@ def test_a_rank_holds_only_the_blocks_of_its_streams(
     shuffled_set: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     config = settings(shuffled_set, shuffle_window=400, batch_size=40)
-    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
     for rank in range(world):
         pretend_rank(monkeypatch, rank, world)
         data = load(config, monkeypatch)
-        sizes = [block.size for block in train_of(data).blocks]
-        held = most_held(data, 5, sizes, len(data.train))
-        batches = (BATCHES_AHEAD + 2) * (40 // world) * 8 * 8 * 3
-        assert memory_bytes(config, data) == held + (1 + FETCH_THREADS) * max(sizes) + batches
+        assert windows_bytes(config, data) == most_held(data, 5, 0)
+
+
+def test_batches_take_memory(shuffled_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = settings(shuffled_set, batch_size=8), settings(shuffled_set, batch_size=64)
+    told = [apart_from_windows(config, load(config, monkeypatch)) for config in (few, many)]
+    assert told[1] - told[0] == (BATCHES_AHEAD + 2) * (64 - 8) * 8 * 8 * 3
 
 
 def test_decoding_processes_are_told_and_take_memory(shuffled_set: Path) -> None:
-    alone, three = settings(shuffled_set), settings(shuffled_set, num_workers=3)
+    alone, three = settings(shuffled_set, num_workers=1), settings(shuffled_set, num_workers=3)
     data = get_data_loaders(alone, CPU)
-    assert memory_bytes(three, data) - memory_bytes(alone, data) == 3 * PROCESS_BYTES
-    assert lines_of(three, data)["memory"].endswith("windows, blocks ahead, batches and 3 decoding processes")
+    one, more = (lines_of(config, data)["memory"] for config in (alone, three))
+    assert one.endswith("windows, blocks ahead, batches and 1 decoding processes")
+    assert more.endswith("windows, blocks ahead, batches and 3 decoding processes")
+    image = max(block.size / block.rows for block in train_of(data).blocks)
+    decoding = 2 * (PROCESS_BYTES + (DECODED_OVER_ENCODED + 1) * image)
+    assert memory_bytes(three, data) - memory_bytes(alone, data) == pytest.approx(decoding, abs=2)
 
 
-def test_memory_never_exceeds_everything_there_is_with_a_copy(shuffled_set: Path) -> None:
-    config = settings(shuffled_set, shuffle_window=TRAIN)
-    data = get_data_loaders(config, CPU)
-    sizes = [block.size for block in train_of(data).blocks]
-    assert memory_bytes(config, data) == 2 * sum(sizes) + (BATCHES_AHEAD + 2) * 64 * 8 * 8 * 3
+def lengthen(folder: Path, size: int, group: int) -> None:
+    """Append `size` random bytes to every image, which no compression takes away again."""
+    rng = np.random.default_rng(0)
+    for path in folder.glob("data/train-*"):
+        table = pq.read_table(path)
+        images = [row["bytes"] + rng.bytes(size) for row in table["image"].to_pylist()]
+        pq.write_table(to_table(images, table["label"].to_numpy(), path.stem, CLASSES), path, row_group_size=group)
+
+
+def test_large_images_make_decoding_processes_larger(tmp_path: Path) -> None:
+    folder, image = make_set(tmp_path, train=32, validation=2, files=1), 500_000
+    lengthen(folder, image, group=1)
+    large, none = (settings(folder, num_workers=number, batch_size=16) for number in (2, 0))
+    data = get_data_loaders(large, CPU)
+    more = memory_bytes(large, data) - memory_bytes(none, data) - 2 * PROCESS_BYTES
+    assert more == pytest.approx((DECODED_OVER_ENCODED + 2) * image, rel=0.02)
+
+
+def test_fewer_blocks_are_in_transfer_when_they_are_large() -> None:
+    megabytes_in_transfer = {size: size * fetch_threads(size * 2**20) for size in (1, 4, 16, 32, 64, 100, 1000)}
+    assert megabytes_in_transfer == {1: 8, 4: 32, 16: 128, 32: 128, 64: 128, 100: 200, 1000: 2000}
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "window"), [(0.1, TRAIN), (0.5, TRAIN), (0.8, TRAIN), (0.1, 400)])
+def test_what_the_limit_of_the_cache_leaves_over_is_told_as_memory(
+    hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, window: int
+) -> None:
+    """For each of two epochs, against what their readers hold."""
+    lengthen(make_set(tmp_path), 10_000, GROUP)
+    options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "shuffle_window": window, "epochs": 2}
+    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
+    with Hub(tmp_path, port=hub_port):
+        whole = load(settings(REPO_ID, **options), monkeypatch)
+        store = train_of(whole).cache
+        assert store is not None
+        total = sum(block.size for block in train_of(whole).blocks)
+        limit = sum(store.sizes().values()) + share * total
+        config = settings(REPO_ID, **options, cache_limit_gb=limit / 1e9)
+        data = load(config, monkeypatch)
+        told, line = windows_bytes(config, data), lines_of(config, data)["memory"]
+        assert f" for {megabytes(told)} of windows beyond --cache_limit_gb, blocks ahead" in line
+        held = []
+        for epoch in range(2):
+            data.train.set_epoch(epoch)
+            held.append(in_memory(data, monkeypatch))
+    assert told == pytest.approx(max(held), rel=0.25, abs=2 * largest(data))
+
+
+def in_memory(data: Data, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The most bytes of blocks that the reader of an epoch keeps in memory, looked at with each batch."""
+    readers, make, most = list[BlockReader](), HuggingFaceImageNetDataset.reader, 0
+
+    def noted(dataset: HuggingFaceImageNetDataset, ids: np.ndarray) -> BlockReader:
+        readers.append(make(dataset, ids))
+        return readers[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HuggingFaceImageNetDataset, "reader", noted)
+        for _ in data.train:
+            found = [(block, future) for block, future in readers[0]._blocks.items() if future.done()]
+            sizes = [train_of(data).blocks[block].size for block, future in found if future.result() is not None]
+            most = max(most, sum(sizes))
+    return most
 
 
 def test_the_cache_line_counts_the_blocks_that_are_kept(
@@ -353,15 +428,15 @@ def test_the_cache_line_counts_the_blocks_that_are_kept(
         assert "0 of 48" in lines_of(reduced, load(reduced, monkeypatch))["cache"]
 
 
-def test_a_cache_holds_no_window_in_memory(
+def test_a_cache_without_a_limit_or_with_room_holds_no_window_in_memory(
     sorted_root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
-    config = settings(REPO_ID, cache_dir=str(tmp_path / "cache"))
     with Hub(sorted_root, port=hub_port):
-        data = load(config, monkeypatch)
-    largest = max(block.size for block in train_of(data).blocks)
-    assert memory_bytes(config, data) == (1 + FETCH_THREADS) * largest + (BATCHES_AHEAD + 2) * 64 * 8 * 8 * 3
+        for limit in ({}, {"cache_limit_gb": 1.0}):
+            config = settings(REPO_ID, cache_dir=str(tmp_path / "cache"), **limit)
+            data = load(config, monkeypatch)
+            assert windows_bytes(config, data) == 0
+            assert lines_of(config, data)["memory"].endswith("blocks ahead, batches; windows are mapped from the cache")
 
 
 def test_a_stream_without_a_cache_is_told_of_the_flag(

@@ -1,0 +1,66 @@
+"""Blocks of images and labels as one run of bytes, in memory that goes back to the system as soon as nobody uses it."""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+ROOM = 2**16  # bytes: more than the schema and the first offsets take
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """Encoded images (binary) and their labels (int64)."""
+
+    images: pa.ChunkedArray
+    labels: np.ndarray
+
+
+def to_bytes(batches: Iterator[pa.RecordBatch], expected: int) -> memoryview:
+    """An Arrow IPC stream of the batches, of which there is at least one, of about `expected` bytes.
+
+    Allocators keep what is freed, in each thread anew, which can double what a process holds; so this is mapped.
+    """
+    first = next(batches)
+    sink = _Pages(expected + expected // 8 + ROOM)
+    with pa.PythonFile(sink, "w") as file, pa.ipc.new_stream(file, first.schema) as writer:
+        writer.write_batch(first)
+        del first
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.written()
+
+
+class _Pages:
+    """A file in private pages; those that are never written cost nothing."""
+
+    closed = False
+
+    def __init__(self, capacity: int) -> None:
+        self._pages = _map(capacity)
+
+    def write(self, data: bytes | memoryview) -> int:
+        pages, end = self._pages, self._pages.tell()
+        if end + len(data) > len(pages):
+            self._pages = _map(2 * (end + len(data)))
+            with memoryview(pages) as old:
+                self._pages.write(old[:end])
+        return self._pages.write(data)
+
+    def tell(self) -> int:
+        return self._pages.tell()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def written(self) -> memoryview:
+        return memoryview(self._pages)[: self._pages.tell()]
+
+
+def _map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
