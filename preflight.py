@@ -7,12 +7,15 @@ import numpy as np
 import distributed
 from config import Config
 from preprocess import Data
-from stream.dataset import HuggingFaceImageNetDataset, blocks_ahead, fetch_threads
+from stream import allowance
+from stream.block_reader import blocks_ahead, fetch_threads
+from stream.dataset import HuggingFaceImageNetDataset
 from stream.decode_pool import PROCESS_BYTES
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
 
 POOR_MIXING = 0.9
+FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
 CLIENT_BYTES = 100 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
@@ -42,6 +45,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"mixing    {_mixing_line(config, train)}",
         f"memory    about {_size(memory_bytes(config, data))} a rank for {_holders(config, data)}",
         f"cache     {_cache_line(train)}",
+        *_request_lines(train, val),
     ]
 
 
@@ -185,6 +189,23 @@ def _fullest(sizes: np.ndarray, asked: np.ndarray, last: np.ndarray) -> int:
 
 def _order(config: Config, train: HuggingFaceImageNetDataset) -> list[np.ndarray]:
     return epoch_order(train.block_rows, 0, config.seed, config.streams, config.shuffle_window)
+
+
+def _request_lines(train: HuggingFaceImageNetDataset, val: HuggingFaceImageNetDataset) -> list[str]:
+    """What the Hub is asked for, and how long its limit makes that take; nothing for local files."""
+    index, blocks = (sum(pair) for pair in zip(train.requests(), val.requests(), strict=True))
+    if not index:
+        return []
+    per_second = allowance.requests.limit / allowance.requests.window
+    minutes, images = blocks / per_second / 60, (len(train) + len(val)) / max(1, blocks) * per_second
+    every = "in the first epoch; later ones find them in the cache" if train.cache else "in each epoch"
+    line = f"requests  {index:,} for the index, {blocks:,} for blocks {every}"
+    if blocks <= allowance.requests.limit:
+        return [line]
+    line += f"; the Hub's limit of {allowance.requests.limit:,} in {allowance.requests.window} s makes that "
+    line += f"{minutes:,.0f} minutes at least, {images:,.0f} images/s"
+    few = " WARNING: the files are small; use --no_streaming, which downloads them once" if images < FEW_IMAGES else ""
+    return [f"{line}.{few}"]
 
 
 def _cache_line(train: HuggingFaceImageNetDataset) -> str:

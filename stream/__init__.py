@@ -1,7 +1,8 @@
 """The path of an image from the Hub to a batch on the device. Nothing here knows the program's settings.
 
 What is read
-    dataset      HuggingFaceImageNetDataset: a split in blocks, on the Hub or on disk, and the reader of an epoch
+    dataset      HuggingFaceImageNetDataset: a split in blocks, on the Hub or on disk
+    block_reader BlockReader: the blocks of an epoch, fetched some way ahead of use
     order        which sample comes when: a pure function of seed and epoch
     seeds        where random numbers come from, separate for each use
     parquet      files of images and labels, read in blocks of row groups

@@ -19,12 +19,9 @@ class BlockData:
 
 
 def to_bytes(batches: Iterator[pa.RecordBatch], expected: int) -> memoryview:
-    """An Arrow IPC stream of the batches, of which there is at least one, of about `expected` bytes.
-
-    Allocators keep what is freed, in each thread anew, which can double what a process holds; so this is mapped.
-    """
+    """An Arrow IPC stream of the batches, of which there is at least one, of about `expected` bytes."""
     first = next(batches)
-    sink = _Pages(expected + expected // 8 + ROOM)
+    sink = Pages(expected + expected // 8 + ROOM)
     with pa.PythonFile(sink, "w") as file, pa.ipc.new_stream(file, first.schema) as writer:
         writer.write_batch(first)
         del first
@@ -33,13 +30,17 @@ def to_bytes(batches: Iterator[pa.RecordBatch], expected: int) -> memoryview:
     return sink.written()
 
 
-class _Pages:
-    """A file in private pages; those that are never written cost nothing."""
+class Pages:
+    """A file in private pages; those that are never written cost nothing.
+
+    Allocators keep what is freed, in each thread anew, which can double what a process holds; so this is mapped.
+    """
 
     closed = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, data: bytes | memoryview = b"") -> None:
         self._pages = _map(capacity)
+        self._pages.write(data)
 
     def write(self, data: bytes | memoryview) -> int:
         pages, end = self._pages, self._pages.tell()
@@ -57,6 +58,10 @@ class _Pages:
 
     def close(self) -> None:
         pass
+
+    def cut(self, length: int) -> None:
+        """Forget what follows the first `length` bytes."""
+        self._pages.seek(length)
 
     def written(self) -> memoryview:
         return memoryview(self._pages)[: self._pages.tell()]

@@ -19,7 +19,7 @@ from stream.retry import LOOK_SECONDS, say
 log = logging.getLogger(__name__)
 
 HEADER = 64  # bytes: the XXH3-128 digest of what follows, and zeros, so that what follows is aligned
-Bytes = bytes | bytearray | memoryview
+Bytes = bytes | memoryview
 OWN = ".store"  # the subfolder of the locks and of the total
 LOCKS = 1024  # files that all names share; so many that a thread seldom waits for another name
 LOCK_PATIENCE = 60.0  # seconds after which what another process makes is made here too, and not kept

@@ -1,14 +1,8 @@
-"""HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk, and the reader of an epoch."""
+"""HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk."""
 
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import cv2
 import numpy as np
@@ -17,23 +11,18 @@ import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
+from stream.block_reader import BlockReader
 from stream.blocks import BlockData, to_bytes
 from stream.cache import Bytes, FileStore
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
-from stream.loader import POLL_SECONDS, Cancelled
 from stream.order import pick_blocks
 from stream.parquet import Block, ParquetShards
 from stream.ranges import Files, HubFiles
 from stream.retry import Network
 from stream.webdataset import TarShards
 
-FETCH_THREADS = 8
-AHEAD_BYTES = 256 * 2**20
-TRANSFER_BYTES = 128 * 2**20
-OPEN_BLOCKS = 256
-CLOSE_SECONDS = 1.0
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
 
@@ -194,6 +183,11 @@ class HuggingFaceImageNetDataset:
         sizes = np.array([(block.rows, block.size) for block in self.blocks], "<i8")
         return xxhash.xxh3_128_hexdigest(sizes.tobytes() + self.block_rows.astype("<i8").tobytes())
 
+    def requests(self) -> tuple[int, int]:
+        """How many requests the index cost at least, if it was not kept, and how many all blocks cost."""
+        index = len(self._files.names) if self._files.by_request else 0
+        return index, sum(self._shards.requests(block) for block in self.blocks)
+
     def reader(self, ids: np.ndarray) -> "BlockReader":
         return BlockReader(self, ids)
 
@@ -247,107 +241,3 @@ def reduce(encoded: bytes, short_side: int) -> bytes:
     size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
     smaller = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
     return bytes(cv2.imencode(".jpg", smaller, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
-
-
-def blocks_ahead(largest: int) -> int:
-    """How many blocks are prefetched when the largest has `largest` bytes."""
-    return max(1, min(FETCH_THREADS, AHEAD_BYTES // largest))
-
-
-def fetch_threads(largest: int) -> int:
-    """How many blocks are in transfer at once: two at least, so that one that stalls does not hold up the others."""
-    return max(2, min(FETCH_THREADS, TRANSFER_BYTES // largest))
-
-
-class BlockReader:
-    """Reads each block of an epoch once, some blocks ahead of use, and drops it after its last sample was used.
-
-    A block in the cache is not kept in memory: it is memory-mapped from disk when a sample of it is read.
-    """
-
-    def __init__(self, dataset: HuggingFaceImageNetDataset, ids: np.ndarray) -> None:
-        self._dataset = dataset
-        blocks, first_use, counts = np.unique(dataset.locate(ids)[0], return_index=True, return_counts=True)
-        self._left = dict(zip(blocks.tolist(), counts.tolist(), strict=True))
-        self._queue = blocks[np.argsort(first_use)].tolist()
-        self._place = {block: place for place, block in enumerate(self._queue)}
-        largest = max(dataset.blocks[block].size for block in self._queue)
-        self._ahead = blocks_ahead(largest)
-        self._asked = 0
-        self._blocks: dict[int, Future[BlockData | None]] = {}
-        self._open: OrderedDict[int, BlockData] = OrderedDict()
-        self._lock = threading.Lock()
-        self._wanted: SimpleQueue[int | None] = SimpleQueue()
-        self._closed = False
-        if dataset.cache is not None:
-            dataset.cache.forget_used()
-        self._threads = [
-            threading.Thread(target=self._fetch, name="fetch", daemon=True) for _ in range(fetch_threads(largest))
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def read(self, sample_id: int) -> tuple[Any, int]:
-        blocks, rows = self._dataset.locate(np.array([sample_id]))
-        data, row = self._block(int(blocks[0])), int(rows[0])
-        return data.images[row].as_buffer() or b"", int(data.labels[row])
-
-    def release(self, ids: np.ndarray) -> None:
-        blocks, counts = np.unique(self._dataset.locate(ids)[0], return_counts=True)
-        with self._lock:
-            for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
-                self._left[block] -= count
-                if not self._left[block]:
-                    self._forget(block)
-
-    def close(self) -> None:
-        self._closed = True
-        for _ in self._threads:
-            self._wanted.put(None)
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for thread in self._threads:  # one that still waits for the network ends with the process
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _block(self, block: int) -> BlockData:
-        with self._lock:
-            ahead = self._place.get(block, 0) + self._ahead
-            for other in [*self._queue[self._asked : ahead + 1], block]:
-                if other not in self._blocks:
-                    self._blocks[other] = Future()
-                    self._wanted.put(other)
-            self._asked = max(self._asked, ahead + 1)
-            future = self._blocks[block]
-        while not future.done():
-            wait([future], POLL_SECONDS)
-            if self._closed:
-                raise Cancelled
-        data = future.result()
-        return self._from_disk(block) if data is None else data
-
-    def _from_disk(self, block: int) -> BlockData:
-        with self._lock:
-            data = self._open.get(block)
-            if data is None:
-                data = self._dataset.find_block(block) or self._dataset.read_block(block)
-                self._open[block] = data
-                if len(self._open) > OPEN_BLOCKS:
-                    self._open.popitem(last=False)
-            return data
-
-    def _fetch(self) -> None:
-        """The body of each fetching thread."""
-        while (block := self._wanted.get()) is not None:
-            if self._closed:
-                continue
-            future = self._blocks[block]
-            try:
-                data = self._dataset.read_block(block)
-                future.set_result(None if self._dataset.find_block(block) else data)
-            except BaseException as error:
-                future.set_exception(error)
-
-    def _forget(self, block: int) -> None:
-        del self._blocks[block]
-        self._open.pop(block, None)
-        if self._dataset.cache is not None:
-            self._dataset.cache.mark_used(self._dataset.cache_name(block))

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 
-def write_durably(path: Path, *parts: bytes | bytearray | memoryview) -> None:
+def write_durably(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file with these contents: to a temporary file beside it, fsync, rename, fsync of the folder.
 
     After a crash there is either the old file or the new one. Raises OSError; the old file is then intact.

@@ -29,11 +29,11 @@ def small_files(files: Files) -> frozenset[int]:
     return frozenset(small) if sum(small.values()) <= SMALL_FILES else frozenset()
 
 
-def whole(files: Files, number: int) -> bytes | bytearray:
+def whole(files: Files, number: int) -> bytes | memoryview:
     return files.read(number, 0, files.size(number), _check_magic)
 
 
-def _check_magic(data: bytes | bytearray) -> None:
+def _check_magic(data: bytes | memoryview) -> None:
     if data[-4:] != b"PAR1":
         raise ValueError("it is not a whole parquet file; fetch or make it again")
 
@@ -41,7 +41,7 @@ def _check_magic(data: bytes | bytearray) -> None:
 def read_footers(source: str, files: Files, keep: Keep, small: frozenset[int]) -> list[pq.FileMetaData]:
     """The metadata of every file, read in parallel and kept; of a small file, all of it is kept."""
 
-    def tail(number: int) -> bytes | bytearray:
+    def tail(number: int) -> bytes | memoryview:
         if number in small:
             return whole(files, number)
         size = files.size(number)

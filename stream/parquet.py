@@ -124,7 +124,7 @@ class ParquetShards:
         check = partial(self._check_pages, block, first, leaves) if self._files.by_request else trust
         return self._files.read(number, first, end, check)
 
-    def _check_pages(self, block: Block, start: int, leaves: Sequence[int], data: bytes | bytearray) -> None:
+    def _check_pages(self, block: Block, start: int, leaves: Sequence[int], data: bytes | memoryview) -> None:
         """Raise ValueError unless `data`, the bytes of the file from `start` on, holds these columns of the block."""
         for group in block.groups:
             for leaf in leaves:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 import stream.client  # noqa: F401 (bounds the waits of every request)
 from stream import allowance
+from stream.blocks import Pages
 from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.retry import Network, WrongAnswer, patiently
@@ -25,10 +26,10 @@ LARGEST_IMAGE = 2**26  # bytes of a file that is read by its path; none that can
 WHOLE_FILE = 2**23  # bytes: a server that knows no ranges may send a whole file of this size
 SAME_BYTES = 8  # times that the same wrong bytes come before they are taken to be the file's own
 
-Check = Callable[[bytes | bytearray], object]
+Check = Callable[[bytes | memoryview], object]
 
 
-def trust(data: bytes | bytearray) -> None:
+def trust(data: bytes | memoryview) -> None:
     """Take bytes as they are."""
 
 
@@ -45,7 +46,7 @@ class Files(Protocol):
     def told_size(self, number: int) -> int | None:
         """The size of a file on the Hub, where its listing tells it."""
 
-    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes | bytearray:
+    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytes | memoryview:
         """Bytes first to end - 1 of a file. `check` raises ValueError for wrong ones. Raises DataError."""
 
     def read_path(self, path: str) -> bytes | None:
@@ -131,31 +132,32 @@ class HubFiles:
 
     def size(self, number: int) -> int:
         if number not in self._sizes:
-            self._patiently(number, lambda: self._get(number, 0, 1, bytearray()), lambda: 0)
+            self._patiently(number, lambda: self._get(number, 0, 1, Pages(1)), lambda: 0)
         return self._sizes[number]
 
-    def read(self, number: int, first: int, end: int, check: Check = trust) -> bytearray:
-        data, refused = bytearray(), Counter[str]()
-        if first >= end:
-            return data
+    def read(self, number: int, first: int, end: int, check: Check = trust) -> memoryview:
+        wanted = end - first
+        if wanted <= 0:
+            return memoryview(b"")
+        held, refused = Pages(wanted), Counter[str]()
 
         def rest() -> None:
-            nonlocal data
-            data = mine = bytearray(data)  # a request that was given up may still add to its own
-            if first + len(mine) < end:
-                self._get(number, first + len(mine), end, mine)
+            nonlocal held
+            held = mine = Pages(wanted, held.written())  # a request that was given up may still add to its own
+            if mine.tell() < wanted:
+                self._get(number, first + mine.tell(), end, mine)
             try:
-                self._compare_digest(number, first, mine)
-                check(mine)
+                self._compare_digest(number, first, mine.written())
+                check(mine.written())
             except ValueError as error:
-                digest = xxhash.xxh3_128_hexdigest(mine)
-                mine.clear()
+                digest = xxhash.xxh3_128_hexdigest(mine.written())
+                held = Pages(wanted)
                 refused[digest] += 1
                 text = f"bytes {first:,} to {end - 1:,} of {self.size(number):,}: {error}"
                 raise (ValueError if refused[digest] == SAME_BYTES else WrongAnswer)(text) from None
 
-        self._patiently(number, rest, lambda: len(data))
-        return data
+        self._patiently(number, rest, lambda: held.tell())
+        return held.written()
 
     def read_path(self, path: str) -> bytes | None:
         url = hf_hub_url(self._source, path, repo_type="dataset", revision=self._commit)
@@ -184,7 +186,7 @@ class HubFiles:
         with one_line_errors(self._source, name, self._commit):
             patiently(call, self._network, name, progress=progress, turn=allowance.requests.wait_for_turn)
 
-    def _get(self, number: int, first: int, end: int, data: bytearray) -> None:
+    def _get(self, number: int, first: int, end: int, data: Pages) -> None:
         """Append bytes first to end - 1 to `data`."""
         headers = build_hf_headers() | {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", self._urls[number], headers=headers) as response:
@@ -193,18 +195,19 @@ class HubFiles:
             if response.status_code >= 400:
                 hf_raise_for_status(response)
             skip = self._check_head(number, first, end, response)
-            before, wanted = len(data), end - first
+            before, left = data.tell(), end - first
             for chunk in response.iter_bytes():
-                data += chunk[skip:]
+                part = memoryview(chunk)[skip:]
                 skip = max(0, skip - len(chunk))
-                if len(data) - before >= wanted and response.status_code == 200:
-                    del data[before + wanted :]
+                data.write(part[:left])
+                left -= len(part)
+                if left <= 0 and response.status_code == 200:
                     return
-                if len(data) - before > wanted:
-                    del data[before:]
+                if left < 0:
+                    data.cut(before)
                     raise WrongAnswer(f"more than bytes {first:,} to {end - 1:,} came")
-        if len(data) - before != wanted:
-            raise ConnectionError(f"{len(data) - before:,} of {wanted:,} bytes arrived")
+        if left:
+            raise ConnectionError(f"{end - first - left:,} of {end - first:,} bytes arrived")
 
     def _check_head(self, number: int, first: int, end: int, response: Any) -> int:
         """Compare what an answer says it is with what was asked, and return how many of its bytes to skip."""
@@ -229,12 +232,12 @@ class HubFiles:
             raise WrongAnswer(f"{asked} of {known:,}, and the server has a file of {size:,}")
         return skip
 
-    def _compare_digest(self, number: int, first: int, data: bytearray) -> None:
+    def _compare_digest(self, number: int, first: int, data: memoryview) -> None:
         """Raise ValueError for a whole file that is not the one of the Hub's listing."""
         told = self._digests.get(number, "")
         if told and first == 0 and len(data) == self._sizes[number]:
-            prefix = (
-                b"" if len(told) == SHA256 else b"blob %d\0" % len(data)
-            )  # Git's own files are hashed with their size
-            if hashlib.new("sha256" if len(told) == SHA256 else "sha1", prefix + data).hexdigest() != told:
+            kind, before = ("sha256", b"") if len(told) == SHA256 else ("sha1", b"blob %d\0" % len(data))
+            digest = hashlib.new(kind, before)  # Git hashes a file with its size before it
+            digest.update(data)
+            if digest.hexdigest() != told:
                 raise ValueError("the file has another checksum on the Hub")

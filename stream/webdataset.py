@@ -65,6 +65,10 @@ class TarShards:
         images, labels = zip(*samples, strict=True)
         return pa.table({"image": pa.array(images, pa.large_binary()), "label": pa.array(labels, pa.int64())})
 
+    def requests(self, block: Block) -> int:
+        """How many requests a shard costs."""
+        return int(self._files.by_request)
+
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Samples, smallest and largest label of a shard, or None if the shard has not been read."""
         shard = self._shards[block.file]
@@ -93,7 +97,7 @@ class TarShards:
             return list(tqdm(pool.map(look, numbers), "index", len(numbers), leave=False, disable=quiet))
 
 
-def _samples(data: bytes | bytearray) -> Iterator[tuple[bytes, int | None]]:
+def _samples(data: bytes | memoryview) -> Iterator[tuple[bytes, int | None]]:
     """The image (empty if there is none) and label (None) of each sample of a tar file, in its order."""
     samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:

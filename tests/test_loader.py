@@ -22,7 +22,8 @@ from shards import make_imagenet_like
 from config import Config, resolve
 from errors import DataError
 from preprocess import eval_transform, train_transform
-from stream.dataset import BlockReader, HuggingFaceImageNetDataset
+from stream.block_reader import BlockReader
+from stream.dataset import HuggingFaceImageNetDataset
 from stream.images import UnreadableImage, decode
 from stream.loader import UNREADABLE, Batch, StreamingDataLoader
 from stream.local import LocalDataset

@@ -16,7 +16,8 @@ from shards import REPO_ID, make_imagenet_like, to_table
 from config import Config, resolve
 from preflight import DECODED_OVER_ENCODED, describe_data, memory_bytes, mixing, windows_bytes
 from preprocess import Data, get_data_loaders
-from stream.dataset import BlockReader, HuggingFaceImageNetDataset, blocks_ahead, fetch_threads
+from stream.block_reader import BlockReader, blocks_ahead, fetch_threads
+from stream.dataset import HuggingFaceImageNetDataset
 from stream.decode_pool import PROCESS_BYTES
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
@@ -300,7 +301,7 @@ def test_the_windows_are_the_blocks_held_at_the_fullest_step(
 ) -> None:
     config = settings(shuffled_set, shuffle_window=window, streams=streams, batch_size=batch)
     data = load(config, monkeypatch)
-    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", ahead)
+    monkeypatch.setattr("stream.block_reader.AHEAD_BYTES", ahead)
     sizes = [block.size for block in train_of(data).blocks]
     assert max(sizes) <= windows_bytes(config, data) <= sum(sizes)
     assert windows_bytes(config, data) == most_held(data, batch // streams, 0)
@@ -369,7 +370,7 @@ def test_what_the_limit_of_the_cache_leaves_over_is_told_as_memory(
     """For each of two epochs, against what their readers hold."""
     lengthen(make_set(tmp_path), 10_000, GROUP)
     options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "shuffle_window": window, "epochs": 2}
-    monkeypatch.setattr("stream.dataset.AHEAD_BYTES", 0)
+    monkeypatch.setattr("stream.block_reader.AHEAD_BYTES", 0)
     with Hub(tmp_path, port=hub_port):
         whole = load(settings(REPO_ID, **options), monkeypatch)
         store = train_of(whole).cache
