@@ -17,9 +17,9 @@ from stream.order import epoch_order
 POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
-CLIENT_BYTES = 100 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
+CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
-TRANSFER_COPIES = 1.5  # what receiving a block takes over its size, as measured
+TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
 DECODED_OVER_ENCODED = 15  # a photograph of 24 megapixels is 5 MB, or 72 MB of pixels
 
 

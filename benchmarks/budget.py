@@ -85,8 +85,8 @@ def plain(small: int) -> Files:
 
 PLAIN = {"block_mb": 4, "shuffle_window": 1000}
 SITUATIONS = {
-    "index": Situation("294 files, each with a footer of 100 KB", lambda small: files_of(294 // small, 48, 1, 0)),
-    "small": Situation("2,000 files of 4 rows", lambda small: files_of(2000 // small, 4, 4, 2000)),
+    "index": Situation("294 files, each with a footer of 100 KB", lambda small: files_of(294 // small, 48, 1, 30_000)),
+    "small": Situation("2,000 files of 4 rows", lambda small: files_of(2000 // small, 4, 4, 20_000)),
     "groups": Situation(
         "row groups of 100 MB, no cache", lambda small: files_of(4 // small, 1000, 500, 200_000), {"streams": 2}
     ),
@@ -130,9 +130,10 @@ def read(settings: dict[str, Any]) -> None:
     data = get_data_loaders(config, torch.device("cpu"))
     lines = preflight.describe_data(config, data)
     memory = next(line.removeprefix("memory").strip() for line in lines if line.startswith("memory"))
-    told = {"memory": preflight.memory_bytes(config, data), "line": memory}
-    print(json.dumps(told | {"requests": getattr(preflight, "requests_promised", lambda *_: None)(config, data)}))
-    sys.stdout.flush()
+    (index, blocks), val = data.train.dataset.requests(), data.val.dataset.requests()
+    requests = f"{index + val[0]:,} + {blocks:,} an epoch"
+    told = {"memory": preflight.memory_bytes(config, data), "line": memory, "requests": requests}
+    print(json.dumps(told), flush=True)
     sys.stdin.readline()
     for epoch in range(2):
         data.train.set_epoch(epoch)
@@ -228,7 +229,7 @@ def measure(situation: Situation, small: bool) -> list[str]:
     cells = [situation.title, str(opened[0]), str(read_all[0] - opened[0]), f"{read_all[1] / 1e6:,.1f}"]
     cells += [f"{value / 1e6:,.0f}" for value in (at_open, peak, told["memory"])]
     print(f"{situation.title}: {told['line']}", file=sys.stderr)
-    return [*cells, f"{told['memory'] / peak:.2f}", *([] if told["requests"] is None else [str(told["requests"])])]
+    return [*cells, f"{told['memory'] / peak:.2f}", told["requests"]]
 
 
 def asked(hub: Hub) -> tuple[int, int]:
@@ -247,10 +248,17 @@ def main() -> None:
     if given.read:
         read(given.read)
         return
-    head = ["situation", "requests: index", "two epochs", "MB received", "MB held, at the start", "at most", "promised"]
-    head += ["promised / held"]
+    head = [
+        "situation",
+        "requests: index",
+        "two epochs",
+        "MB received",
+        "MB held, at the start",
+        "at most",
+        "promised",
+    ]
+    head += ["promised / held", "requests promised"]
     found = [measure(SITUATIONS[name], given.small) for name in ([given.only] if given.only else SITUATIONS)]
-    head += ["requests promised"] if len(found[0]) > len(head) else []
     rows = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *found])
     if given.only or given.small:
         print(rows)

@@ -371,7 +371,10 @@ def test_a_failed_block_is_not_taken_for_an_unreadable_image(folder: Path, tmp_p
     assert our_threads() == []
 
 
-def test_a_reader_forgets_each_block_when_its_last_sample_was_used(folder: Path) -> None:
+def test_a_reader_forgets_each_block_when_its_last_sample_was_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.block_reader.SMALL_THREADS", 8)
     dataset = open_split(folder, "train", block_bytes=1)
     ids = np.concatenate(epoch_order(dataset.block_rows, 0, 0, 1, 20))
     reader = BlockReader(dataset, ids)

@@ -13,9 +13,11 @@ from hub import Hub
 from program import pretend_rank
 from shards import REPO_ID, make_imagenet_like, to_table
 
+import preflight
 from config import Config, resolve
 from preflight import DECODED_OVER_ENCODED, describe_data, memory_bytes, mixing, windows_bytes
 from preprocess import Data, get_data_loaders
+from stream import allowance
 from stream.block_reader import BlockReader, blocks_ahead, fetch_threads
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.decode_pool import PROCESS_BYTES
@@ -356,8 +358,49 @@ def test_large_images_make_decoding_processes_larger(tmp_path: Path) -> None:
 
 
 def test_fewer_blocks_are_in_transfer_when_they_are_large() -> None:
-    megabytes_in_transfer = {size: size * fetch_threads(size * 2**20) for size in (1, 4, 16, 32, 64, 100, 1000)}
-    assert megabytes_in_transfer == {1: 8, 4: 32, 16: 128, 32: 128, 64: 128, 100: 200, 1000: 2000}
+    megabytes_in_transfer = {size: size * fetch_threads(size * 2**20) for size in (1, 2, 16, 32, 64, 100, 1000)}
+    assert megabytes_in_transfer == {1: 32, 2: 16, 16: 128, 32: 128, 64: 128, 100: 200, 1000: 2000}
+
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_requests_that_are_promised_are_made(
+    sorted_root: Path, hub_port: int, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    """Of many small files, each is asked for once, with the index, and never again."""
+    monkeypatch.setattr("stream.footers.MANY_FILES", 3 if small else 100)
+    config = settings(REPO_ID, batch_size=16)
+    with Hub(sorted_root, port=hub_port) as hub:
+        data = load(config, monkeypatch)
+        index = [request for request in hub.requests if request.range]
+        line = lines_of(config, data)["requests"]
+        blocks = [0, 0]
+        for epoch in range(2):
+            data.train.set_epoch(epoch)
+            before = len(hub.requests)
+            assert len(list(data.train)) == TRAIN // 16
+            assert len(list(data.val)) == 3
+            blocks[epoch] = len(hub.requests) - before
+    expected = 2 if small else 48 + 2
+    assert blocks == [expected] * 2
+    assert line == f"{len(index)} for the index, {expected} for blocks in each epoch"
+
+
+@pytest.mark.parametrize(("images", "warns"), [(10**9, True), (1, False)])
+def test_a_limit_that_makes_requests_slow_is_told_with_the_time_and_the_way_out(
+    sorted_root: Path, hub_port: int, monkeypatch: pytest.MonkeyPatch, images: int, warns: bool
+) -> None:
+    config = settings(REPO_ID)
+    monkeypatch.setattr(preflight, "FEW_IMAGES", images)
+    with Hub(sorted_root, port=hub_port):
+        data = load(config, monkeypatch)
+        monkeypatch.setattr(allowance.requests, "limit", 10)
+        monkeypatch.setattr(allowance.requests, "window", 60)
+        line = lines_of(config, data)["requests"]
+    assert "50 for blocks in each epoch; the Hub's limit of 10 in 60 s makes that 5 minutes at least, 4 " in line
+    assert ("WARNING" in line) == ("--no_streaming" in line) == warns
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
@@ -414,7 +457,7 @@ def test_the_cache_line_counts_the_blocks_that_are_kept(
         train, val = train_of(data), data.val.dataset
         assert isinstance(val, HuggingFaceImageNetDataset)
         lines = lines_of(config, data)
-        assert list(lines) == LINES
+        assert list(lines) == [*LINES, "requests"]
         assert lines["revision"] == train.revision
         folder = tmp_path / "cache" / REPO_ID.replace("/", "--")
         assert lines["cache"] == f"{folder}: 0 of 48 training blocks, no limit"
