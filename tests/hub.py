@@ -25,6 +25,7 @@ ALLOWANCE = {"RateLimit": '"resolvers";r=900;t=90', "RateLimit-Policy": '"window
 TEXT = {".md", ".json", ".txt", ".yaml", ".py", ""}
 FAULTS = ("reset", "short", "stall")  # no answer; half of a file, then no more; half, then silence for a while
 LIES = ("other range", "false range", "other size", "no range", "long", "whole", "416", "html", "elsewhere")
+FLIP = "flip"  # one bit in the middle of what is sent is wrong
 SLOW = ("trickle", "trickled head", "silence")
 STALL_SECONDS = 5.0
 TRICKLE_SECONDS = 0.05  # between two bytes
@@ -104,7 +105,8 @@ class Hub:
     other token is refused everywhere, as on the Hub. `accepted` says whether its owner accepted the gated licence.
     With `redirect` large files are answered by a redirect to another server, `elsewhere`, and the allowance of requests
     is told, as on the Hub. `fault`, if given, says of each request (its method and path) how it fails: by a status, or
-    as in `FAULTS`, `LIES`, `SLOW` and `WAIT`. A `mirror` lacks some of the Hub's calls. All paths begin with `prefix`.
+    as in `FAULTS`, `LIES`, `FLIP`, `SLOW` and `WAIT`. A `mirror` lacks some of the Hub's calls. All paths begin with
+    `prefix`.
     """
 
     def __init__(
@@ -327,9 +329,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_bytes(self, path: Path, first: int, end: int) -> None:
         broken = self.fault in ("short", "stall")
         with path.open("rb") as data:
-            if self.fault == "trickle":
+            if self.fault in ("trickle", FLIP):
                 data.seek(first)
-                self._write(data.read(end - first))
+                body = bytearray(data.read(end - first))
+                body[len(body) // 2] ^= self.fault == FLIP
+                self._write(bytes(body))
             elif count := (end - first) // (2 if broken else 1):
                 self.connection.sendfile(data, first, count)
         if self.fault == "stall":

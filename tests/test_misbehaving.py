@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 from fault_sweep import STALL, short_waits
-from hub import FAULTS, LIES, SLOW, Hub
+from hub import FAULTS, FLIP, LIES, SLOW, Hub
 from huggingface_hub import close_session
 from program import Outcome, environment, ledger, run, start, train, wait
 from shards import REPO_ID
+from test_webdataset import make_set
 
 from stream import retry as network
 from stream.cache import FileStore
+from stream.dataset import HuggingFaceImageNetDataset
 from stream.hub import resolve
 from stream.retry import Network
 
@@ -86,6 +88,24 @@ def test_odd_answers_for_files_change_nothing(
     with Hub(hub_root, port=hub_port, redirect=redirect, fault=each_at_first(kinds, "/data/")):
         train(*HUB, *SMALL, "--stall_timeout", STALL, "--run_dir", tmp_path / "run")
     assert ledger(tmp_path / "run") == sound
+
+
+@pytest.mark.parametrize("how", ["the index has whole files", "a shard is a whole file"])
+def test_a_wrong_bit_in_a_whole_file_is_seen_by_the_hubs_checksum(
+    hub_root: Path, hub_port: int, tmp_path: Path, hasty: pytest.MonkeyPatch, how: str
+) -> None:
+    root = hub_root
+    if how == "a shard is a whole file":
+        root = tmp_path / "root"
+        make_set(root / "datasets" / REPO_ID)
+    hasty.setattr("stream.footers.MANY_FILES", 1)
+
+    def images_of(source: str) -> list[bytes]:
+        dataset = HuggingFaceImageNetDataset.open(source, split=["train"], num_classes=10, network=Network(5, 60))
+        return [image.as_py() for number in range(len(dataset.blocks)) for image in dataset.read_block(number).images]
+
+    with Hub(root, port=hub_port, fault=each_at_first((FLIP,), "/train-")):
+        assert images_of(REPO_ID) == images_of(str(root / "datasets" / REPO_ID))
 
 
 @pytest.mark.parametrize(

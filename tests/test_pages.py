@@ -57,7 +57,7 @@ def test_only_a_chunk_itself_passes(tmp_path: Path, options: dict[str, Any]) -> 
         for wrong in (
             data[first + 1 : end + 1],
             data[first : end - 1],
-            data[max(0, first - 4) : max(0, first - 4) + size],
+            data[before : before + end - first],
         ):
             with pytest.raises(ValueError, match="page"):
                 check_chunk(wrong, values)
