@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 
 from huggingface_hub.utils import parse_ratelimit_headers
@@ -27,6 +28,7 @@ class Allowance:
         self._interval = 0.0
         self._reset = self._last = -1.0
         self._counted = False
+        self._waiting: deque[object] = deque()
 
     def note(self, status: int, headers: Mapping[str, str]) -> None:
         """Take in an answer."""
@@ -47,13 +49,16 @@ class Allowance:
             self._changed.notify_all()
 
     def wait_for_turn(self) -> None:
-        """Wait until this process may ask again; never longer than until the allowance is new."""
-        since = time.monotonic()
+        """Wait until this process may ask again, first come, first served, and never longer than was told."""
+        since, me = time.monotonic(), object()
         with self._changed:
-            while (left := self._turn() - time.monotonic()) > 0:
-                self._changed.wait(min(left, LOOK_SECONDS))
+            self._waiting.append(me)
+            while (left := self._turn() - time.monotonic()) > 0 or self._waiting[0] is not me:
+                self._changed.wait(min(left, LOOK_SECONDS) if left > 0 else LOOK_SECONDS)
                 say(since, f"the Hub's limit of requests is nearly used up; the next one is due in {left:.0f} s")
+            self._waiting.popleft()
             self._last = time.monotonic()
+            self._changed.notify_all()
 
     def _turn(self) -> float:
         """When the next request may be made."""

@@ -3,10 +3,11 @@
 import email.utils
 import heapq
 import itertools
+import math
 import random
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,27 +323,33 @@ def simulate(
     granted: list[float] = []
     idle: list[float] = []
     order = itertools.count()
-    queue: list[Any] = [(now[0], next(order), rank, None, now[0]) for rank in range(ranks) for _ in range(threads)]
-    while queue[0][0] < 1000 + 60 * minutes:
-        now[0], _, rank, answer, since = heapq.heappop(queue)
-        if answer is not None:
+    waiting = [deque([now[0]] * threads) for _ in range(ranks)]
+    due = [math.inf] * ranks
+    events: list[Any] = [(now[0], next(order), rank, None) for rank in range(ranks)]
+    while events[0][0] < 1000 + 60 * minutes:
+        now[0], _, rank, answer = heapq.heappop(events)
+        if isinstance(answer, tuple):
             shared[rank].note(*answer)
-            told = told_wait(*answer)
-            heapq.heappush(queue, (now[0] + told, next(order), rank, None, now[0]))
+            heapq.heappush(events, (now[0] + told_wait(*answer), next(order), rank, "a thread is free"))
             continue
-        turn = shared[rank]._turn()
-        if turn > now[0]:
-            heapq.heappush(queue, (min(turn, now[0] + 0.25), next(order), rank, None, since))
-            continue
-        shared[rank]._last = now[0]
-        idle.append(now[0] - since)
-        period, into = divmod(now[0], window)
-        counts[int(period)] += 1
-        left = limit - others - counts[int(period)]
-        (granted if left >= 0 else refused).append(now[0])
-        headers = {"RateLimit": f'"resolvers";r={max(0, left)};t={int(window - into)}'}
-        headers["RateLimit-Policy"] = f'"w";"resolvers";q={limit};w={window}'
-        heapq.heappush(queue, (now[0] + 0.05, next(order), rank, (302 if left >= 0 else 429, headers), now[0]))
+        if answer:
+            waiting[rank].append(now[0])
+        else:
+            due[rank] = math.inf
+        while waiting[rank] and shared[rank]._turn() <= now[0]:
+            shared[rank]._last = now[0]
+            idle.append(now[0] - waiting[rank].popleft())
+            period, into = divmod(now[0], window)
+            counts[int(period)] += 1
+            left = limit - others - counts[int(period)]
+            (granted if left >= 0 else refused).append(now[0])
+            headers = {"RateLimit": f'"resolvers";r={max(0, left)};t={int(window - into)}'}
+            headers["RateLimit-Policy"] = f'"w";"resolvers";q={limit};w={window}'
+            heapq.heappush(events, (now[0] + 0.05, next(order), rank, (302 if left >= 0 else 429, headers)))
+        turn = max(now[0] + 0.01, shared[rank]._turn())
+        if waiting[rank] and turn < due[rank]:
+            due[rank] = turn
+            heapq.heappush(events, (turn, next(order), rank, None))
     return refused, granted, idle
 
 
@@ -350,11 +357,11 @@ def test_eight_ranks_share_one_allowance(monkeypatch: pytest.MonkeyPatch) -> Non
     """Eight ranks of eight threads, each request taking 50 ms, on one allowance of 5,000 in 300 s, for 20 minutes."""
     refused, times, idle = simulate(ranks=8, threads=8, limit=5000, window=300, minutes=20, patch=monkeypatch)
     assert refused == []
-    assert len(times) >= 0.9 * 5000 * 4
-    assert max(idle) <= 300
+    assert len(times) >= 0.95 * 5000 * 4
+    assert max(idle) < 10
 
 
-def test_an_allowance_that_others_use_up_costs_one_refusal_a_thread_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_use_of_the_allowance_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     refused, _, idle = simulate(8, 8, 5000, 300, minutes=20, others=2400, patch=monkeypatch)
-    assert len(refused) <= 64 * 4
-    assert max(idle) <= 301
+    assert refused == []
+    assert max(idle) < 10
