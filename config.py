@@ -91,7 +91,7 @@ class Config:
     cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept")
     cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept", above=0)
     cache_short_side: int | None = flag("data", "reduce images to this short side, pixels, before they are kept", None, short="kept as they are", least=1)
-    stall_timeout: float = flag("data", "seconds without a byte after which a request is repeated", 60.0, on_resume="kept", above=0)
+    stall_timeout: float = flag("data", "seconds in which less than 1 kB/s makes a request be repeated", 60.0, on_resume="kept", above=0)
     network_patience: float = flag("data", "minutes without progress after which the run writes a snapshot and ends", 30.0, on_resume="kept", above=0)
     no_streaming: bool = flag("data", "download the whole dataset first, then read it from disk", False, on_resume="kept")
     streams: int = flag("data", "parallel streams an epoch is cut into; ranks share them out", FROM_PRESET, least=1)

@@ -80,13 +80,6 @@ FAULTS = (
         "tests/test_misbehaving.py -k wrong_bit",
     ),
     Fault(
-        "stream/retry.py",
-        "a byte now and then keeps a request alive",
-        "if came < LEAST_RATE * stall:",
-        "if came < 1:",
-        "tests/test_misbehaving.py -k stays_odd",
-    ),
-    Fault(
         "stream/client.py",
         "a link that ran out is taken for a refusal by the Hub",
         "if status >= 400 and not hubs_own:",

@@ -187,6 +187,17 @@ def test_an_api_that_stays_odd_is_given_up_in_time(
     assert time.monotonic() - began < 1.5 + 20
 
 
+@pytest.mark.parametrize("kind", ["silence", "trickled head"])
+def test_a_hub_that_is_silent_about_a_model_is_given_up_in_time(
+    hub_root: Path, hub_port: int, tmp_path: Path, hasty: None, kind: str
+) -> None:
+    began = time.monotonic()
+    with Hub(hub_root, port=hub_port, fault=always(kind, "/org/")):
+        done = run("--use_pretrained", "org/tiny", *HASTY, "--run_dir", tmp_path / "run")
+    assert_one_line(done, "org/tiny")
+    assert time.monotonic() - began < 1.5 + 20
+
+
 @pytest.mark.slow
 def test_nothing_is_silent_for_long_at_the_pace_of_users(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
     """A real process, real waits: the API is silent for 12 s, a refusal says 16 s, then a block trickles for 13 s."""

@@ -18,6 +18,8 @@ from distributed import print0
 from errors import UsageError
 from model_resnet50 import CIFAR_STEM_UP_TO, ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
 from stream.augment import Normalize
+from stream.explain import one_line_errors
+from stream.retry import Network, patiently
 from training.optim import build_optimizer, build_scaler
 from training.state import seed_everything
 
@@ -46,6 +48,13 @@ class Training:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
+def _pretrained(source: str, classes: int, patience: float) -> ResNet50:
+    """`load_pretrained_resnet50`, waiting for the Hub aloud; Xet's client tells no bytes, so only patience ends it."""
+    network = Network(stall_timeout=patience, patience=patience)
+    with one_line_errors(source):
+        return patiently(lambda: load_pretrained_resnet50(source, classes), network, source, at_start=True)
+
+
 def build_training(config: Config, classes: int, device: torch.device) -> Training:
     """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
 
@@ -53,7 +62,7 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
     """
     torch.manual_seed(config.seed)
     if config.use_pretrained:
-        model: ResNet34 | ResNet50 = load_pretrained_resnet50(config.use_pretrained, classes)
+        model: ResNet34 | ResNet50 = _pretrained(config.use_pretrained, classes, 60 * config.network_patience)
         if config.image_size <= CIFAR_STEM_UP_TO:
             raise UsageError(
                 f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
