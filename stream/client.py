@@ -14,7 +14,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from errors import DataError
 from stream import allowance
-from stream.retry import Attempt, Elsewhere, WrongAnswer, attempt, told_wait
+from stream.retry import TRANSIENT_STATUS, Attempt, Elsewhere, WrongAnswer, attempt, told_wait
 
 SILENCE = 120.0  # seconds: ends the threads of calls that were given up before
 LIBRARIES_WAIT = 8.0  # seconds that huggingface_hub waits by itself; what is longer is waited for here, and aloud
@@ -54,7 +54,7 @@ def _look_at(response: Any) -> None:
     if told_wait(status, response.headers) > LIBRARIES_WAIT:
         hf_raise_for_status(response)
     hubs_own = "/api/" in url.path or "X-Error-Code" in response.headers or _host(url) == _host(constants.ENDPOINT)
-    if status >= 400 and not hubs_own:
+    if status >= 400 and status not in TRANSIENT_STATUS and not hubs_own:
         raise Elsewhere(f"status {status} from {url.host}")
     if status == 200 and "/api/" in url.path and "html" in response.headers.get("Content-Type", ""):
         raise WrongAnswer(f"{url.host} answers with a web page: a network that wants a log-in, or no Hub")

@@ -184,7 +184,8 @@ class HubFiles:
     def _patiently(self, number: int, call: Callable[[], None], progress: Callable[[], int]) -> None:
         name = self.names[number]
         with one_line_errors(self._source, name, self._commit):
-            patiently(call, self._network, name, progress=progress, turn=allowance.requests.wait_for_turn)
+            turn = allowance.requests.wait_for_turn
+            patiently(call, self._network, name, progress=progress, turn=turn, aloud=False)
 
     def _get(self, number: int, first: int, end: int, data: Pages) -> None:
         """Append bytes first to end - 1 to `data`."""

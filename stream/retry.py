@@ -2,6 +2,7 @@
 
 import email.utils
 import logging
+import math
 import random
 import re
 import socket
@@ -31,7 +32,7 @@ SAY_SECONDS = 10.0  # of waiting before the first line, and between lines
 LOOK_SECONDS = 1.0  # between looks whether a line is due
 POLL_SECONDS = 0.25
 _jitter = random.Random()
-_last_said = -SAY_SECONDS
+_last_said = -math.inf
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,20 @@ class Stalled(TimeoutError):
 
 
 def say(since: float, text: str) -> None:
-    """Warn what is waited for since then (`time.monotonic`): after a while, and not too often in the whole process."""
+    """Warn what is waited for since then (`time.monotonic`): after a while, and not too often in the whole process.
+
+    While one wait follows another, there is a line every `SAY_SECONDS`, though each may be short.
+    """
     global _last_said
     now = time.monotonic()
-    if min(now - since, now - _last_said) >= SAY_SECONDS:
+    patience = SAY_SECONDS if now - _last_said > 3 * SAY_SECONDS else LOOK_SECONDS
+    if now - since >= patience and now - _last_said >= SAY_SECONDS:
         _last_said = now
         log.warning("waiting for %.0f s: %s", now - since, redact(text))
 
 
-def pause(seconds: float, text: str) -> None:
-    """Sleep, and say why."""
-    since = time.monotonic()
+def pause(seconds: float, since: float, text: str) -> None:
+    """Sleep, and say why; what is waited for has been since then."""
     while seconds > 0:
         time.sleep(min(seconds, LOOK_SECONDS))
         seconds -= LOOK_SECONDS
@@ -103,10 +107,11 @@ class Attempt:
 attempt: ContextVar[Attempt] = ContextVar("attempt")
 
 
-def watched(call: Callable[[], T], stall: float, what: str) -> T:
-    """Return what `call` returns, from a thread of its own.
+def watched(call: Callable[[], T], stall: float, begun: float, what: str, aloud: bool = True) -> T:
+    """Return what `call` returns, from a thread of its own; it has been waited for since `begun`.
 
-    Raises Stalled, and gives the call up, when it brings less than `LEAST_RATE` for `stall` seconds.
+    Raises Stalled, and gives the call up, when it brings less than `LEAST_RATE` for `stall` seconds. What brings enough
+    is waited for in silence, unless it is to be `aloud`.
     """
     trying, result = Attempt(), Future[T]()
 
@@ -118,8 +123,7 @@ def watched(call: Callable[[], T], stall: float, what: str) -> T:
             result.set_exception(error)
 
     threading.Thread(target=run, name="hub", daemon=True).start()
-    since = started = time.monotonic()
-    before = 0
+    since, before = time.monotonic(), 0
     while not result.done():
         wait([result], min(POLL_SECONDS, stall))
         now, came = time.monotonic(), trying.received() - before
@@ -128,7 +132,8 @@ def watched(call: Callable[[], T], stall: float, what: str) -> T:
                 trying.give_up()
                 raise Stalled(f"{came:,} bytes in {now - since:.0f} s")
             since, before = now, before + came
-        say(started, f"{what}, {before + came:,} bytes so far")
+        if aloud or came < LEAST_RATE * (now - since):
+            say(begun, f"{what}, {before + came:,} bytes so far")
     return result.result()
 
 
@@ -140,26 +145,29 @@ def patiently(
     progress: Callable[[], int] = lambda: 0,
     turn: Callable[[], None] = lambda: None,
     at_start: bool = False,
+    aloud: bool = True,
 ) -> T:
     """Return what `call` returns, repeating it when it stalls or fails in a way that may pass.
 
     Gives up, and raises the last error, when for `network.patience` seconds `progress` (bytes) has grown by less than
     `LEAST_RATE`; waiting for one's `turn` does not count. `at_start` it gives up sooner, but waits as the Hub asks.
     """
-    since, made, tries, told = time.monotonic(), progress(), 0, 0.0
+    begun = since = time.monotonic()
+    made, tries, told = progress(), 0, 0.0
     while True:
         before_turn = time.monotonic()
         turn()
         since += time.monotonic() - before_turn
         try:
-            return watched(call, min(network.stall_timeout, network.patience), what)
+            return watched(call, min(network.stall_timeout, network.patience), begun, what, aloud)
         except Exception as error:
             cause = passing_cause(error)
             if cause is None:
                 raise
             now = time.monotonic()
             if progress() - made > LEAST_RATE * (now - since):
-                since, made, tries, told = now, progress(), 0, 0.0
+                begun = since = now
+                made, tries, told = progress(), 0, 0.0
             asked = asked_delay(cause)
             delay = max(asked, min(LONGEST_WAIT, FIRST_WAIT * 2**tries) * _jitter.uniform(0.5, 1.0))
             tries += 1
@@ -172,7 +180,7 @@ def patiently(
             told += asked
             left = network.patience - (now - since)
             asks = f"the Hub asks to wait {asked:.0f} s" if asked else f"trying on for {left:.0f} s"
-            pause(delay, f"{what}: {first_line(cause)}; {asks}")
+            pause(delay, begun, f"{what}: {first_line(cause)}; {asks}")
 
 
 def passing_cause(error: BaseException | None) -> Exception | None:

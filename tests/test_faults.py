@@ -131,8 +131,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr("time.sleep", sleep)
-    monkeypatch.setattr(network, "_last_said", -network.SAY_SECONDS)
-    monkeypatch.setattr(network, "watched", lambda call, stall, what: call())
+    monkeypatch.setattr(network, "_last_said", -math.inf)
+    monkeypatch.setattr(network, "watched", lambda call, stall, begun, what, aloud: call())
     return now
 
 
@@ -152,7 +152,7 @@ def test_a_call_is_repeated_until_it_succeeds_and_waits_longer_each_time(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(network, "pause", lambda seconds, text: waits.append(seconds))
+    monkeypatch.setattr(network, "pause", lambda seconds, since, text: waits.append(seconds))
     assert patiently(failing(*[ConnectionError("reset")] * 5), Network(), "it") == "done"
     bounds = [(network.FIRST_WAIT * 2**n / 2, network.FIRST_WAIT * 2**n) for n in range(5)]
     assert [low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)] == [True] * 5
@@ -199,9 +199,9 @@ def test_at_the_start_a_hub_that_only_fails_is_given_up_soon(clock: list[float],
 
 
 def test_long_waits_are_told_and_short_ones_are_not(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    network.pause(9, "it is slow")
+    network.pause(9, 0.0, "it is slow")
     assert caplog.messages == []
-    network.pause(35, "it is slow")
+    network.pause(35, 9.0, "it is slow")
     assert [re.sub(r"\d+", "N", text) for text in caplog.messages] == ["waiting for N s: it is slow"] * 3
 
 

@@ -127,7 +127,7 @@ def test_odd_answers_of_the_api_are_asked_for_again(
     def fault(method: str, path: str) -> int | str | None:
         return left.pop(0) if call in path and left else None
 
-    hasty.setattr(network, "pause", lambda seconds, text: None)
+    hasty.setattr(network, "pause", lambda seconds, since, text: None)
     hasty.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub's own waits
     hasty.setattr(network, "START_PATIENCE", 60.0)
     with Hub(hub_root, port=hub_port, fault=fault):
@@ -202,9 +202,10 @@ def test_a_hub_that_is_silent_about_a_model_is_given_up_in_time(
 def test_nothing_is_silent_for_long_at_the_pace_of_users(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
     """A real process, real waits: the API is silent for 12 s, a refusal says 16 s, then a block trickles for 13 s."""
     times: list[tuple[float, str]] = []
-    began, told = time.monotonic(), Counter[str]()
+    told, asked = Counter[str](), list[float]()
 
     def fault(method: str, path: str) -> str | None:
+        asked.append(time.monotonic())
         told[path] += 1
         if "/revision/" in path:
             return "silence" if told[path] == 1 else "wait 16" if told[path] == 2 else None
@@ -225,9 +226,11 @@ def test_nothing_is_silent_for_long_at_the_pace_of_users(hub_root: Path, hub_por
         assert process.wait(180) == 0
         for thread in threads:
             thread.join()
+    began = asked[0]
     moments = [began, *sorted(moment for moment, _ in times), time.monotonic()]
     waiting = [line for _, line in times if line.startswith("waiting")]
-    assert max(later - earlier for earlier, later in itertools.pairwise(moments)) < 15, times
+    timeline = "\n".join(f"{moment - began:6.1f} {line.strip()}" for moment, line in sorted(times))
+    assert max(later - earlier for earlier, later in itertools.pairwise(moments)) < 15, timeline
     assert [line for line in waiting if "asks to wait" in line]
     assert [line for line in waiting if "bytes so far" in line]
 
