@@ -1,5 +1,6 @@
 """Blocks of images and labels as one run of bytes, in memory that goes back to the system as soon as nobody uses it."""
 
+import contextlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+LARGE = 2**21  # bytes: from here on pages of 2 MiB, which are ten times as quick to fill
 ROOM = 2**16  # bytes: more than the schema and the first offsets take
 
 
@@ -68,4 +70,8 @@ class Pages:
 
 
 def _map(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages

@@ -13,6 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -107,8 +108,27 @@ class Attempt:
 attempt: ContextVar[Attempt] = ContextVar("attempt")
 
 
+class _Runner:
+    """A daemon thread that makes calls, one after the other; a thread for each call would fault its memory in anew."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=_make_calls, args=(self.calls,), name="hub", daemon=True).start()
+
+    def __del__(self) -> None:
+        self.calls.put(None)
+
+
+def _make_calls(calls: "SimpleQueue[Callable[[], None] | None]") -> None:
+    while (call := calls.get()) is not None:
+        call()
+
+
+_own = threading.local()  # `runner`: the one of this thread
+
+
 def watched(call: Callable[[], T], stall: float, begun: float, what: str, aloud: bool = True) -> T:
-    """Return what `call` returns, from a thread of its own; it has been waited for since `begun`.
+    """Return what `call` returns, from another thread; it has been waited for since `begun`.
 
     Raises Stalled, and gives the call up, when it brings less than `LEAST_RATE` for `stall` seconds. What brings enough
     is waited for in silence, unless it is to be `aloud`.
@@ -122,7 +142,8 @@ def watched(call: Callable[[], T], stall: float, begun: float, what: str, aloud:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="hub", daemon=True).start()
+    runner = _own.runner = getattr(_own, "runner", None) or _Runner()
+    runner.calls.put(run)
     since, before = time.monotonic(), 0
     while not result.done():
         wait([result], min(POLL_SECONDS, stall))
@@ -130,6 +151,7 @@ def watched(call: Callable[[], T], stall: float, begun: float, what: str, aloud:
         if now - since >= stall and not result.done():
             if came < LEAST_RATE * stall:
                 trying.give_up()
+                _own.runner = None
                 raise Stalled(f"{came:,} bytes in {now - since:.0f} s")
             since, before = now, before + came
         if aloud or came < LEAST_RATE * (now - since):
