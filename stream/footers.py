@@ -1,7 +1,6 @@
 """The footers of parquet files: which row groups they have, and where."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +10,7 @@ import distributed
 from stream.cache import Bytes
 from stream.explain import one_line_errors
 from stream.ranges import Files
+from stream.retry import in_threads
 
 Keep = Callable[[str, Callable[[], Bytes]], Bytes]  # the bytes kept under a name, made if absent
 
@@ -54,8 +54,5 @@ def read_footers(source: str, files: Files, keep: Keep, small: frozenset[int]) -
         with one_line_errors(source, files.names[number]):
             return pq.read_metadata(pa.BufferReader(data))
 
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        quiet = True if distributed.rank() else None
-        return list(
-            tqdm(pool.map(read, range(len(files.names))), "index", len(files.names), leave=False, disable=quiet)
-        )
+    numbers, quiet = range(len(files.names)), True if distributed.rank() else None
+    return list(tqdm(in_threads(read, numbers, FOOTER_THREADS), "index", len(numbers), leave=False, disable=quiet))

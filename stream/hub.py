@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from stream.cache import FileStore
 from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, read_if_there
-from stream.retry import Attempt, Network, WrongAnswer, attempt, first_line, passing_cause, patiently
+from stream.retry import Attempt, Network, WrongAnswer, attempt, first_line, in_threads, passing_cause, patiently
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PATHS_A_CALL = 500
@@ -184,8 +183,7 @@ class DownloadedFiles(LocalFiles):
 
     def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
         self._source, self._commit, self._network = source, commit, network
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
-            paths = list(pool.map(self._download, names))
+        paths = list(in_threads(self._download, names, DOWNLOADS))
         super().__init__(paths, paths[0][: -len(names[0])])
 
     def read_path(self, path: str) -> bytes | None:

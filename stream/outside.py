@@ -1,18 +1,15 @@
 """Images that lie outside their parquet file: the file tells their paths in the same repository or folder."""
 
 import re
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 
 from errors import DataError
 from stream.ranges import Files
+from stream.retry import in_threads
 
 THREADS = 8  # that read the images of a block; several blocks are read at once
 USUAL_BYTES = 110_000  # what an image outside is taken to have: the mean of ImageNet's
@@ -122,7 +119,9 @@ class OutsideImages:
         first, place = self._read(number, paths[0], places[0])
         if place and place != places[0][0]:
             places = [list(reversed(part)) for part in places]
-        rest = _in_threads(lambda index: self._read(number, paths[index + 1], places[index + 1])[0], len(paths) - 1)
+        rest = in_threads(
+            lambda index: self._read(number, paths[index], places[index])[0], range(1, len(paths)), THREADS
+        )
         return [first, *rest]
 
     def _read(self, number: int, path: str, places: list[str]) -> tuple[bytes, str | None]:
@@ -158,28 +157,3 @@ class OutsideImages:
 
 def _shortened(path: str) -> str:
     return repr(path if len(path) <= LONGEST_TOLD else f"{path[:LONGEST_TOLD]}...")
-
-
-def _in_threads(read: Callable[[int], bytes], count: int) -> list[bytes]:
-    """What `read` returns for 0 to count - 1, or its first error.
-
-    The threads are daemons: a process that ends does not wait for those that still wait for the network.
-    """
-    futures: list[Future[bytes]] = [Future() for _ in range(count)]
-    threads = min(THREADS, count)
-    numbers: SimpleQueue[int | None] = SimpleQueue()
-    for number in (*range(count), *[None] * threads):
-        numbers.put(number)
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        while (number := numbers.get()) is not None and not failed:
-            try:
-                futures[number].set_result(read(number))
-            except BaseException as error:
-                failed.append(error)
-                futures[number].set_exception(error)
-
-    for _ in range(threads):
-        Thread(target=work, name="image", daemon=True).start()
-    return [future.result() for future in futures]

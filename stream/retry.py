@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from contextvars import ContextVar
@@ -22,6 +22,7 @@ from huggingface_hub.utils import parse_ratelimit_headers
 from errors import redact
 
 log = logging.getLogger(__name__)
+S = TypeVar("S")
 T = TypeVar("T")
 
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -42,6 +43,38 @@ class Network:
 
     stall_timeout: float = 60.0
     patience: float = 1800.0
+
+
+def in_threads(call: Callable[[S], T], items: Sequence[S], threads: int) -> Iterator[T]:
+    """`map` with so many calls at once. The first error ends it.
+
+    The threads are daemons: a process that ends does not wait for those that still wait for the network.
+    """
+    futures: list[Future[T]] = [Future() for _ in items]
+    numbers = iter(range(len(items)))
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.is_set() and (number := next(numbers, None)) is not None:
+            try:
+                futures[number].set_result(call(items[number]))
+            except BaseException as error:
+                futures[number].set_exception(error)
+                ended.set()
+                first_error.append(error)
+
+    first_error: list[BaseException] = []
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=work, name="call", daemon=True).start()
+    try:
+        for future in futures:
+            while not future.done():
+                wait([future], POLL_SECONDS)
+                if first_error:
+                    raise first_error[0]
+            yield future.result()
+    finally:
+        ended.set()
 
 
 class WrongAnswer(ConnectionError):

@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from errors import DataError
 from stream.explain import one_line_errors
 from stream.parquet import Block, Keep
 from stream.ranges import Files
+from stream.retry import in_threads
 
 INDEX_THREADS = 4
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -93,8 +93,7 @@ class TarShards:
 
         quiet = True if distributed.rank() else None
         numbers = range(len(self._files.names))
-        with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            return list(tqdm(pool.map(look, numbers), "index", len(numbers), leave=False, disable=quiet))
+        return list(tqdm(in_threads(look, numbers, INDEX_THREADS), "index", len(numbers), leave=False, disable=quiet))
 
 
 def _samples(data: bytes | memoryview) -> Iterator[tuple[bytes, int | None]]:

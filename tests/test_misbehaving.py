@@ -199,6 +199,30 @@ def test_a_hub_that_is_silent_about_a_model_is_given_up_in_time(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", ["/revision/main", "/data/train-"])
+@pytest.mark.parametrize("flags", [(), ("--no_streaming",)])
+def test_a_run_that_waits_for_a_silent_hub_ends_at_once_when_it_is_interrupted(
+    hub_root: Path, hub_port: int, tmp_path: Path, path: str, flags: tuple[str, ...]
+) -> None:
+    reached = threading.Event()
+
+    def fault(method: str, asked: str) -> str | None:
+        if path in asked:
+            reached.set()
+        return "silence" if path in asked else None
+
+    with Hub(hub_root, port=hub_port, fault=fault):
+        process = start(*HUB, *SMALL, *flags, "--run_dir", tmp_path / "run")
+        assert reached.wait(60)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        done = wait(process)
+    assert (done.status, time.monotonic() - began < 5) == (130, True), done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
 def test_nothing_is_silent_for_long_at_the_pace_of_users(hub_root: Path, hub_port: int, tmp_path: Path) -> None:
     """A real process, real waits: the API is silent for 12 s, a refusal says 16 s, then a block trickles for 13 s."""
     times: list[tuple[float, str]] = []
