@@ -148,6 +148,7 @@ def test_a_sweep_over_a_stream_fetches_each_block_once_and_only_those_it_needs(
         Hub(hub_root, port=hub_port) as hub,
     ):
         patch.setattr(lr_finder, "SWEEP_STEPS", 16)
+        patch.setattr("stream.block_reader.SMALL_THREADS", 8)
         done = run(*flags, *finder, entry=run_lr_finder.main)
         asked = [request for request in hub.requests if request.range and "/train-" in request.path]
     assert done.status in (0, 4), done.err

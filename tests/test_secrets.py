@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_model")
 
 DIGITS: tuple[object, ...] = ("--max_samples", 16, "--batch_size", 16, "--num_workers", 0, "--epochs", 2)
 IMAGES: tuple[object, ...] = ("--model", "resnet18", "--image_size", 16, "--batch_size", 8, "--epochs", 1)
-STREAMED = (*IMAGES, "--num_workers", 1, "--network_patience", 0.001, "--stall_timeout", 5)
+STREAMED = (*IMAGES, "--num_workers", 1, "--network_patience", 0.08, "--stall_timeout", 5)
 
 
 TOKEN = "hf_CANARYtokenCANARYtokenCANARYtoken00"
@@ -41,7 +41,7 @@ SECRETS = {
     "HTTP_PROXY": "http://proxyuser:CANARYproxy@127.0.0.1:9",
 }
 REMOTE = "https://gituser:CANARYgit@example.invalid/repo.git"
-SIGNATURE = "elsewhere"  # what the stand-in puts where the Hub puts the signature of a link to its storage
+SIGNATURE = "?signed"  # what the stand-in puts where the Hub puts the signature of a link to its storage
 
 RUNS = """
 import json, os, runpy, sys, traceback
