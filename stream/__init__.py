@@ -14,7 +14,7 @@ What is read
 
 How it gets here
     hub          what a dataset on the Hub has at one commit
-    ranges       files read in ranges; of the Hub's answers none is believed
+    ranges       files read in ranges; what the Hub answers is checked
     pages        the page structure of a parquet column, compared with the footer
     client       the HTTP client that the Hub's libraries share: no wait without a bound
     retry        waiting for the network: for how long, and what to say meanwhile

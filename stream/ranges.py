@@ -1,4 +1,4 @@
-"""Files whose bytes are read in ranges, on this machine or on the Hub; of the Hub's answers none is believed."""
+"""Files whose bytes are read in ranges, on this machine or on the Hub; what the Hub answers is checked."""
 
 import hashlib
 import os
