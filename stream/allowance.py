@@ -6,10 +6,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
-from huggingface_hub.utils import parse_ratelimit_headers
-
 import distributed
-from stream.retry import LOOK_SECONDS, say, told_wait
+from stream.retry import LOOK_SECONDS, limits, say, told_wait
 
 USUAL_LIMIT, USUAL_WINDOW = 5000, 300  # requests and seconds of a free account, for files
 SPARE = 8  # requests of each rank that may be under way while the last answer is read
@@ -32,7 +30,7 @@ class Allowance:
 
     def note(self, status: int, headers: Mapping[str, str]) -> None:
         """Take in an answer."""
-        info, ranks = parse_ratelimit_headers(headers), distributed.world_size()
+        info, ranks = limits(headers), distributed.world_size()
         wait = told_wait(status, headers)
         with self._changed:
             if info is not None and info.limit and info.window_seconds:
@@ -43,19 +41,26 @@ class Allowance:
             if wait > 0:
                 self._interval, self._reset = math.inf, time.monotonic() + wait
             elif info is not None and info.remaining < self.limit / 2:
-                left, seconds = info.remaining - SPARE * ranks, info.reset_in_seconds + 1  # whole seconds are told
+                left = info.remaining - SPARE * ranks
+                seconds = min(info.reset_in_seconds, self.window) + 1  # whole seconds are told
                 self._interval = seconds * ranks / left if left > 0 else math.inf
                 self._reset = time.monotonic() + seconds
             self._changed.notify_all()
 
-    def wait_for_turn(self) -> None:
-        """Wait until this process may ask again, first come, first served, and never longer than was told."""
+    def wait_for_turn(self, most: float = math.inf) -> None:
+        """Wait until this process may ask again, first come, first served, and never longer than was told.
+
+        Raises TimeoutError if that is more than `most` seconds.
+        """
         since, me = time.monotonic(), object()
         with self._changed:
             self._waiting.append(me)
             while (left := self._turn() - time.monotonic()) > 0 or self._waiting[0] is not me:
+                if left > most:
+                    self._waiting.remove(me)
+                    raise TimeoutError(f"the Hub asks to wait {left:.0f} s")
                 self._changed.wait(min(left, LOOK_SECONDS) if left > 0 else LOOK_SECONDS)
-                say(since, f"the Hub's limit of requests is nearly used up; the next one is due in {left:.0f} s")
+                say(since, f"the Hub asks to wait before the next request, which is due in {left:.0f} s")
             self._waiting.popleft()
             self._last = time.monotonic()
             self._changed.notify_all()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -76,6 +77,7 @@ class BlockReader:
         self._lock = threading.Lock()
         self._wanted: SimpleQueue[int | None] = SimpleQueue()
         self._closed = False
+        self.should_stop: Callable[[], bool] = lambda: False
         if dataset.cache is not None:
             dataset.cache.forget_used()
         self._threads = [
@@ -118,19 +120,19 @@ class BlockReader:
         while not future.done():
             wait([future], POLL_SECONDS)
             say(since, f"{self._dataset.blocks[block].name}, before training can go on")
-            if self._closed:
+            if self._closed or self.should_stop():
                 raise Cancelled
         data = future.result()
         return self._from_disk(block) if data is None else data
 
     def _from_disk(self, block: int) -> BlockData:
         with self._lock:
-            data = self._open.get(block)
-            if data is None:
-                data = self._dataset.find_block(block) or self._dataset.read_block(block)
-                self._open[block] = data
-                if len(self._open) > OPEN_BLOCKS:
-                    self._open.popitem(last=False)
+            data = self._open.get(block) or self._dataset.find_block(block)
+        data = data or self._dataset.read_block(block)
+        with self._lock:
+            self._open[block] = data
+            if len(self._open) > OPEN_BLOCKS:
+                self._open.popitem(last=False)
             return data
 
     def _fetch(self) -> None:

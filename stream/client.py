@@ -56,7 +56,8 @@ def _look_at(response: Any) -> None:
     hubs_own = "/api/" in url.path or "X-Error-Code" in response.headers or _host(url) == _host(constants.ENDPOINT)
     if status >= 400 and status not in TRANSIENT_STATUS and not hubs_own:
         raise Elsewhere(f"status {status} from {url.host}")
-    if status == 200 and "/api/" in url.path and "html" in response.headers.get("Content-Type", ""):
+    page = "html" in response.headers.get("Content-Type", "") and not url.path.endswith((".html", ".htm"))
+    if status == 200 and page and ("/api/" in url.path or "/resolve/" in url.path):
         raise WrongAnswer(f"{url.host} answers with a web page: a network that wants a log-in, or no Hub")
 
 

@@ -1,11 +1,15 @@
 """What a dataset on the Hub has at one commit, and what opens its files."""
 
 import json
+import math
+import mmap
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import xxhash
@@ -17,9 +21,10 @@ from errors import DataError, UsageError
 from stream.cache import FileStore
 from stream.explain import one_line_errors
 from stream.files import read_small
-from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, read_if_there
+from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, compare_digest, read_if_there
 from stream.retry import Attempt, Network, WrongAnswer, attempt, first_line, in_threads, passing_cause, patiently
 
+T = TypeVar("T")
 COMMIT = re.compile("[0-9a-f]{40}")
 PATHS_A_CALL = 500
 DOWNLOADS = 8
@@ -65,6 +70,21 @@ def resolve(
         return replace(listing, told={name: FileInfo(*info) for name, info in listing.told.items()})
 
 
+def sensibly(call: Callable[..., T]) -> Callable[..., T]:
+    """Take an answer of the Hub's API that its client stumbles over for a wrong one."""
+
+    @wraps(call)
+    def checked(*arguments: Any) -> T:
+        try:
+            return call(*arguments)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise WrongAnswer(
+                f"the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)})"
+            ) from None
+
+    return checked
+
+
 def pin(source: str, revision: str, store: FileStore, network: Network) -> str:
     """The commit that `revision` points to now, if this user may read the dataset; a commit is returned as it is.
 
@@ -74,6 +94,7 @@ def pin(source: str, revision: str, store: FileStore, network: Network) -> str:
         return revision
     name = f"refs/{revision.replace('/', '--')}"
 
+    @sensibly
     def ask() -> str:
         api = HfApi()
         sha = api.dataset_info(source, revision=revision).sha
@@ -82,8 +103,9 @@ def pin(source: str, revision: str, store: FileStore, network: Network) -> str:
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403) or passing_cause(error):
                 raise  # others come from mirrors that do not know this call
-        assert sha is not None
-        return sha
+        if not COMMIT.fullmatch(str(sha)):
+            raise WrongAnswer(f"the Hub tells no commit of {source}")
+        return str(sha)
 
     with one_line_errors(source):
         try:
@@ -106,6 +128,7 @@ def _ask_hub(source: str, commit: str, network: Network, configuration: str | No
         )
 
 
+@sensibly
 def _ask_datasets(source: str, commit: str | None, configuration: str | None) -> Listing:
     try:
         builder = datasets.load_dataset_builder(source, configuration, revision=commit)
@@ -129,6 +152,7 @@ def _check_configuration(source: str, commit: str | None, configuration: str | N
         raise DataError(f"{source} has several configurations and no default; {choices}")
 
 
+@sensibly
 def _ask_about(source: str, commit: str, names: list[str]) -> dict[str, FileInfo]:
     """What the Hub tells of files; of none where a mirror does not know this call."""
     told: dict[str, FileInfo] = {}
@@ -163,7 +187,7 @@ def _lengths(source: str, commit: str | None, splits: dict[str, list[str]]) -> d
             for name, length in zip(split["filenames"], split["shard_lengths"], strict=True)
         }
     except (EntryNotFoundError, FileNotFoundError, LookupError, TypeError, ValueError, RecursionError) as error:
-        if passing_cause(error):
+        if passing_cause(error) and not isinstance(error, ValueError):
             raise
         return {}
     return {tar: lengths[tar.rpartition("/")[2]] for tar in tars if tar.rpartition("/")[2] in lengths}
@@ -175,14 +199,14 @@ def open_files(source: str, listing: Listing, names: list[str], streaming: bool,
         return LocalFiles(names, os.path.join(os.path.realpath(source), ""))
     if streaming:
         return HubFiles(source, listing.commit, names, network, listing.told)
-    return DownloadedFiles(source, listing.commit, names, network)
+    return DownloadedFiles(source, listing, names, network)
 
 
 class DownloadedFiles(LocalFiles):
     """Files of a dataset on the Hub at one commit, downloaded to this machine: these at once, others when read."""
 
-    def __init__(self, source: str, commit: str, names: list[str], network: Network) -> None:
-        self._source, self._commit, self._network = source, commit, network
+    def __init__(self, source: str, listing: Listing, names: list[str], network: Network) -> None:
+        self._source, self._listing, self._network = source, listing, network
         paths = list(in_threads(self._download, names, DOWNLOADS))
         super().__init__(paths, paths[0][: -len(names[0])])
 
@@ -195,22 +219,35 @@ class DownloadedFiles(LocalFiles):
             raise
 
     def _download(self, name: str) -> str:
-        with one_line_errors(self._source, name, self._commit):
-            return patiently(lambda: self._ask(name), self._network, name)
+        """The path of a file, which is compared with what the Hub tells of it when it has just come."""
+        came = [0]
 
-    def _ask(self, name: str) -> str:
-        count = attempt.get(Attempt()).count
+        def ask() -> str:
+            count = attempt.get(Attempt()).count
 
-        class Counted(tqdm):  # type: ignore[misc]
-            """A bar that counts what Xet's own client brings."""
+            class Counted(tqdm):  # type: ignore[misc]
+                """A bar that counts what Xet's own client brings."""
 
-            def update(self, added: float | None = 1) -> bool | None:
-                count(int(added or 0))
-                return super().update(added)
+                def update(self, added: float | None = 1) -> bool | None:
+                    count(int(added or 0))
+                    came[0] += int(added or 0)
+                    return super().update(added)
 
+            commit = self._listing.commit
+            path = hf_hub_download(self._source, name, repo_type="dataset", revision=commit, tqdm_class=Counted)
+            if came[0] and name in self._listing.told:
+                _compare_file(Path(path), self._listing.told[name])
+            return path
+
+        with one_line_errors(self._source, name, self._listing.commit):
+            return patiently(ask, self._network, name, progress=lambda: came[0], most=math.inf)
+
+
+def _compare_file(path: Path, told: FileInfo) -> None:
+    """Remove a file, and raise WrongAnswer, if it is not the one that is told of."""
+    with open(path, "rb") as file, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
         try:
-            return hf_hub_download(self._source, name, repo_type="dataset", revision=self._commit, tqdm_class=Counted)
-        except OSError as error:
-            if error.errno is None and "Consistency check" in str(error):
-                raise WrongAnswer(first_line(error)) from None
-            raise
+            compare_digest(told.digest, data)
+        except ValueError as error:
+            path.resolve().unlink()
+            raise WrongAnswer(f"{path.name} of {told.size:,} bytes: {error}") from None

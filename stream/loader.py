@@ -32,7 +32,12 @@ class Cancelled(Exception):
 
 
 class Reader(Protocol):
-    """Reads the samples of one epoch, and may prefetch in the order it was opened with."""
+    """Reads the samples of one epoch, and may prefetch in the order it was opened with.
+
+    One that waits raises Cancelled when `should_stop()` is true.
+    """
+
+    should_stop: Callable[[], bool]
 
     def read(self, sample_id: int) -> tuple[EncodedImage, int]:
         """One image, encoded or as uint8 (H, W, 3), and its label; blocks until it is available. Thread-safe."""
@@ -205,6 +210,7 @@ class _EpochReader:
         self._streams = streams
         self._spans = spans
         self._reader = loader.dataset.reader(np.concatenate([ids_of(streams, parts) for parts in spans]))
+        self._reader.should_stop = lambda: loader.should_stop()
         self._threads = ThreadPoolExecutor(loader.num_workers, "decode") if loader.num_workers else None
         self._closed = False
         self._bad: set[int] = set()

@@ -53,6 +53,8 @@ class LocalDataset:
                 digest.update(bytes(self.read(number)[0]))
         return digest.hexdigest()
 
+    should_stop: Callable[[], bool] = staticmethod(lambda: False)
+
     def reader(self, ids: np.ndarray) -> "LocalDataset":
         return self
 

@@ -4,10 +4,11 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import xxhash
 from huggingface_hub import get_session, hf_hub_url
@@ -26,6 +27,7 @@ LARGEST_IMAGE = 2**26  # bytes of a file that is read by its path; none that can
 WHOLE_FILE = 2**23  # bytes: a server that knows no ranges may send a whole file of this size
 SAME_BYTES = 8  # times that the same wrong bytes come before they are taken to be the file's own
 
+T = TypeVar("T")
 Check = Callable[[bytes | memoryview], object]
 
 
@@ -123,17 +125,26 @@ class HubFiles:
         self._commit = commit
         self._urls = [hf_hub_url(source, name, repo_type="dataset", revision=commit) for name in names]
         self._network = network
-        self._told_sizes = {number: told[name].size for number, name in enumerate(names) if name in told}
-        self._sizes = dict(self._told_sizes)
-        self._digests = {number: told[name].digest for number, name in enumerate(names) if name in told}
+        self._told = {number: told[name] for number, name in enumerate(names) if name in told}
+        self._heard: dict[int, int] = {}
 
     def told_size(self, number: int) -> int | None:
-        return self._told_sizes.get(number)
+        return self._told[number].size if number in self._told else None
 
     def size(self, number: int) -> int:
-        if number not in self._sizes:
-            self._patiently(number, lambda: self._get(number, 0, 1, Pages(1)), lambda: 0)
-        return self._sizes[number]
+        """What is told; where nothing is, what two answers agree on."""
+
+        def hear() -> int:
+            sizes = {self._get(number, 0, 1, Pages(1)) for _ in range(2)}
+            if len(sizes) > 1:
+                raise WrongAnswer(f"the server tells several sizes: {', '.join(map(str, sorted(sizes)))}")
+            return sizes.pop()
+
+        if (told := self.told_size(number)) is not None:
+            return told
+        if number not in self._heard:
+            self._heard[number] = self._patiently(number, hear, 2**20)
+        return self._heard[number]
 
     def read(self, number: int, first: int, end: int, check: Check = trust) -> memoryview:
         wanted = end - first
@@ -141,104 +152,132 @@ class HubFiles:
             return memoryview(b"")
         held, refused = Pages(wanted), Counter[str]()
 
-        def rest() -> None:
+        def rest() -> memoryview:
             nonlocal held
             held = mine = Pages(wanted, held.written())  # a request that was given up may still add to its own
             if mine.tell() < wanted:
-                self._get(number, first + mine.tell(), end, mine)
+                size = self._get(number, first + mine.tell(), end, mine)
+                if size != self.size(number):
+                    mine.cut(0)
+                    raise WrongAnswer(f"the server has a file of {size:,} bytes, not of {self.size(number):,}")
             try:
-                self._compare_digest(number, first, mine.written())
+                if number in self._told and wanted == self.size(number):
+                    compare_digest(self._told[number].digest, mine.written())
                 check(mine.written())
             except ValueError as error:
                 digest = xxhash.xxh3_128_hexdigest(mine.written())
-                held = Pages(wanted)
+                mine.cut(0)
                 refused[digest] += 1
                 text = f"bytes {first:,} to {end - 1:,} of {self.size(number):,}: {error}"
                 raise (ValueError if refused[digest] == SAME_BYTES else WrongAnswer)(text) from None
+            return mine.written()
 
-        self._patiently(number, rest, lambda: held.tell())
-        return held.written()
+        return self._patiently(number, rest, wanted + 2**20, lambda: held.tell())
 
     def read_path(self, path: str) -> bytes | None:
         url = hf_hub_url(self._source, path, repo_type="dataset", revision=self._commit)
 
         def whole() -> bytes | None:
-            headers = build_hf_headers() | {"Range": f"bytes=0-{LARGEST_IMAGE}", "Accept-Encoding": "identity"}
-            response = get_session().get(url, headers=headers)
-            if response.status_code == 416:  # an empty file has no such range
-                return None
             try:
-                hf_raise_for_status(response)
-            except RemoteEntryNotFoundError:
+                with _asked(url, 0, LARGEST_IMAGE + 1) as response:
+                    size, digest = _size_of(response), _told_digest(response)
+                    if size > LARGEST_IMAGE:
+                        return None
+                    if response.status_code == 200 and not digest:
+                        raise WrongAnswer("a whole file came without the Hub's checksum")
+                    data = Pages(max(1, size))
+                    _receive(response, 0, size, data)
+                    compare_digest(digest, data.written())
+                    return bytes(data.written())
+            except (RemoteEntryNotFoundError, Empty):
                 return None
-            told, data = response.headers.get("Content-Range"), response.content
-            if len(data) > LARGEST_IMAGE:
-                return None
-            if response.status_code == 206 and told != f"bytes 0-{len(data) - 1}/{len(data)}":
-                raise WrongAnswer(f"the whole file was asked for, and {told or 'an unnamed range'} came")
-            return data
+            except ValueError as error:
+                raise WrongAnswer(str(error)) from None
 
         with one_line_errors(self._source, path, self._commit):
-            return patiently(whole, self._network, path, turn=allowance.requests.wait_for_turn)
-
-    def _patiently(self, number: int, call: Callable[[], None], progress: Callable[[], int]) -> None:
-        name = self.names[number]
-        with one_line_errors(self._source, name, self._commit):
             turn = allowance.requests.wait_for_turn
-            patiently(call, self._network, name, progress=progress, turn=turn, aloud=False)
+            return patiently(whole, self._network, path, turn=turn, most=LARGEST_IMAGE + 2**20, aloud=False)
 
-    def _get(self, number: int, first: int, end: int, data: Pages) -> None:
-        """Append bytes first to end - 1 to `data`."""
-        headers = build_hf_headers() | {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", self._urls[number], headers=headers) as response:
-            if response.status_code == 416:
-                raise WrongAnswer(f"the server does not have bytes {first:,} to {end - 1:,}")
-            if response.status_code >= 400:
-                hf_raise_for_status(response)
-            skip = self._check_head(number, first, end, response)
-            before, left = data.tell(), end - first
-            for chunk in response.iter_bytes():
-                part = memoryview(chunk)[skip:]
-                skip = max(0, skip - len(chunk))
-                data.write(part[:left])
-                left -= len(part)
-                if left <= 0 and response.status_code == 200:
-                    return
-                if left < 0:
-                    data.cut(before)
-                    raise WrongAnswer(f"more than bytes {first:,} to {end - 1:,} came")
-        if left:
-            raise ConnectionError(f"{end - first - left:,} of {end - first:,} bytes arrived")
+    def _patiently(self, number: int, call: Callable[[], T], most: int, progress: Callable[[], int] | None = None) -> T:
+        name, turn = self.names[number], allowance.requests.wait_for_turn
+        with one_line_errors(self._source, name, self._commit):
+            return patiently(call, self._network, name, progress=progress, turn=turn, most=most, aloud=False)
 
-    def _check_head(self, number: int, first: int, end: int, response: Any) -> int:
-        """Compare what an answer says it is with what was asked, and return how many of its bytes to skip."""
-        asked = f"bytes {first:,} to {end - 1:,} were asked for"
-        if response.status_code == 206:
-            told = response.headers.get("Content-Range", "")
-            match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", told.strip())
-            if match is None or (int(match[1]), int(match[2])) != (first, end - 1):
-                raise WrongAnswer(f"{asked}, and {told or 'an unnamed range'} came")
-            skip, size = 0, int(match[3])
-        elif response.status_code == 200:
-            length = response.headers.get("Content-Length", "")
-            known = self._sizes.get(number)
-            size = int(length) if re.fullmatch(r"\d{1,18}", length) else known if known is not None else -1
-            if not end <= size <= max(WHOLE_FILE, 2 * (end - first)):
-                raise WrongAnswer(f"{asked}, and the whole file came")
-            skip = first
-        else:
-            raise WrongAnswer(f"{asked}, and the server answers with status {response.status_code}")
-        known = self._sizes.setdefault(number, size)
-        if size != known:
-            raise WrongAnswer(f"{asked} of {known:,}, and the server has a file of {size:,}")
-        return skip
+    def _get(self, number: int, first: int, end: int, data: Pages) -> int:
+        """Append bytes first to end - 1 to `data`, and return the size of the file that the server tells."""
+        with _asked(self._urls[number], first, end) as response:
+            size = _size_of(response)
+            if response.status_code == 200 and not end <= size <= max(WHOLE_FILE, 2 * (end - first)):
+                raise WrongAnswer(f"bytes {first:,} to {end - 1:,} were asked for, and the whole file came")
+            _receive(response, first, end, data)
+            return size
 
-    def _compare_digest(self, number: int, first: int, data: memoryview) -> None:
-        """Raise ValueError for a whole file that is not the one of the Hub's listing."""
-        told = self._digests.get(number, "")
-        if told and first == 0 and len(data) == self._sizes[number]:
-            kind, before = ("sha256", b"") if len(told) == SHA256 else ("sha1", b"blob %d\0" % len(data))
-            digest = hashlib.new(kind, before)  # Git hashes a file with its size before it
-            digest.update(data)
-            if digest.hexdigest() != told:
-                raise ValueError("the file has another checksum on the Hub")
+
+class Empty(WrongAnswer):
+    """A file has no bytes."""
+
+
+@contextmanager
+def _asked(url: str, first: int, end: int) -> Iterator[Any]:
+    """The answer to a range request, if it is none of an error. Raises Empty."""
+    headers = build_hf_headers() | {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers) as response:
+        if response.status_code == 416 and response.headers.get("Content-Range", "").strip() == "bytes */0":
+            raise Empty
+        if response.status_code == 416:
+            raise WrongAnswer(f"the server does not have bytes {first:,} to {end - 1:,}")
+        if response.status_code >= 400:
+            hf_raise_for_status(response)
+        if response.status_code not in (200, 206):
+            raise WrongAnswer(f"the server answers a range request with status {response.status_code}")
+        yield response
+
+
+def _size_of(response: Any) -> int:
+    """The size of the whole file that an answer is of. Raises WrongAnswer where none is told."""
+    whole = response.status_code == 200
+    told = response.headers.get("Content-Length" if whole else "Content-Range", "").strip()
+    match = re.fullmatch(r"(\d{1,18})" if whole else r"bytes \d+-\d+/(\d{1,18})", told)
+    if match is None:
+        raise WrongAnswer(f"{told or 'an unnamed range'} came")
+    return int(match[1])
+
+
+def _receive(response: Any, first: int, end: int, data: Pages) -> None:
+    """Append bytes first to end - 1 of a file, from an answer that has just them or the whole file."""
+    size, asked = _size_of(response), f"bytes {first:,} to {end - 1:,} were asked for"
+    skip = first if response.status_code == 200 else 0
+    told = response.headers.get("Content-Range")
+    if response.status_code == 206 and told != f"bytes {first}-{end - 1}/{size}":
+        raise WrongAnswer(f"{asked}, and {told} came")
+    before, left = data.tell(), end - first
+    for chunk in response.iter_bytes():
+        part = memoryview(chunk)[skip:]
+        skip = max(0, skip - len(chunk))
+        data.write(part[: max(0, left)])
+        left -= len(part)
+        if left <= 0 and response.status_code == 200 and end < size:
+            return
+        if left < 0:
+            data.cut(before)
+            raise WrongAnswer(f"{asked}, and more came")
+    if left:
+        raise ConnectionError(f"{end - first - left:,} of {end - first:,} bytes arrived")
+
+
+def _told_digest(response: Any) -> str:
+    """The checksum that the Hub tells of a file with the answer or with the redirect to it, or nothing."""
+    for answer in (*response.history, response):
+        tag = str(answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag", "")).removeprefix("W/").strip('"')
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", tag):
+            return tag
+    return ""
+
+
+def compare_digest(told: str, data: memoryview) -> None:
+    """Raise ValueError for a whole file that is not the one of this digest, if there is one."""
+    kind, before = ("sha256", b"") if len(told) == SHA256 else ("sha1", b"blob %d\0" % len(data))
+    digest = hashlib.new(kind, before)  # Git hashes a file with its size before it
+    digest.update(data)
+    if told and digest.hexdigest() != told:
+        raise ValueError("the file has another checksum on the Hub")

@@ -1,6 +1,7 @@
 """Waiting for the network: for how long, what to try again, and what to say meanwhile."""
 
 import email.utils
+import json
 import logging
 import math
 import random
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import RateLimitInfo, parse_ratelimit_headers
 
 from errors import redact
 
@@ -29,7 +30,9 @@ TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
 START_PATIENCE = 20.0  # seconds: at the start giving up loses nothing, and the user may be watching
 STALLS_AT_START = 3
+REFUSALS = 5  # in a row, after which a refusal without a code is believed
 LEAST_RATE = 1024.0  # bytes a second
+MOST_BYTES = 2**28  # of what the Hub tells of a dataset
 SAY_SECONDS = 10.0  # of waiting before the first line, and between lines
 LOOK_SECONDS = 1.0  # between looks whether a line is due
 POLL_SECONDS = 0.25
@@ -160,11 +163,21 @@ def _make_calls(calls: "SimpleQueue[Callable[[], None] | None]") -> None:
 _own = threading.local()  # `runner`: the one of this thread
 
 
-def watched(call: Callable[[], T], stall: float, begun: float, what: str, aloud: bool = True) -> T:
+def watched(
+    call: Callable[[], T],
+    stall: float,
+    begun: float,
+    what: str,
+    *,
+    aloud: bool = True,
+    longest: float = math.inf,
+    most: float = math.inf,
+) -> T:
     """Return what `call` returns, from another thread; it has been waited for since `begun`.
 
-    Raises Stalled, and gives the call up, when it brings less than `LEAST_RATE` for `stall` seconds. What brings enough
-    is waited for in silence, unless it is to be `aloud`.
+    Raises Stalled, and gives the call up, when it brings less than `LEAST_RATE` for `stall` seconds or takes `longest`,
+    WrongAnswer when it brings more than `most` bytes. What brings enough is waited for in silence, unless it is to be
+    `aloud`.
     """
     trying, result = Attempt(), Future[T]()
 
@@ -177,19 +190,28 @@ def watched(call: Callable[[], T], stall: float, begun: float, what: str, aloud:
 
     runner = _own.runner = getattr(_own, "runner", None) or _Runner()
     runner.calls.put(run)
-    since, before = time.monotonic(), 0
+    since = started = time.monotonic()
+    before = 0
     while not result.done():
         wait([result], min(POLL_SECONDS, stall))
         now, came = time.monotonic(), trying.received() - before
+        if not result.done() and (before + came > most or now - started >= longest):
+            _give_up(trying)
+            kind = WrongAnswer if before + came > most else Stalled
+            raise kind(f"{before + came:,} bytes in {now - started:.0f} s, and no end")
         if now - since >= stall and not result.done():
             if came < LEAST_RATE * stall:
-                trying.give_up()
-                _own.runner = None
+                _give_up(trying)
                 raise Stalled(f"{came:,} bytes in {now - since:.0f} s")
-            since, before = now, before + came
+            since, before, came = now, before + came, 0
         if aloud or came < LEAST_RATE * (now - since):
             say(begun, f"{what}, {before + came:,} bytes so far")
     return result.result()
+
+
+def _give_up(trying: Attempt) -> None:
+    trying.give_up()
+    _own.runner = None
 
 
 def patiently(
@@ -197,24 +219,28 @@ def patiently(
     network: Network,
     what: str,
     *,
-    progress: Callable[[], int] = lambda: 0,
-    turn: Callable[[], None] = lambda: None,
+    progress: Callable[[], int] | None = None,
+    turn: Callable[[float], None] = lambda most: None,
+    most: float = MOST_BYTES,
     at_start: bool = False,
     aloud: bool = True,
 ) -> T:
     """Return what `call` returns, repeating it when it stalls or fails in a way that may pass.
 
     Gives up, and raises the last error, when for `network.patience` seconds `progress` (bytes) has grown by less than
-    `LEAST_RATE`; waiting for one's `turn` does not count. `at_start` it gives up sooner, but waits as the Hub asks.
+    `LEAST_RATE`; without `progress` no try may take longer. Waiting for one's `turn` does not count, but `turn` raises
+    what would take longer than patience. `at_start` it gives up sooner, but waits as the Hub asks.
     """
+    stall, longest = min(network.stall_timeout, network.patience), math.inf if progress else network.patience
+    progress = progress or (lambda: 0)
     begun = since = time.monotonic()
-    made, tries, told = progress(), 0, 0.0
+    made, tries, told, refusals = progress(), 0, 0.0, 0
     while True:
         before_turn = time.monotonic()
-        turn()
+        turn(network.patience)
         since += time.monotonic() - before_turn
         try:
-            return watched(call, min(network.stall_timeout, network.patience), begun, what, aloud)
+            return watched(call, stall, begun, what, aloud=aloud, longest=longest, most=most)
         except Exception as error:
             cause = passing_cause(error)
             if cause is None:
@@ -222,15 +248,16 @@ def patiently(
             now = time.monotonic()
             if progress() - made > LEAST_RATE * (now - since):
                 begun = since = now
-                made, tries, told = progress(), 0, 0.0
+                made, tries, told, refusals = progress(), 0, 0.0, 0
+            refusals += is_refusal(cause)
             asked = asked_delay(cause)
-            delay = max(asked, min(LONGEST_WAIT, FIRST_WAIT * 2**tries) * _jitter.uniform(0.5, 1.0))
+            delay = asked or min(LONGEST_WAIT, FIRST_WAIT * 2**tries) * _jitter.uniform(0.5, 1.0)
             tries += 1
             limit = network.patience
             if at_start and not asked:
                 stalls = STALLS_AT_START * network.stall_timeout if isinstance(cause, TimeoutError) else 0.0
                 limit = min(limit, told + max(START_PATIENCE, stalls))
-            if now + delay - since > limit:
+            if now + delay - since > limit or refusals == REFUSALS:
                 raise
             told += asked
             left = network.patience - (now - since)
@@ -244,11 +271,21 @@ def passing_cause(error: BaseException | None) -> Exception | None:
         if isinstance(error, OfflineModeIsEnabled):
             return None
         if isinstance(error, HfHubHTTPError):
-            return error if error.response.status_code in TRANSIENT_STATUS else None
+            status = error.response.status_code
+            return error if status in TRANSIENT_STATUS or status >= 500 or is_refusal(error) else None
         if isinstance(error, HTTPError) or (isinstance(error, ConnectionError | TimeoutError) and not error.__cause__):
             return error
+        if isinstance(error, json.JSONDecodeError | FileMetadataError) or "Consistency check failed" in str(error):
+            return WrongAnswer(first_line(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is a refusal of a file without the Hub's own code for it, which may be a proxy's."""
+    if not isinstance(error, HfHubHTTPError) or "X-Error-Code" in error.response.headers:
+        return False
+    return 400 <= error.response.status_code < 500 and "/resolve/" in str(getattr(error.response, "url", ""))
 
 
 def asked_delay(error: Exception) -> float:
@@ -260,15 +297,30 @@ def asked_delay(error: Exception) -> float:
 
 def told_wait(status: int, headers: Mapping[str, str]) -> float:
     """The seconds that an answer with these headers asks to wait. A date is compared with the answer's own."""
-    info = parse_ratelimit_headers(headers)
+    info = limits(headers)
     limited = info.reset_in_seconds + 1.0 if status == 429 and info is not None and info.remaining == 0 else 0.0
     after = headers.get("Retry-After", "").strip()
+    if status < 400:
+        return 0.0
     if re.fullmatch("[0-9]{1,9}", after):
         return max(limited, float(after))
-    until, now = (email.utils.parsedate_tz(text) for text in (after, headers.get("Date", "")))
-    if until is None:
+    try:
+        until, now = (
+            email.utils.parsedate_to_datetime(text).timestamp() if text else None
+            for text in (after, headers.get("Date", ""))
+        )
+    except (ValueError, OverflowError):
         return limited
-    return max(limited, email.utils.mktime_tz(until) - (email.utils.mktime_tz(now) if now else time.time()))
+    return limited if until is None else max(limited, until - (time.time() if now is None else now))
+
+
+def limits(headers: Mapping[str, str]) -> RateLimitInfo | None:
+    """The allowance that an answer tells, if it makes sense."""
+    try:
+        info = parse_ratelimit_headers(headers)
+    except ValueError:  # more digits than Python reads
+        return None
+    return info if info is None or max(info.reset_in_seconds, info.remaining) < 10**9 else None
 
 
 def first_line(error: BaseException) -> str:

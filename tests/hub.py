@@ -25,6 +25,8 @@ ALLOWANCE = {"RateLimit": '"resolvers";r=900;t=90', "RateLimit-Policy": '"window
 TEXT = {".md", ".json", ".txt", ".yaml", ".py", ""}
 FAULTS = ("reset", "short", "stall")  # no answer; half of a file, then no more; half, then silence for a while
 LIES = ("other range", "false range", "other size", "no range", "long", "whole", "416", "html", "elsewhere")
+ENDLESS = re.compile(r"endless (\d+)")  # as a fault: this status, and a body that never ends
+PLAIN = re.compile(r"says (.*)")  # as a fault: this as plain text, with status 200
 FLIP = "flip"  # one bit in the middle of what is sent is wrong
 SLOW = ("trickle", "trickled head", "silence")
 STALL_SECONDS = 5.0
@@ -105,8 +107,8 @@ class Hub:
     other token is refused everywhere, as on the Hub. `accepted` says whether its owner accepted the gated licence.
     With `redirect` large files are answered by a redirect to another server, `elsewhere`, and the allowance of requests
     is told, as on the Hub. `fault`, if given, says of each request (its method and path) how it fails: by a status, or
-    as in `FAULTS`, `LIES`, `FLIP`, `SLOW` and `WAIT`. A `mirror` lacks some of the Hub's calls. All paths begin with
-    `prefix`.
+    as in `FAULTS`, `LIES`, `FLIP`, `SLOW`, `ENDLESS`, `PLAIN` and `WAIT`. A `mirror` lacks some of the Hub's calls. All
+    paths begin with `prefix`.
     """
 
     def __init__(
@@ -237,6 +239,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(429, "", "Too many requests", **told)
         if isinstance(self.fault, int):
             raise Refused(self.fault, "", "Injected fault", **{"Retry-After": "0"})
+        if endless := ENDLESS.fullmatch(str(self.fault)):
+            self._start(int(endless[1]), 10**15, {"Content-Type": "application/json"})
+            while not self.server.hub.closed.wait(0.001):
+                self.wfile.write(b" " * 2**16)
+            raise _BrokenOff
+        if says := PLAIN.fullmatch(str(self.fault)):
+            self._start(200, len(says[1]), {"Content-Type": "text/plain"})
+            self.wfile.write(b"" if self.command == "HEAD" else says[1].encode())
+            raise _Answered
         if self.fault == "reset":
             raise _BrokenOff
         if self.fault == "416":

@@ -132,7 +132,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr("time.sleep", sleep)
     monkeypatch.setattr(network, "_last_said", -math.inf)
-    monkeypatch.setattr(network, "watched", lambda call, stall, begun, what, aloud: call())
+    monkeypatch.setattr(network, "watched", lambda call, stall, begun, what, **bounds: call())
     return now
 
 

@@ -65,7 +65,7 @@ def path_only(path: str | None) -> Image:
 
 
 def open_set(source: object, **options: Any) -> HuggingFaceImageNetDataset:
-    return HuggingFaceImageNetDataset.open(str(source), split=["train"], network=Network(5, 0.5), **options)
+    return HuggingFaceImageNetDataset.open(str(source), split=["train"], network=Network(5, 3), **options)
 
 
 def read(source: object, **options: Any) -> tuple[list[bytes], list[int]]:

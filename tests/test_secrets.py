@@ -243,5 +243,5 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_keeps_its_files(
     with storage(0) as far, storage(hub_port, f"http://127.0.0.1:{far.server_port}/file?signed") as hub:
         data = ranges.HubFiles("someone/set", "0" * 40, ["x.parquet"], Network(5, 1)).read(0, 0, 4)
     assert bytes(data) == b"abcd"
-    assert [TOKEN in str(seen) for seen in hub.RequestHandlerClass.seen] == [True]
-    assert [TOKEN in str(seen) for seen in far.RequestHandlerClass.seen] == [False]
+    assert {TOKEN in str(seen) for seen in hub.RequestHandlerClass.seen} == {True}
+    assert {TOKEN in str(seen) for seen in far.RequestHandlerClass.seen} == {False}
