@@ -61,8 +61,8 @@ FAULTS = (
     Fault(
         "stream/ranges.py",
         "an answer is believed to be the range that was asked for",
-        "(int(match[1]), int(match[2])) != (first, end - 1)",
-        "int(match[1]) > int(match[2])",
+        'if response.status_code == 206 and told != f"bytes {first}-{end - 1}/{size}":',
+        "if response.status_code == 206 and told is None:",
         "tests/test_misbehaving.py -k 'odd_answers_for_files or stays_odd'",
     ),
     Fault(
@@ -75,8 +75,8 @@ FAULTS = (
     Fault(
         "stream/ranges.py",
         "the Hub's checksum of a whole file is not compared",
-        "if digest.hexdigest() != told:",
-        "if len(digest.hexdigest()) != len(told):",
+        "if told and digest.hexdigest() != told:",
+        "if told and len(digest.hexdigest()) != len(told):",
         "tests/test_misbehaving.py -k wrong_bit",
     ),
     Fault(
@@ -88,10 +88,10 @@ FAULTS = (
     ),
     Fault(
         "stream/allowance.py",
-        "each thread waits its turn after the allowance is new",
-        "return min(self._last + self._interval, self._reset)",
-        "return self._last + self._interval",
-        "tests/test_faults.py -k 'longer_than_until or without_numbers'",
+        "each rank spreads its requests as if it were alone",
+        "seconds * ranks / left if left > 0",
+        "seconds / left if left > 0",
+        "tests/test_faults.py -k eight_ranks",
     ),
     Fault(
         "preprocess.py",
