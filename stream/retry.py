@@ -285,7 +285,9 @@ def is_refusal(error: Exception) -> bool:
     """Whether an error is a refusal of a file without the Hub's own code for it, which may be a proxy's."""
     if not isinstance(error, HfHubHTTPError) or "X-Error-Code" in error.response.headers:
         return False
-    return 400 <= error.response.status_code < 500 and "/resolve/" in str(getattr(error.response, "url", ""))
+    status = error.response.status_code
+    refused = 400 <= status < 500 and status not in TRANSIENT_STATUS
+    return refused and "/resolve/" in str(getattr(error.response, "url", ""))
 
 
 def asked_delay(error: Exception) -> float:

@@ -53,6 +53,24 @@ def test_an_odd_answer_never_becomes_an_image(hub_port: int, tmp_path: Path, kin
             assert images_of(PATHS, cache=cache) == (IMAGES, LABELS)
 
 
+@pytest.mark.parametrize(("status", "believed"), [(408, False), (429, False), (503, False), (404, True), (421, True)])
+def test_refusals_in_a_row_are_believed_only_where_they_do_not_pass_by_themselves(
+    hub_port: int, hub_root: Path, status: int, believed: bool
+) -> None:
+    asked: list[str] = []
+
+    def fault(method: str, path: str) -> int | None:
+        asked.append(path)
+        return status if "train-00003" in path and len([p for p in asked if "train-00003" in p]) <= 12 else None
+
+    with Hub(hub_root, port=hub_port, fault=fault):
+        if believed:
+            with pytest.raises(DataError, match=str(status)):
+                images_of(REPO_ID)
+        else:
+            assert len(images_of(REPO_ID)[0]) == 600
+
+
 def test_a_server_without_ranges_never_fills_the_memory_with_an_image(
     hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
