@@ -4,40 +4,18 @@ import argparse
 import math
 import os
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, fit_to, streams_for
 from errors import SnapshotError, UsageError
 
-LINEAR_SCALING_BATCH = 256
-CONSTANT_SHARE = 0.25  # of OneCycle's peak, for the schedules that start at their highest rate
 FEWEST_LR_STEPS = 16
+FITTED = frozenset({"batch_size", "streams", "epochs"})  # fitted to a small set where they are not given
 OTHER_DATA = "data=changed"  # what --override takes beside settings
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A dataset's defaults. `lr` is the peak rate for a batch of 256 under OneCycle."""
-
-    image_size: int
-    batch_size: int
-    epochs: int
-    weight_decay: float
-    lr: float
-    streams: int = 8
-
-
-IMAGENET = Preset(image_size=224, batch_size=256, epochs=90, weight_decay=5e-5, lr=0.4)
-CIFAR = Preset(image_size=32, batch_size=128, epochs=30, weight_decay=5e-4, lr=0.2)
-PRESETS = {
-    "imagenet1k": IMAGENET,
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    "digits": Preset(image_size=8, batch_size=64, epochs=10, weight_decay=5e-4, lr=0.12),
-    "imagefolder": IMAGENET,
-    "hf": IMAGENET,
-}
 FROM_PRESET: Any = object()
 
 
@@ -76,13 +54,15 @@ class Config:
     dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
     dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
     dataset_config: str | None = flag("data", "with --dataset hf: which configuration of the dataset, where its card tells several", None, short="its default")
-    data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/; cifar: where its files are or go", None, short="data", on_resume="kept")
+    data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/, or with --val_share the classes; cifar: where its files are or go", None, short="data", on_resume="kept")
     image_column: str | None = flag("data", "name of the image column", None, short="the Image feature")
     label_column: str | None = flag("data", "name of the label column", None, short="the ClassLabel feature")
     num_classes: int | None = flag("data", "classes of a WebDataset, where an index tells its lengths but not its labels", None, short="told by the data", least=2)
     train_split: str = flag("data", "split to train on", "train")
     val_split: str | None = flag("data", "split to evaluate on", None, short="validation, val, valid or test")
-    max_samples: int | None = flag("data", "use at most this many images of each split, spread evenly over it", None, short="all", least=1)
+    val_share: float | None = flag("data", "hold out this share of the training split, of each class alike, and evaluate on it", None, short="--val_split is evaluated", above=0, most=0.9)
+    val_labels: str | None = flag("data", "imagefolder: a file that tells the classes of a validation folder without class folders", None, on_resume="kept")
+    max_samples: int | None = flag("data", "use at most this many images of each split, a fair sample of its classes", None, short="all", least=1)
     image_size: int = flag("data", "height and width of a training image, pixels", FROM_PRESET, least=1)
     eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size", least=1)
     crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
@@ -174,6 +154,8 @@ class Config:
             (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
+            (self.val_share and (self.val_split or self.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
+            (self.val_labels and self.dataset != "imagefolder", f"--val_labels goes with --dataset imagefolder, not with --dataset {self.dataset}"),
             (self.batch_size % self.streams, f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"),
         ):
             if wrong:
@@ -200,6 +182,14 @@ class Config:
     def fixed(self) -> dict[str, Any]:
         """The flags, as `--name`, that change the result, with their values: those that a resume must not change."""
         return {f"--{name}": value for name, value in vars(self).items() if name in _names("fixed")}
+
+    def fitted(self, images: int, derived: Collection[str], ranks: int) -> "tuple[Config, list[str]]":
+        """These settings with those of the `derived` ones (batch_size, streams, epochs) that suit so many training images.
+
+        Also a line for each that changed.
+        """
+        values, lines = fit_to(PRESETS[self.dataset], images, derived, vars(self), ranks)
+        return replace(self, **values), lines  # type: ignore[arg-type]
 
     def check_schedule(self, steps_per_epoch: int) -> None:
         """Refuse a OneCycle whose rising part is a single step, for which PyTorch's divides by zero."""
@@ -298,6 +288,9 @@ def resolve(given: Mapping[str, Any]) -> Config:
     preset = PRESETS[values.get("dataset", "digits")]
     for name in ("image_size", "batch_size", "epochs", "weight_decay", "streams"):
         values.setdefault(name, getattr(preset, name))
+    if "batch_size" in given and "streams" not in given:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        values["streams"] = streams_for(values["batch_size"], ranks, preset.streams)
     values.setdefault("eval_size", values["image_size"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

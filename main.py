@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import config as configuration
 import run_lr_finder
-from config import Config
+from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, run_front_door
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def _run(argv: list[str]) -> None:
     config, snapshot = _settings(given)
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
-    data = get_data_loaders(config, device, revision=_pinned_revision(snapshot, config))
+    derived = FITTED - given.keys() if snapshot is None else ()
+    pinned, classes = _pinned_revision(snapshot, config), _classes(snapshot, config)
+    data = get_data_loaders(config, device, pinned, classes, derived)
+    config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)
     if snapshot is not None:
@@ -96,18 +99,25 @@ def _pinned_revision(snapshot: "Snapshot | None", config: Config) -> str | None:
     return None if snapshot is None or moved else snapshot.state["revision"]
 
 
+def _classes(snapshot: "Snapshot | None", config: Config) -> list[str] | None:
+    """The classes of a snapshot's model, which labels are to count where other data than the run's is allowed."""
+    told = snapshot.state.get("classes") if snapshot is not None else None
+    allowed = config.evaluate or config.expects_other_data
+    return told if allowed and isinstance(told, list) and all(isinstance(name, str) for name in told) else None
+
+
 def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
     """Print what differs from the snapshot's data. Raises UsageError unless an override allows it; SnapshotError."""
     from distributed import print0
 
     try:
-        lines = data.changes(snapshot.state)
+        lines = data.changes(snapshot.state, _folder_of(snapshot))
     except (LookupError, TypeError) as error:
         raise SnapshotError(f"{snapshot.path} does not describe its data; give another") from error
     if lines and not config.expects_other_data:
         raise UsageError(
-            f"the data is not what {snapshot.path} was trained on: {'; '.join(lines)}; give that data, or insist "
-            f"with --override {configuration.OTHER_DATA}"
+            f"the data is not what {snapshot.path} was trained on: {'; '.join(lines)}; give that data again, or go on "
+            f"with this with --override {configuration.OTHER_DATA}"
         )
     for line in lines:
         print0(f"data      {line}")
@@ -172,6 +182,7 @@ def _fit(
     from distributed import print0
     from train import Run, fit
     from training.journal import Journal
+    from training.logs import UnreadableLog
     from training.optim import build_schedule, describe_schedule
     from training.signals import StopRequest
     from visualization import RunPictures, plot_schedule
@@ -189,6 +200,10 @@ def _fit(
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
     record |= {"data": data.fingerprint, "steps_per_epoch": steps}
     pictures = RunPictures(folder, data.classes) if on_rank0 else None
+    for loader in (data.train, data.val):
+        loader.report = UnreadableLog(folder / "unreadable.csv", progress)
+    if on_rank0:
+        data.keep_inventory(folder)
     journal = Journal(config, training, progress, data.train, record, folder if on_rank0 else None, pictures)
     dropped = journal.rewind()
     if snapshot is not None:
@@ -209,8 +224,8 @@ def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_p
     saved = snapshot.state
     if saved["steps_per_epoch"] != steps_per_epoch:
         raise UsageError(
-            f"with these overrides an epoch has {steps_per_epoch} steps, not the {saved['steps_per_epoch']} that this "
-            "run is counted in; leave them out, or start a new run"
+            f"an epoch has {steps_per_epoch} steps now, not the {saved['steps_per_epoch']} that this run counts; "
+            "go on with the data and the --batch_size that it had, or start a new run"
         )
     if (config.lr, config.lr_from) != (saved["config"]["lr"], saved["config"]["lr_from"]):
         if config.lr == "auto":

@@ -30,6 +30,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"images    {config.dataset_id}: {len(train):,} for training, {len(val):,} for validation; "
         f"{len(data.train):,} steps an epoch",
         f"classes   {len(data.classes):,}: {data.classes[0]} ... {data.classes[-1]}",
+        *data.notes,
     ]
     if not isinstance(train, HuggingFaceImageNetDataset) or not isinstance(val, HuggingFaceImageNetDataset):
         return lines
@@ -93,9 +94,12 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
         len(np.unique(np.concatenate([labels[stream[step * share : (step + 1) * share]] for stream in order])))
         for step in looked_at
     ]
-    frequency = np.bincount(labels) / len(labels)
-    uniform = (1 - (1 - frequency) ** (share * len(order))).sum()
-    return float(np.mean(distinct) / uniform)
+    counts = np.bincount(labels)
+    absent = np.ones(len(counts))  # how likely it is that a batch lacks each class
+    for drawn in range(share * len(order)):
+        absent *= (1 - counts / (len(labels) - drawn)).clip(0)
+    uniform = (1 - absent).sum()
+    return min(1.0, float(np.mean(distinct) / uniform))
 
 
 def memory_bytes(config: Config, data: Data) -> int:

@@ -3,7 +3,8 @@
 `HuggingFaceImageNetDataset` and `StreamingDataLoader` can be imported from here too.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,15 +18,19 @@ import torch
 import distributed
 from config import Config
 from errors import DataError, UsageError
+from stream import inventory
 from stream.augment import Augment
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
+from stream.image_folders import open_image_folder
 from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter
-from stream.loader import ImageDataset, Loader, StreamingDataLoader
-from stream.local import load_cifar, load_digits, load_image_folder
+from stream.loader import Loader, StreamingDataLoader
+from stream.local import LocalDataset, load_cifar, load_digits
 from stream.order import epoch_order
 from stream.parquet import first_difference
+from stream.picks import fair_sample, hold_out
 from stream.resident import ResidentLoader
 from stream.retry import Network
+from stream.source import ImageDataset
 from stream.synthetic import make_dummy_data
 
 __all__ = ["AlbumentationsAdapter", "HuggingFaceImageNetDataset", "StreamingDataLoader", "get_data_loaders"]
@@ -60,47 +65,78 @@ def _resize_short_side(size: int) -> A.SmallestMaxSize:
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of one process, the class names, and the commit of the Hub dataset (None for local data)."""
+    """The loaders of one process, and the settings that suit them; `notes` tell what was passed over or derived."""
 
     train: Loader
     val: Loader
-    classes: list[str]
-    revision: str | None
+    config: Config
+    notes: list[str]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, which labels count."""
+        return self.train.dataset.classes  # type: ignore[no-any-return]
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the Hub dataset, None for local data."""
+        return getattr(self.train.dataset, "revision", None)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What a snapshot records about the data, so that a resume can compare it."""
-        parts = {"training": self.train.dataset, "validation": self.val.dataset}
-        return {name: {"images": len(part), "digest": part.fingerprint()} for name, part in parts.items()}
+        return {name: {"images": len(part), "digest": part.fingerprint()} for name, part in self._sets.items()}
 
-    def changes(self, saved: Mapping[str, Any]) -> list[str]:
-        """A line for each difference from the data described in `saved`, the state of a snapshot."""
+    def changes(self, saved: Mapping[str, Any], folder: Path | None) -> list[str]:
+        """A line for each difference from the data described in `saved`, the state of a snapshot of a run's folder."""
         renamed = first_difference(saved["classes"], self.classes)
         lines = [renamed] if renamed else []
         for name, now in self.fingerprint.items():
-            before = saved["data"][name]
+            before: dict[str, Any] = saved["data"][name]
+            if before == now:
+                continue
+            kept = inventory.load(folder, str(before["digest"])) if folder else {}
+            told = inventory.describe_changes(kept, self._sets[name].inventory()) if kept else ""
             if before["images"] != now["images"]:
-                lines.append(f"{now['images']:,} {name} images, not {before['images']:,}")
-            elif before["digest"] != now["digest"]:
-                lines.append(f"other {name} images, though as many")
+                line = f"{now['images']:,} {name} images, not {before['images']:,}"
+            else:
+                line = f"other {name} images, though as many"
+            lines.append(f"{line} ({told})" if told else line)
         return lines
 
+    def keep_inventory(self, folder: Path) -> None:
+        """Write down in a run's folder which files the data has, for a resume; a disk that refuses costs only that."""
+        with contextlib.suppress(OSError):
+            for name, part in self._sets.items():
+                inventory.save(folder, self.fingerprint[name]["digest"], part.inventory())
 
-def get_data_loaders(config: Config, device: torch.device, revision: str | None = None) -> Data:
-    """This process's training and evaluation loaders. `revision` pins the commit of a resumed run.
+    @property
+    def _sets(self) -> dict[str, ImageDataset]:
+        return {"training": self.train.dataset, "validation": self.val.dataset}
 
-    Raises DataError when the data is missing, unreachable or unusable, UsageError when the batch size does not fit it.
+
+def get_data_loaders(
+    config: Config,
+    device: torch.device,
+    revision: str | None = None,
+    classes: Sequence[str] | None = None,
+    derived: Collection[str] = (),
+) -> Data:
+    """This process's training and evaluation loaders.
+
+    `revision` pins the commit of a resumed run, `classes` are those of its model. Of the settings, the `derived` ones
+    are fitted to a small set. Raises DataError when the data is missing, unreachable or unusable, UsageError when the
+    batch size does not fit it.
     """
     world = distributed.world_size()
-    config.check_world(world)
     train, val, window = _load(config, revision)
-    problem = first_difference(train.classes[: len(val.classes)], val.classes)  # a set may lack the last classes
-    if problem:
-        raise DataError(
-            f"validation has other classes than training in {config.dataset_id}: {problem}; make them the same"
-        )
-    if len(train.classes) < 2:
-        raise DataError(f"{config.dataset_id} has one class; a classifier needs two")
+    train, val, notes = _agree(train, val, classes, config.dataset_id)
+    if config.max_samples:
+        names = _sampled(train, config.max_samples)
+        told = "unknown how many" if names is None else f"{len(names):,}"
+        notes.append(f"a sample of {len(train):,} training images, of {told} of the {len(train.classes):,} classes")
+    config, lines = config.fitted(len(train), derived, world)
+    config.check_world(world)
     batch_size, eval_batch = config.batch_size // world, min(config.batch_size // config.accumulate_steps, EVAL_BATCH)
     val_ids = _rank_share(len(val), eval_batch)
 
@@ -139,45 +175,121 @@ def get_data_loaders(config: Config, device: torch.device, revision: str | None 
         image_size=config.eval_size,
         train=False,
     )
-    data = Data(train_loader, val_loader, train.classes, getattr(train, "revision", None))
-    facts = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
+    told = dict.fromkeys([*train.notes, *val.notes, *notes])
+    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in told), *lines])
+    facts: dict[str, Any] = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
     facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
     distributed.require_agreement(facts, DataError)
     return data
 
 
+def _agree(
+    train: ImageDataset, val: ImageDataset, classes: Sequence[str] | None, where: str
+) -> tuple[ImageDataset, ImageDataset, list[str]]:
+    """Both sets with labels that count the same classes: those of training, or those of a model.
+
+    Raises DataError for a class that these do not have, and if there is but one.
+    """
+    if len(train.classes) < 2:
+        why = f"{where} has one class, {train.classes[0]}, but a classifier needs two"
+        raise DataError("; ".join([why, *train.notes]))
+    if classes is not None and {*train.classes} <= {*classes}:
+        train = _renumbered(train, classes)
+    lacking = [name for name in train.classes if name not in {*val.classes}]
+    unknown = [name for name in val.classes if name not in {*train.classes}]
+    if unknown:
+        raise DataError(
+            f"validation in {where} has the class {unknown[0]}, which training has not (it has {_few(train.classes)}); "
+            "make their names the same"
+        )
+    notes = [f"validation lacks {len(lacking)} of the {len(train.classes)} classes: {_few(lacking)}"] if lacking else []
+    return train, _renumbered(val, train.classes), notes
+
+
+def _renumbered(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
+    """The dataset with labels that count these classes. Raises DataError where a name that two classes share moved."""
+    if dataset.classes == [*classes][: len(dataset.classes)]:
+        return dataset if len(dataset.classes) == len(classes) else dataset.with_classes(classes)
+    twice = next((name for name in dataset.classes if [*classes].count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"several classes are called {twice}, and their order differs; give each a name of its own")
+    return dataset.with_classes(classes)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
     """The two datasets, and the shuffle window to use over the first."""
+    limit, share = config.max_samples, config.val_share
+    at_first = int(limit / (1 - share)) if limit and share else limit
+    val_splits = [config.val_split] if config.val_split else VAL_SPLITS
+    train: ImageDataset
     if config.dataset in ("imagenet1k", "hf"):
-        source, cache = str(make_dummy_data()) if config.dummy_data else config.dataset_id, _cache(config)
-        asked = revision or config.dataset_revision
-        network = Network(config.stall_timeout, 60 * config.network_patience)
-        open_split = partial(
-            HuggingFaceImageNetDataset.open,
-            source,
-            revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache, network)),
-            configuration=config.dataset_config,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            num_classes=config.num_classes,
-            block_bytes=config.block_mb * 2**20,
-            max_samples=config.max_samples,
-            streaming=not config.no_streaming,
-            network=network,
-            cache=cache,
+        open_split = _opener(config, revision)
+        train = open_split(split=[config.train_split], max_samples=at_first)
+        if share:
+            return *_held_out(train, share, config), config.shuffle_window
+        return (
+            train,
+            open_split(split=val_splits, max_samples=limit, like=_sampled(train, limit)),
+            config.shuffle_window,
         )
-        train = open_split(split=[config.train_split])
-        val = open_split(split=[config.val_split] if config.val_split else VAL_SPLITS)
-        return train, val, config.shuffle_window
+    whole, val = _open_local(config, val_splits)
+    train = whole.take(fair_sample(whole.all_labels(), at_first))
+    if val is None or share:
+        return *_held_out(train, share or 0.0, config), len(train)
+    like = _sampled(train, limit)
+    wanted = np.array([number for number, name in enumerate(val.classes) if like is None or name in {*like}], np.int64)
+    return train, val.take(fair_sample(val.all_labels(), limit, wanted)), len(train)
+
+
+def _sampled(train: ImageDataset, limit: int | None) -> list[str] | None:
+    """The classes that a sample to train on has, which validation is to have too; None for a set that is no sample."""
+    labels = train.all_labels() if limit else None
+    return None if labels is None else [train.classes[number] for number in np.unique(labels)]
+
+
+def _held_out(whole: ImageDataset, share: float, config: Config) -> tuple[ImageDataset, ImageDataset]:
+    """Training and validation from one set. Raises DataError."""
+    labels = whole.all_labels()
+    if labels is None:
+        raise DataError(f"{config.dataset_id} tells its labels only with the images; give --val_split, not --val_share")
+    train_ids, val_ids = hold_out(labels, share, config.seed)
+    if not len(val_ids):
+        raise DataError(f"--val_share {share:g} of {len(labels)} images is none; give a larger share")
+    return whole.take(train_ids), whole.take(val_ids)
+
+
+def _open_local(config: Config, val_splits: list[str]) -> tuple[LocalDataset, LocalDataset | None]:
     folder = Path(config.data_dir or "data")
     if config.dataset == "digits":
-        parts = load_digits()
-    elif config.dataset == "imagefolder":
-        parts = load_image_folder(folder)
-    else:
-        parts = load_cifar(config.dataset, folder)
-    local_train, local_val = (part.take(config.max_samples) for part in parts)
-    return local_train, local_val, len(local_train)
+        return load_digits()
+    if config.dataset == "imagefolder":
+        labels = Path(config.val_labels) if config.val_labels else None
+        return open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
+    return load_cifar(config.dataset, folder)
+
+
+def _opener(config: Config, revision: str | None) -> Callable[..., HuggingFaceImageNetDataset]:
+    """Opens a split of a dataset on the Hub or of a local folder, at one commit."""
+    source, cache = str(make_dummy_data()) if config.dummy_data else config.dataset_id, _cache(config)
+    asked = revision or config.dataset_revision
+    network = Network(config.stall_timeout, 60 * config.network_patience)
+    return partial(
+        HuggingFaceImageNetDataset.open,
+        source,
+        revision=distributed.from_rank0(lambda: pin_revision(source, asked, cache, network)),
+        configuration=config.dataset_config,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        num_classes=config.num_classes,
+        block_bytes=config.block_mb * 2**20,
+        streaming=not config.no_streaming,
+        network=network,
+        cache=cache,
+    )
 
 
 def _cache(config: Config) -> Cache | None:

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    config = configuration.resolve(configuration.parse("run_lr_finder.py", __doc__ or "", argv))
+    given = configuration.parse("run_lr_finder.py", __doc__ or "", argv)
+    config = configuration.resolve(given)
     if config.resume_from:
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
 
@@ -48,7 +49,8 @@ def _run(argv: list[str]) -> None:
 
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
-    data = get_data_loaders(config, device)
+    data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
+    config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
     training = build_training(config, len(data.classes), device)
     with open_run_folder(config, None, argv) as folder:

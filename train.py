@@ -72,11 +72,12 @@ def evaluate(training: Training, loader: Loader | list[Batch], stop: StopRequest
     if sums:
         table[first : first + len(sums)] = torch.stack(sums).cpu().double().numpy()
     loss_sum, top1, top5, images_seen = distributed.sum_over_ranks(table).sum(axis=0).tolist()
-    count = max(1, int(images_seen))
+    if not images_seen:
+        raise DataError("not one image to evaluate on can be read; see the messages above, and mend the data")
     return {
-        "val_loss": loss_sum / count,
-        "val_top1": top1 / count,
-        "val_top5": top5 / count,
+        "val_loss": loss_sum / images_seen,
+        "val_top1": top1 / images_seen,
+        "val_top5": top5 / images_seen,
         "correct1": int(top1),
         "correct5": int(top5),
         "images": int(images_seen),

@@ -9,7 +9,10 @@ What is read
     footers      which row groups the files have, and where
     outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
-    local        images in memory or in files: digits, CIFAR, image folders
+    inventory    the names of a set's files, so that a resume can tell what changed
+    picks        a fair sample of a set, and the share held out for validation
+    local        images in memory or in files: digits, CIFAR
+    image_folders which files of a folder are images, and of which class
     synthetic    generated images to try things on
 
 How it gets here
@@ -25,6 +28,7 @@ How it gets here
     files        files that are either complete or absent
 
 How it becomes a batch
+    source       what a loader needs of a dataset
     loader       StreamingDataLoader: batches in the order of an epoch
     resident     ResidentLoader: a small dataset in the device's memory
     decode_pool  processes that decode and transform

@@ -12,6 +12,7 @@ import numpy as np
 
 from stream.blocks import BlockData
 from stream.cache import FileStore
+from stream.images import UnreadableImage
 from stream.loader import POLL_SECONDS, Cancelled
 from stream.parquet import Block
 from stream.retry import say
@@ -89,7 +90,10 @@ class BlockReader:
     def read(self, sample_id: int) -> tuple[Any, int]:
         blocks, rows = self._dataset.locate(np.array([sample_id]))
         data, row = self._block(int(blocks[0])), int(rows[0])
-        return data.images[row].as_buffer() or b"", int(data.labels[row])
+        image = data.images[row].as_buffer()
+        if not image:
+            raise UnreadableImage("the dataset has no image here")
+        return image, int(data.labels[row])
 
     def release(self, ids: np.ndarray) -> None:
         blocks, counts = np.unique(self._dataset.locate(ids)[0], return_counts=True)

@@ -1,6 +1,7 @@
 """HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from stream.cache import Bytes, FileStore
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
-from stream.order import pick_blocks
 from stream.parquet import Block, ParquetShards
+from stream.picks import classes_within, fair_sample, spread
 from stream.ranges import Files, HubFiles
-from stream.retry import Network
+from stream.retry import Network, in_threads
 from stream.webdataset import TarShards
 
+LABEL_THREADS = 8
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
 
@@ -38,8 +40,8 @@ class Cache:
 class HuggingFaceImageNetDataset:
     """One split of an image classification dataset in parquet files or WebDataset shards, read block by block.
 
-    Construct it with `open`. `revision` is a commit, None for a local folder; the first `block_rows` rows of each block
-    are used.
+    Construct it with `open`. `revision` is a commit, None for a local folder. Of each block `block_rows` rows are used:
+    the first, or after `take` those it took. `notes` tell what was passed over or derived.
     """
 
     def __init__(
@@ -49,21 +51,23 @@ class HuggingFaceImageNetDataset:
         files: Files,
         shards: "ParquetShards | TarShards",
         blocks: list[Block],
-        block_rows: np.ndarray,
         cache: FileStore | None,
         short_side: int | None,
     ) -> None:
         self.source = source
         self.revision = revision
         self.classes = shards.classes
+        self.notes = shards.notes
         self.index_bytes = shards.index_bytes if isinstance(shards, ParquetShards) else 0  # as the files store it
         self.blocks = blocks
-        self.block_rows = block_rows
+        self.block_rows = np.array([block.rows for block in blocks], np.int64)
         self.cache = cache
         self._files = files
         self._shards = shards
         self._short_side = short_side
-        self._ends = np.cumsum(block_rows)
+        self._ends = np.cumsum(self.block_rows)
+        self._rows: np.ndarray | None = None  # of each sample, its row in its block, where not all rows are used
+        self._numbers: np.ndarray | None = None  # of each stored label, the number of its class, where that is another
 
     @classmethod
     def open(
@@ -78,6 +82,7 @@ class HuggingFaceImageNetDataset:
         num_classes: int | None = None,
         block_bytes: int = 32 * 2**20,
         max_samples: int | None = None,
+        like: Sequence[str] | None = None,
         streaming: bool = True,
         network: Network = Network(),  # noqa: B008 (frozen)
         cache: Cache | None = None,
@@ -86,7 +91,8 @@ class HuggingFaceImageNetDataset:
 
         `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision
         is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives; the
-        first that exists is used. `configuration` is one of those that the dataset's card tells, None its default.
+        first that exists is used. `configuration` is one of those that the dataset's card tells, None its default. A
+        sample of `max_samples` is of the classes that `like` names, or of all.
         Raises DataError when the data is missing, unreachable, not authorised or not labelled, UsageError when a
         requested configuration or column does not exist.
         """
@@ -103,16 +109,18 @@ class HuggingFaceImageNetDataset:
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
             shards = ParquetShards(source, files, keep_by_commit, (image_column, label_column), listing.features)
-        every = shards.blocks(block_bytes)
-        picks, block_rows = pick_blocks(np.array([block.rows for block in every], np.int64), max_samples)
-        if not block_rows.sum():
-            raise DataError(f"{source} has no images in split {name}; give another split")
         kept_in, side = (store, cache.short_side) if cache and isinstance(files, HubFiles) else (None, None)
-        dataset = cls(source, listing.commit, files, shards, [every[pick] for pick in picks], block_rows, kept_in, side)
+        dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, side)
+        if not len(dataset):
+            raise DataError(f"{source} has no images in split {name}; give another split")
         for block in dataset.blocks:
             for _, low, high in shards.label_ranges(block) or ():
                 dataset._check_labels(block, low, high)
-        return dataset
+        if max_samples is None or (max_samples >= len(dataset) and like is None):
+            return dataset
+        groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, side)
+        wanted = [number for number, name in enumerate(dataset.classes) if like is None or name in {*like}]
+        return groups._sample(max_samples, np.array(wanted, np.int64))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -120,7 +128,47 @@ class HuggingFaceImageNetDataset:
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The block of each sample, and its row in that block."""
         blocks = np.searchsorted(self._ends, sample_ids, side="right")
+        if self._rows is not None:
+            return blocks, self._rows[sample_ids]
         return blocks, sample_ids - (self._ends - self.block_rows)[blocks]
+
+    def name(self, sample_id: int) -> str:
+        """Where a sample lies: its file and row, or its shard and key."""
+        blocks, rows = self.locate(np.array([sample_id]))
+        return self._shards.name(self.blocks[int(blocks[0])], int(rows[0]))
+
+    def all_labels(self) -> np.ndarray | None:
+        """The label (int64) of each sample, read without its image; None where only whole shards would tell.
+
+        Raises DataError.
+        """
+        if isinstance(self._shards, TarShards) and any(
+            self._shards.label_ranges(block) is None for block in self.blocks
+        ):
+            return None
+        blocks, rows = self.locate(np.arange(len(self)))
+        parts = in_threads(
+            lambda number: self._shards.labels(self.blocks[number]), range(len(self.blocks)), LABEL_THREADS
+        )
+        starts = np.cumsum([0, *(block.rows for block in self.blocks[:-1])])
+        return self._numbered(np.concatenate(list(parts))[starts[blocks] + rows])
+
+    def take(self, ids: np.ndarray) -> "HuggingFaceImageNetDataset":
+        """The samples with these sorted ids; blocks without one are left out."""
+        blocks, rows = self.locate(ids)
+        used, counts = np.unique(blocks, return_counts=True)
+        part = copy.copy(self)
+        part.blocks, part.block_rows = [self.blocks[number] for number in used], counts
+        part._ends, part._rows = np.cumsum(counts), rows
+        return part
+
+    def with_classes(self, classes: Sequence[str]) -> "HuggingFaceImageNetDataset":
+        """The same samples, whose labels count the classes in this order; it has all of their names."""
+        part = copy.copy(self)
+        part.classes = [*classes]
+        numbers = np.array([part.classes.index(name) for name in self.classes])
+        part._numbers = numbers if self._numbers is None else numbers[self._numbers]
+        return part
 
     def cache_name(self, number: int) -> str:
         """The name of a block in the cache."""
@@ -147,7 +195,7 @@ class HuggingFaceImageNetDataset:
             self._check_labels(block, None, None)
         values = labels.to_numpy()
         self._check_labels(block, values.min(), values.max())
-        return BlockData(images, values)
+        return BlockData(images, self._numbered(values))
 
     def find_block(self, number: int) -> BlockData | None:
         """A block in the cache, memory-mapped from disk, or None."""
@@ -155,7 +203,7 @@ class HuggingFaceImageNetDataset:
         if kept is None:
             return None
         table = pa.ipc.open_stream(kept).read_all()
-        return BlockData(table["image"], table["label"].to_numpy())
+        return BlockData(table["image"], self._numbered(table["label"].to_numpy()))
 
     def estimated_labels(self) -> np.ndarray | None:
         """A label for each sample, estimated from the smallest and largest label of its row group; None if unknown.
@@ -172,16 +220,23 @@ class HuggingFaceImageNetDataset:
         for count, first, last, is_sorted in zip(rows, low, high, apart[1:] & apart[:-1], strict=True):
             spread = np.linspace(first, last + 1, count, endpoint=False).astype(np.int64)
             groups.append(spread if is_sorted else rng.integers(first, last + 1, count))
-        labels = np.concatenate(groups)
-        starts = np.cumsum([0] + [block.rows for block in self.blocks[:-1]])
-        return np.concatenate(
-            [labels[start : start + used] for start, used in zip(starts, self.block_rows, strict=True)]
-        )
+        blocks, within = self.locate(np.arange(len(self)))
+        starts = np.cumsum([0, *(block.rows for block in self.blocks[:-1])])
+        return np.concatenate(groups)[starts[blocks] + within]
 
     def fingerprint(self) -> str:
         """A digest of the number of rows and bytes of each block, and of the rows used."""
         sizes = np.array([(block.rows, block.size) for block in self.blocks], "<i8")
-        return xxhash.xxh3_128_hexdigest(sizes.tobytes() + self.block_rows.astype("<i8").tobytes())
+        rows = self.block_rows if self._rows is None else np.concatenate([self.block_rows, self._rows])
+        return xxhash.xxh3_128_hexdigest(sizes.tobytes() + rows.astype("<i8").tobytes())
+
+    def inventory(self) -> dict[str, tuple[int, str]]:
+        """Of each file its images that are used, and its blocks, which stay the same under another name."""
+        found: dict[str, tuple[int, str]] = {}
+        for block, rows in zip(self.blocks, self.block_rows.tolist(), strict=True):
+            images, sizes = found.get(self._files.names[block.file], (0, ""))
+            found[self._files.names[block.file]] = images + rows, f"{sizes} {block.rows}/{block.size}"
+        return {name.removeprefix(self._files.root): contents for name, contents in found.items()}
 
     def requests(self) -> tuple[int, int]:
         """How many requests the index cost at least, if it was not kept, and how many all blocks cost."""
@@ -202,9 +257,40 @@ class HuggingFaceImageNetDataset:
         images = [reduce(image.as_py(), self._short_side) for image in batch["image"]]
         return batch.set_column(0, "image", pa.array(images, batch.schema.field("image").type))
 
+    def _sample(self, limit: int, wanted: np.ndarray) -> "HuggingFaceImageNetDataset":
+        """At most `limit` samples of the wanted classes, of each its share, from as few blocks as that takes.
+
+        The blocks are evenly spread, and doubled until all of these classes are there or no further one comes.
+        """
+        told = [self._shards.label_ranges(block) for block in self.blocks]
+        ranges = np.array([group[1:] for of_block in told for group in of_block or ()], np.int64).T
+        known = len(wanted) and ranges.size and all(told)
+        count, before = -(-limit * len(self.blocks) // len(self)), -1
+        while True:
+            picks = spread(min(count, len(self.blocks)), len(self.blocks))
+            last = len(picks) == len(self.blocks)
+            if (
+                last
+                or not known
+                or classes_within(ranges[:, picks], wanted) >= min(limit, classes_within(ranges, wanted))
+            ):
+                part = self.take(np.flatnonzero(np.isin(self.locate(np.arange(len(self)))[0], picks)))
+                labels = part.all_labels()
+                if labels is None:
+                    return part.take(spread(min(limit, len(part)), len(part)))
+                ids = fair_sample(labels, limit, wanted)
+                found = len(np.unique(labels[ids]))
+                if last or (len(ids) == limit and (found >= min(limit, len(wanted)) or found <= before)):
+                    return part.take(ids)
+                before = found
+            count *= 2
+
+    def _numbered(self, labels: np.ndarray) -> np.ndarray:
+        return labels if self._numbers is None else self._numbers[labels]
+
     def _check_labels(self, block: Block, low: int | None, high: int | None) -> None:
         for label in (low, high):
-            if label is None or not 0 <= label < len(self.classes):
+            if label is None or not 0 <= label < len(self._shards.classes):
                 raise DataError(
                     f"{self._files.names[block.file]} has the label {label}, which is no class: a split without "
                     "labels, such as the Hub's test split, is of no use here; give another split"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,51 +17,20 @@ import torch
 from errors import DataError
 from stream.augment import Augment
 from stream.decode_pool import WorkerDied, pack, shared_pool
-from stream.images import EncodedImage, Transform, decode_into
+from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
+from stream.source import ImageDataset
 
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
 SAMPLES_PER_TASK = 8
 UNREADABLE = -1
+FEW_BAD = 10  # images that cannot be read end no run, however small the set is
 POLL_SECONDS = 0.2
 
 
 class Cancelled(Exception):
     """Waiting for data ended because `should_stop()` is true, or because the reader was closed."""
-
-
-class Reader(Protocol):
-    """Reads the samples of one epoch, and may prefetch in the order it was opened with.
-
-    One that waits raises Cancelled when `should_stop()` is true.
-    """
-
-    should_stop: Callable[[], bool]
-
-    def read(self, sample_id: int) -> tuple[EncodedImage, int]:
-        """One image, encoded or as uint8 (H, W, 3), and its label; blocks until it is available. Thread-safe."""
-
-    def release(self, ids: np.ndarray) -> None:
-        """Mark these samples as used."""
-
-    def close(self) -> None:
-        """Stop fetching."""
-
-
-class ImageDataset(Protocol):
-    """Samples numbered 0 to len - 1; consecutive samples are stored in blocks that are read together."""
-
-    classes: list[str]
-    block_rows: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def fingerprint(self) -> str:
-        """A digest that changes when ids refer to other images, as far as that shows without reading every image."""
-
-    def reader(self, ids: np.ndarray) -> Reader:
-        """A reader for these samples (int64), given in the order in which they will be used."""
 
 
 class Batch(NamedTuple):
@@ -102,6 +71,7 @@ class Loader(ABC):
         self.device = device
         self.augment = augment
         self.should_stop: Callable[[], bool] = lambda: False
+        self.report: Callable[[str, str], None] = lambda name, reason: None
         self.epoch = 0
         self.start = 0
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -152,8 +122,10 @@ class StreamingDataLoader(Loader):
     It has `num_workers` reading threads, each with a worker process that decodes for it; without workers the calling
     thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream; in
     evaluation an unreadable image gets label -1. `read_seconds` is the time that the threads have spent waiting for
-    encoded images since the iteration began. Raises DataError when more than `max_bad_fraction` of the dataset cannot
-    be read, and Cancelled when it has to wait while `should_stop()` is true.
+    encoded images since the iteration began. `report` is called with the name of each image that cannot be read, and
+    why. Raises DataError when these are more than `max_bad_fraction` of the dataset and more than FEW_BAD (with a
+    fraction of 0: when there is one), or when a label is no class; and Cancelled when it has to wait while
+    `should_stop()` is true.
     """
 
     def __init__(
@@ -175,7 +147,7 @@ class StreamingDataLoader(Loader):
         self.num_workers = num_workers
         self.pool = shared_pool(num_workers) if num_workers else None
         self.packed = pack(transform) if num_workers else b""
-        self.max_bad = int(max_bad_fraction * len(dataset))
+        self.max_bad = max(FEW_BAD, int(max_bad_fraction * len(dataset))) if max_bad_fraction else 0
         self.read_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -296,21 +268,35 @@ class _EpochReader:
             self._count_bad(int(sample_id[0]), error)
         raise DataError("not one image of a stream can be read; check the dataset")
 
-    def _read(self, sample_id: int) -> tuple[EncodedImage, int]:
+    def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
+        """A sample, or the reason why it cannot be read, with a label of no use."""
         asked = perf_counter()
-        sample = self._reader.read(sample_id)
+        try:
+            image, label = self._reader.read(sample_id)
+        except UnreadableImage as error:
+            return error, 0
         with self._lock:
             self._loader.read_seconds += perf_counter() - asked
-        return sample
+        dataset = self._loader.dataset
+        if not 0 <= label < len(dataset.classes):
+            raise DataError(f"{dataset.name(sample_id)} has the label {label}, which is no class; mend the dataset")
+        return image, label
 
-    def _decode(self, encoded: list[EncodedImage], ids: np.ndarray, out: np.ndarray) -> list[Exception | None]:
+    def _decode(
+        self, found: list[EncodedImage | UnreadableImage], ids: np.ndarray, out: np.ndarray
+    ) -> list[Exception | None]:
         loader = self._loader
+        encoded = [b"" if isinstance(image, UnreadableImage) else image for image in found]
         seeds = [(loader.seed, self._epoch, sample_id) for sample_id in ids.tolist()]
-        if loader.pool is None:
-            rows = zip(out, encoded, seeds, strict=True)
-            return [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
+        reasons: list[Exception | None]
         try:
-            return loader.pool.run(loader.packed, encoded, seeds, out)
+            if loader.pool is None:
+                rows = zip(out, encoded, seeds, strict=True)
+                reasons = [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
+            else:
+                reasons = loader.pool.run(loader.packed, encoded, seeds, out)
+            pairs = zip(found, reasons, strict=True)
+            return [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
         except WorkerDied as error:
             if loader.should_stop():
                 raise Cancelled from error
@@ -321,10 +307,11 @@ class _EpochReader:
             if sample_id in self._bad:
                 return
             self._bad.add(sample_id)
-            total = len(self._loader.dataset)
-            log.warning("image %d cannot be read (%s); %d so far of %d", sample_id, error, len(self._bad), total)
+            name, total = self._loader.dataset.name(sample_id), len(self._loader.dataset)
+            log.warning("%s cannot be read (%s); %d so far of %d", name, error, len(self._bad), total)
+            self._loader.report(name, str(error))
             if len(self._bad) > self._loader.max_bad:
                 raise DataError(
-                    f"{len(self._bad)} of {total} images cannot be read, the last one number {sample_id}; "
-                    "mend the dataset or raise --max_bad_fraction"
+                    f"{len(self._bad)} of {total} images cannot be read, the last one {name}; mend them, or raise "
+                    "--max_bad_fraction"
                 )

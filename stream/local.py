@@ -1,7 +1,8 @@
-"""Images in memory or in files: digits, CIFAR and folders of images."""
+"""Images in memory or in files: digits and CIFAR; `folders` finds the files of image folders."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from filelock import FileLock
 
 from errors import DataError
 from stream.files import read_small
-from stream.images import EncodedImage
-from stream.order import pick_blocks
+from stream.images import EncodedImage, UnreadableImage
 
 FILES_READ = 256
 
@@ -21,24 +21,46 @@ FILES_READ = 256
 class LocalDataset:
     """Images in memory or in files: every sample is a block of its own, and nothing is prefetched.
 
-    `images` are uint8 arrays (H, W, 3) or the paths of image files.
+    `images` are uint8 arrays (H, W, 3) or the paths of image files, which are told from `root` on. `notes` tell what
+    was passed over.
     """
 
     def __init__(
-        self, images: "np.ndarray | list[np.ndarray] | list[Path]", labels: list[int], classes: list[str]
+        self,
+        images: "np.ndarray | list[np.ndarray] | list[Path]",
+        labels: Sequence[int] | np.ndarray,
+        classes: Sequence[str],
+        root: Path | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.images = images
-        self.labels = labels
-        self.classes = classes
+        self.labels = [int(label) for label in labels]
+        self.classes = [*classes]
+        self.root = root
+        self.notes = [*notes]
         self.block_rows = np.ones(len(labels), np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, limit: int | None) -> "LocalDataset":
-        """At most `limit` samples, spread evenly."""
-        picks, _ = pick_blocks(self.block_rows, limit)
-        return LocalDataset([self.images[i] for i in picks], [self.labels[i] for i in picks], self.classes)  # type: ignore[arg-type]
+    def all_labels(self) -> np.ndarray:
+        """The label (int64) of each sample."""
+        return np.array(self.labels, np.int64)
+
+    def take(self, ids: np.ndarray) -> "LocalDataset":
+        """The samples with these ids."""
+        images = self.images[ids] if isinstance(self.images, np.ndarray) else [self.images[i] for i in ids.tolist()]
+        return LocalDataset(images, self.all_labels()[ids], self.classes, self.root, self.notes)
+
+    def with_classes(self, classes: Sequence[str]) -> "LocalDataset":
+        """The same samples, whose labels count the classes in this order; it has all of their names."""
+        numbers = np.array([list(classes).index(name) for name in self.classes])
+        return LocalDataset(self.images, numbers[self.all_labels()], classes, self.root, self.notes)
+
+    def name(self, sample_id: int) -> str:
+        """The path of an image, or its number in memory."""
+        image = self.images[sample_id]
+        return str(image.relative_to(self.root) if self.root else image) if isinstance(image, Path) else f"{sample_id}"
 
     def fingerprint(self) -> str:
         """A digest of labels and pixels; for files, of the names and the contents of FILES_READ evenly spread ones."""
@@ -50,8 +72,14 @@ class LocalDataset:
                 continue
             digest.update(os.fsencode(os.sep.join(image.parts[-2:])))  # a folder that was moved keeps its digest
             if number % spread == 0:
-                digest.update(bytes(self.read(number)[0]))
+                with contextlib.suppress(UnreadableImage):
+                    digest.update(bytes(self.read(number)[0]))
         return digest.hexdigest()
+
+    def inventory(self) -> dict[str, tuple[int, str]]:
+        """Of each file: one image, and what it is still called in another folder. Nothing for images in memory."""
+        files = [image.relative_to(self.root) for image in self.images if self.root and isinstance(image, Path)]
+        return {str(file): (1, file.name) for file in files}
 
     should_stop: Callable[[], bool] = staticmethod(lambda: False)
 
@@ -59,13 +87,15 @@ class LocalDataset:
         return self
 
     def read(self, sample_id: int) -> tuple[EncodedImage, int]:
-        image = self.images[sample_id]
+        image, label = self.images[sample_id], self.labels[sample_id]
         if isinstance(image, Path):
             try:
-                image = read_small(image, most=2**30)
-            except OSError:
-                image = b""  # not an image either: counted and replaced like any other
-        return image, self.labels[sample_id]
+                return read_small(image, most=2**30), label
+            except FileNotFoundError as error:
+                raise UnreadableImage("the file is not there any more") from error
+            except OSError as error:
+                raise UnreadableImage(f"the file cannot be read: {error.strerror}") from error
+        return image, label
 
     def release(self, ids: np.ndarray) -> None:
         pass
@@ -84,7 +114,7 @@ def load_digits() -> tuple[LocalDataset, LocalDataset]:
     labels = digits.target
     train, val = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     classes = [str(name) for name in digits.target_names]
-    return tuple(LocalDataset(images[part], labels[part].tolist(), classes) for part in (train, val))  # type: ignore[return-value]
+    return tuple(LocalDataset(images[part], labels[part], classes) for part in (train, val))  # type: ignore[return-value]
 
 
 def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
@@ -112,19 +142,3 @@ def _read_or_download(kind: Callable[..., Any], lock: Path) -> Any:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             return kind(download=True)
-
-
-def load_image_folder(folder: Path) -> tuple[LocalDataset, LocalDataset]:
-    """train/ and val/ with a folder of images for each class. Raises DataError."""
-    from torchvision.datasets import ImageFolder
-
-    parts = []
-    for split in ("train", "val"):
-        if not (folder / split).is_dir():
-            raise DataError(f"{folder / split} is not a folder; --data_dir needs train/ and val/ with a folder a class")
-        try:
-            part = ImageFolder(str(folder / split))
-        except (FileNotFoundError, OSError) as error:
-            raise DataError(f"{folder / split} has no images in class folders ({error})") from error
-        parts.append(LocalDataset([Path(path) for path, _ in part.samples], part.targets, part.classes))
-    return parts[0], parts[1]

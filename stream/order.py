@@ -29,17 +29,3 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
         keys = bits if window >= total else np.arange(len(span)) + bits * (window / streams / 2**64)
         result.append(span[np.argsort(keys, kind="stable")])
     return result
-
-
-def pick_blocks(rows: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The fewest evenly spread blocks that hold `limit` samples: their indices, and how many rows to use of each."""
-    if limit is None or limit >= rows.sum():
-        return np.arange(len(rows)), rows
-    count = max(1, int(limit * len(rows) / rows.sum()))
-    while True:
-        picks = np.arange(count) * len(rows) // count
-        filled = np.minimum(np.cumsum(rows[picks]), limit)
-        if filled[-1] == limit:
-            used = np.diff(filled, prepend=0)
-            return picks[used > 0], used[used > 0]
-        count += 1

@@ -13,6 +13,7 @@ class Use(IntEnum):
     CROP = 3  # the crop of a sample
     BATCH = 4  # what the device does to a sample of a batch
     RANK = 5  # the generators of a process
+    HOLD_OUT = 6  # which images are held out for validation
 
 
 def seeded(seed: int, use: Use, *numbers: int) -> np.random.SeedSequence:

@@ -110,7 +110,7 @@ def make_image_folder(root: Path, classes: dict[str, list[str]]) -> Path:
         ({"train": ["a", "b"]}, ["val"]),
         ({"train": [], "val": []}, ["train"]),
         ({"train": ["a"], "val": ["a"]}, ["one class"]),
-        ({"train": ["a", "b"], "val": ["a", "c"]}, ["other classes", "class 1 is b there and c here"]),
+        ({"train": ["a", "b"], "val": ["a", "c"]}, ["class c", "training has not"]),
     ],
     ids=["nothing", "no val", "no classes", "one class", "other classes"],
 )

@@ -170,9 +170,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "--dataset imagefolder": ("--data_dir", "train/", "val/"),
     "--epochs 0": ("--epochs 0", "1"),
     "--warmup_epochs 10": ("--warmup_epochs 10", "--epochs 10"),
-    "--batch_size 60": ("60", "8", "56 or 64"),
-    "--batch_size 6": ("6", "8", "use 8"),
-    "--batch_size 100": ("100", "--streams 8", "96", "104"),
+    "--batch_size 60 --streams 8": ("60", "8", "56 or 64"),
+    "--batch_size 6 --streams 8": ("6", "8", "use 8"),
+    "--batch_size 100 --streams 8": ("100", "--streams 8", "96", "104"),
     "--batch_size 100 --streams 6": ("100", "6", "96 or 102"),
 }
 
@@ -292,7 +292,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
     }
     assert kinds["kept"] == {
         *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),
-        *("cache_dir", "cache_limit_gb", "stall_timeout", "network_patience", "max_bad_steps"),
+        *("cache_dir", "cache_limit_gb", "stall_timeout", "network_patience", "max_bad_steps", "val_labels"),
         *("ledger", "lr_start", "lr_end", "lr_iter", "lr_step_mode", "lr_smooth_f", "lr_diverge_th", "lr_val"),
     }
 

@@ -206,13 +206,20 @@ def test_unreadable_images_are_named_and_counted_once(damaged: Path, caplog: pyt
     with caplog.at_level(logging.WARNING, "stream.loader"):
         run(make(open_split(damaged, "train"), train=False, max_bad_fraction=0.1))
     lines = [record.getMessage() for record in caplog.records]
-    assert sorted(int(line.split()[1]) for line in lines) == sorted(BAD)
+    assert sorted(line.partition(" cannot be read (")[0] for line in lines) == sorted(
+        f"data/train-00000-of-00001.parquet row {number}" for number in BAD
+    )
     assert lines[-1].endswith(f"{len(BAD)} so far of {TRAIN}")
+    empty = [line for line in lines if "the dataset has no image here" in line]
+    assert len(empty) == sum(number % 2 == 0 for number in BAD)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("train", [True, False])
-def test_too_many_unreadable_images_stop_the_run(damaged: Path, workers: int, train: bool) -> None:
+def test_too_many_unreadable_images_stop_the_run(
+    damaged: Path, workers: int, train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.loader.FEW_BAD", 0)
     dataset = open_split(damaged, "train")
     for allowed in (len(BAD), len(BAD) - 1):
         loader = make(dataset, train, num_workers=workers, max_bad_fraction=allowed / TRAIN + 1e-9, batch_size=10)
@@ -220,8 +227,38 @@ def test_too_many_unreadable_images_stop_the_run(damaged: Path, workers: int, tr
         if allowed == len(BAD):
             assert len(run(loader)) == TRAIN // 10
         else:
-            with pytest.raises(DataError, match=rf"5 of {TRAIN} images cannot be read.*--max_bad_fraction"):
+            with pytest.raises(DataError, match=rf"5 of {TRAIN} images cannot be read, the last one data/train.* row"):
                 run(loader)
+
+
+@pytest.mark.parametrize(("bad", "fraction", "ends"), [(10, 0.001, False), (11, 0.001, True), (1, 0.0, True)])
+def test_a_handful_of_unreadable_images_ends_no_run_however_small_the_set(
+    tmp_path: Path, bad: int, fraction: float, ends: bool
+) -> None:
+    paths = []
+    for number in range(30):
+        paths.append(tmp_path / f"{number:02d}.png")
+        Image.new("RGB", (9, 9)).save(paths[-1])
+    for path in paths[:bad]:
+        path.write_bytes(b"no image") if int(path.stem) % 2 else path.unlink()
+    reported: list[tuple[str, str]] = []
+    dataset = LocalDataset(paths, [0, 1] * 15, ["a", "b"], tmp_path)
+    loader = make(dataset, train=False, num_workers=0, max_bad_fraction=fraction)
+    loader.report = lambda name, reason: reported.append((name, reason))
+    if ends:
+        with pytest.raises(DataError, match=rf"{bad} of 30 images cannot be read, the last one .*png; mend them"):
+            run(loader)
+    else:
+        assert torch.cat([batch.labels for batch in run(loader)]).tolist()[:bad] == [UNREADABLE] * bad
+    assert [name for name, _ in reported] == [path.name for path in paths[:bad]]
+    for name, reason in reported:
+        assert ("the file is not there any more" in reason) == (int(Path(name).stem) % 2 == 0)
+
+
+def test_a_label_that_is_no_class_never_reaches_the_loss() -> None:
+    dataset = LocalDataset(np.zeros((8, 9, 9, 3), np.uint8), [0, 1, 2, 1] * 2, ["a", "b"])
+    with pytest.raises(DataError, match=r"\d has the label 2, which is no class"):
+        run(make(dataset, batch_size=4, num_workers=0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

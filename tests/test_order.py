@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from stream.order import epoch_order, pick_blocks
+from stream.order import epoch_order
 
 ROWS = np.random.default_rng(0).integers(1, 40, 60)
 TOTAL = int(ROWS.sum())
@@ -132,38 +132,3 @@ def test_a_larger_window_mixes_files_that_are_sorted_by_class() -> None:
     assert mixing == sorted(mixing)
     assert mixing[0] < 6
     assert mixing[3] == pytest.approx(40 * (1 - (39 / 40) ** 64), rel=0.05)
-
-
-# ---- pick_blocks -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rows", "limit", "picks", "used"),
-    [
-        ([10, 10, 10, 10], None, [0, 1, 2, 3], [10, 10, 10, 10]),
-        ([10, 10, 10, 10], 40, [0, 1, 2, 3], [10, 10, 10, 10]),
-        ([10, 10, 10, 10], 99, [0, 1, 2, 3], [10, 10, 10, 10]),
-        ([10, 10, 10, 10], 20, [0, 2], [10, 10]),
-        ([10, 10, 10, 10], 21, [0, 1, 2], [10, 10, 1]),
-        ([10, 10, 10, 10], 1, [0], [1]),
-        ([1, 1, 1, 1, 1, 1, 1, 1], 4, [0, 2, 4, 6], [1, 1, 1, 1]),
-        ([1, 1, 1, 1, 1], 3, [0, 1, 3], [1, 1, 1]),
-        ([1, 100, 1, 1], 50, [0, 1], [1, 49]),
-        ([100, 1, 1, 1], 2, [0], [2]),
-        ([7], 3, [0], [3]),
-    ],
-)
-def test_a_limit_takes_exactly_that_many_spread_over_the_blocks(
-    rows: list[int], limit: int | None, picks: list[int], used: list[int]
-) -> None:
-    found = pick_blocks(np.array(rows), limit)
-    assert [part.tolist() for part in found] == [picks, used]
-
-
-def test_every_limit_gives_exactly_that_many_rows_of_distinct_blocks() -> None:
-    for limit in range(1, TOTAL + 1):
-        picks, used = pick_blocks(ROWS, limit)
-        assert used.sum() == limit
-        assert len(set(picks.tolist())) == len(picks)
-        assert (used > 0).all()
-        assert (used <= ROWS[picks]).all()

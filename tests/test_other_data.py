@@ -1,17 +1,20 @@
 """A run goes on with the data it was trained on, wherever that lies now; other data is refused unless insisted on."""
 
+import gzip
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from program import cut, run, snapshot_path, steps_kept, train
 from shards import class_names
 from test_classes import make_parquet, rename
 
+from stream.inventory import Inventory, describe_changes
 from stream.local import LocalDataset
 from training import snapshot
 
@@ -65,6 +68,21 @@ def draw_one_anew(data: Path) -> None:
     cv2.imwrite(str(data / "train" / "dog" / "03.png"), np.zeros((9, 9, 3), np.uint8))
 
 
+def add_two_and_remove_one(data: Path) -> None:
+    for name in ("new.png", "newer.png"):
+        shutil.copy(data / "train" / "cat" / "00.png", data / "train" / "cat" / name)
+    (data / "train" / "dog" / "19.png").unlink()
+
+
+def move_some(data: Path) -> None:
+    """To the other class: nothing is gone."""
+    for number in (18, 19):
+        (data / "train" / "cat" / f"{number}.png").rename(data / "train" / "dog" / f"cat {number}.png")
+    (data / "train" / "dog" / "17.png").rename(data / "train" / "cat" / "elsewhere.png")
+    (data / "train" / "dog" / "sub").mkdir()
+    (data / "train" / "dog" / "16.png").rename(data / "train" / "dog" / "sub" / "16.png")
+
+
 def rename_a_class(data: Path) -> None:
     for split in ("train", "val"):
         (data / split / "dog").rename(data / split / "fox")
@@ -74,10 +92,13 @@ def rename_a_class(data: Path) -> None:
     ("change", "told"),
     [
         (swap_names, "other training images, though as many"),
-        (remove_one, "7 validation images, not 8"),
-        (rename_one, "other training images, though as many"),
+        (remove_one, "7 validation images, not 8 (1 removed)"),
+        (rename_one, "other training images, though as many (1 added, 1 removed)"),
         (draw_one_anew, "other training images, though as many"),
         (rename_a_class, "class 1 is dog there and fox here"),
+        (rename_a_class, "(20 renamed or moved)"),
+        (add_two_and_remove_one, "41 training images, not 40 (2 added, 1 removed)"),
+        (move_some, "other training images, though as many (3 added, 3 removed, 1 renamed or moved)"),
     ],
 )
 def test_an_image_folder_that_was_changed_is_refused(
@@ -92,7 +113,7 @@ def test_an_image_folder_that_was_changed_is_refused(
         done = run(*flags, *more)
         assert (done.status, done.err.count("\n")) == (2, 1), done.err
         assert told in done.err
-        assert "--override data=changed" in done.err
+        assert "give that data again, or go on with this with --override data=changed" in done.err
     assert steps_kept(copy) == [2]
     insisting = train(*flags, "--override", "data=changed")
     assert told in insisting.out
@@ -127,6 +148,66 @@ def test_parquet_files_that_were_changed_are_refused(
         shutil.rmtree(made)
         shutil.copytree(kept, made)
     train("--resume_from", copy)
+
+
+def add_rows(folder: Path) -> None:
+    table = pq.read_table(folder / "data" / "train-00001-of-00002.parquet")
+    more = pa.concat_tables([table, table.slice(0, 3)])
+    pq.write_table(more, folder / "data" / "train-00001-of-00002.parquet", row_group_size=20)
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / "data" / "train-00000-of-00002.parquet").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (add_rows, "43 training images, not 40 (3 added)"),
+        (remove_a_file, "20 training images, not 40 (20 removed)"),
+    ],
+)
+def test_what_changed_in_parquet_files_is_told_in_images(
+    parquet: Path, tmp_path: Path, change: Callable[[Path], None], told: str
+) -> None:
+    made, copy = parquet / "datasets" / "ILSVRC" / "imagenet-1k", cut(parquet / "run", 2, tmp_path / "run")
+    kept = Path(shutil.copytree(made, tmp_path / "kept"))
+    try:
+        change(made)
+        done = run("--resume_from", copy)
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert told in done.err
+    finally:
+        shutil.rmtree(made)
+        shutil.copytree(kept, made)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({"a": (1, "a")}, {"a": (1, "a"), "b": (1, "b")}, "1 added"),
+        ({"x/a": (1, "a"), "x/b": (1, "b")}, {"y/a": (1, "a")}, "1 removed, 1 renamed or moved"),
+        ({"x/a": (1, "a")}, {"y/a": (1, "a"), "z/a": (1, "a")}, "1 added, 1 renamed or moved"),
+        ({"f": (10, "1")}, {"f": (12, "2")}, "2 added"),
+        ({"f": (10, "1"), "g": (5, "1")}, {"f": (10, "2"), "g": (3, "2")}, "2 removed, 10 in files that changed"),
+        ({"f": (10, "1")}, {"g": (10, "1")}, "10 renamed or moved"),
+        ({"f": (10, "1")}, {"f": (10, "1")}, ""),
+    ],
+)
+def test_changes_are_counted_by_kind(before: Inventory, now: Inventory, told: str) -> None:
+    assert describe_changes(before, now) == told
+
+
+def test_a_run_without_an_inventory_or_with_a_strangers_is_told_less(photos: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(photos / "set", tmp_path / "set"))
+    remove_one(data)
+    for text in (None, b"x", gzip.compress(b"[1]"), gzip.compress(b'{"a": 3}')):
+        copy = cut(photos / "run", 2, tmp_path / f"run {text!r}")
+        for path in (copy / "data").glob("*"):
+            path.unlink() if text is None else path.write_bytes(text)
+        done = run("--resume_from", copy, "--data_dir", data)
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert "7 validation images, not 8; give" in done.err
 
 
 def test_a_pixel_or_a_label_of_images_in_memory_changes_their_fingerprint() -> None:

@@ -19,8 +19,10 @@ from errors import DataError, UsageError
 from preflight import describe_data
 from preprocess import AlbumentationsAdapter, eval_transform, get_data_loaders, train_transform
 from stream.augment import Augment
+from stream.image_folders import open_image_folder
 from stream.images import resize
-from stream.local import LocalDataset, load_cifar, load_digits, load_image_folder
+from stream.local import LocalDataset, load_cifar, load_digits
+from stream.picks import fair_sample
 
 DATASETS = ["digits", "cifar10", "cifar100", "imagenet1k", "imagefolder", "hf"]
 CPU = torch.device("cpu")
@@ -264,7 +266,8 @@ def make_photos(root: Path, split: str, counts: dict[str, int]) -> None:
 def test_an_image_folder_is_read_by_its_folders_names(tmp_path: Path) -> None:
     make_photos(tmp_path, "train", {"ant": 3, "bee": 2})
     make_photos(tmp_path, "val", {"ant": 1, "bee": 1})
-    train, val = load_image_folder(tmp_path)
+    train, val = open_image_folder(tmp_path, "train", ["val"], None, whole=False)
+    assert val is not None
     assert train.classes == val.classes == ["ant", "bee"]
     assert (train.labels, val.labels) == ([0, 0, 0, 1, 1], [0, 1])
     assert train.read(4) == ((tmp_path / "train" / "bee" / "1.jpg").read_bytes(), 1)
@@ -295,7 +298,8 @@ def test_an_image_folder_that_is_not_one_is_refused_in_one_line(
 @pytest.mark.parametrize(("limit", "kept"), [(None, 10), (10, 10), (99, 10), (5, 5), (3, 3), (1, 1)])
 def test_max_samples_spreads_over_a_local_dataset_and_keeps_labels_with_images(limit: int | None, kept: int) -> None:
     images = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(3, axis=-1)
-    part = LocalDataset(images, list(range(10)), ["x"] * 10).take(limit)
+    whole = LocalDataset(images, list(range(10)), [f"class {number}" for number in range(10)])
+    part = whole.take(fair_sample(whole.all_labels(), limit))
     assert len(part) == len(part.block_rows) == kept
     assert [int(np.asarray(part.read(i)[0])[0, 0, 0]) for i in range(kept)] == part.labels
     assert part.labels == [i * 10 // kept for i in range(kept)]

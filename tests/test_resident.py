@@ -14,6 +14,7 @@ from stream.augment import Augment
 from stream.loader import Batch
 from stream.local import LocalDataset, load_digits
 from stream.order import epoch_order
+from stream.picks import fair_sample
 from stream.resident import ResidentLoader
 
 CPU = torch.device("cpu")
@@ -121,7 +122,8 @@ def loaders_of(rank: int, world: int, config: Config) -> Any:
 
 def test_any_number_of_ranks_trains_on_the_same_global_batches_and_evaluates_the_same_ones() -> None:
     config = resolve({"dataset": "digits", "batch_size": 32, "max_samples": 200, "cutout": 2})
-    (whole, whole_val), train = loaders_of(0, 1, config), load_digits()[0].take(200)
+    (whole, whole_val), train = loaders_of(0, 1, config), load_digits()[0]
+    train = train.take(fair_sample(train.all_labels(), 200))
     assert [len(batch.ids) for batch in whole] == [32] * 5
     streams = epoch_order(train.block_rows, 1, config.seed, config.streams, 200)
     assert whole[0].ids.tolist() == np.concatenate([stream[4:8] for stream in streams]).tolist()

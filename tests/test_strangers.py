@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import hashlib
 import io
 import json
@@ -297,7 +298,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "pipe", "zeros", "sparse", "bomb", "larger bomb"])
-def test_what_is_no_image_in_an_image_folder_is_counted_and_refused(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_image_in_an_image_folder_is_counted_and_replaced(tmp_path: Path, kind: str) -> None:
     for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "val/a/1", "val/b/1"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "set" / f"{name}.png"), np.zeros((16, 16, 3), np.uint8))
@@ -307,7 +308,9 @@ def test_what_is_no_image_in_an_image_folder_is_counted_and_refused(tmp_path: Pa
     else:
         plant(evil, kind, tmp_path)
     flags = ("--dataset", "imagefolder", "--data_dir", tmp_path / "set", *IMAGES, "--batch_size", 4, "--streams", 1)
-    survive(tmp_path, (3,), *flags, "--num_workers", 1, "--run_dir", tmp_path / "run")
+    survive(tmp_path, (0,), *flags, "--num_workers", 1, "--run_dir", tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run" / "unreadable.csv").open()))
+    assert {row["image"] for row in rows} == {"b/2.png"}
 
 
 @pytest.mark.parametrize("how", ["batches", "archive"])

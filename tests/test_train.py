@@ -164,12 +164,15 @@ def test_an_epoch_that_is_only_better_than_the_one_before_it_is_not_the_best(
     assert int(tensors(tmp_path / "run" / "snapshots" / "best.safetensors")["model.bn1.num_batches_tracked"]) == 3
 
 
-def test_a_run_that_went_back_keeps_the_best_of_what_it_did_instead(tmp_path: Path) -> None:
-    """The epoch that is dropped is better than any to come, at a rate of nearly nothing."""
-    flags = ("--max_samples", 160, "--batch_size", 16, "--epochs", 2, "--lr", 0.02, "--save_best")
+def test_a_run_that_went_back_keeps_the_best_of_what_it_did_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epoch that is dropped is better than any to come."""
+    top1 = iter([0.1, 0.5, 0.2])
+    same = {"val_loss": 1.0, "val_top5": 1.0, "correct1": 0, "correct5": 0, "images": 160}
+    monkeypatch.setattr("train.evaluate", lambda *_: same | {"val_top1": next(top1)})
+    flags = ("--max_samples", 160, "--batch_size", 16, "--epochs", 2, "--save_best")
     train(*flags, "--run_dir", tmp_path / "run")
-    first, second = (float(row["val_top1"]) for row in results(tmp_path / "run"))
-    assert second > first
     copy = cut(tmp_path / "run", 10, tmp_path / "copy")
     done = train("--resume_from", copy, "--override", "lr=1e-12")
     assert "dropped   best.safetensors, a later step of the same run" in done.out

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -26,12 +27,14 @@ import distributed
 from config import Config
 from errors import UsageError, complain, redact
 from stream.files import open_plain, read_small, write_durably
+from training.state import Progress
 
 RESULT_COLUMNS = (
     *("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"),
     *("lr", "images_per_s", "seconds"),
 )
 
+UNREADABLE_COLUMNS = ("image", "reason", "epoch")
 LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")
 PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "numpy")
 
@@ -191,6 +194,39 @@ def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
         "lr": float(row["lr"]).hex(),
         "skipped": row["skipped"],
     }
+
+
+class UnreadableLog:
+    """unreadable.csv: a row for each image that could not be read, once an epoch. Ranks append to it together.
+
+    Rows of epochs after the one in `progress`, which a resume logs again, are removed first. A disk that refuses costs
+    only the row.
+    """
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path = path
+        self._progress = progress
+        self._known: set[tuple[str, str]] = set()
+        with contextlib.suppress(OSError, ValueError, csv.Error):
+            rows = list(csv.reader(read_small(path).decode().splitlines()))[1:]
+            kept = [row for row in rows if int(row[2]) <= progress.epoch + 1]
+            self._known = {(row[0], row[2]) for row in kept}
+            if len(kept) < len(rows) and distributed.rank() == 0:
+                path.unlink()
+                self._append(kept)
+
+    def __call__(self, image: str, reason: str) -> None:
+        row = [image, " ".join(reason.split()), str(self._progress.epoch + 1)]
+        if (row[0], row[2]) not in self._known:
+            self._known.add((row[0], row[2]))
+            with contextlib.suppress(OSError):
+                self._append([row])
+
+    def _append(self, rows: list[list[str]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with open(self._path, "a", opener=open_plain) as file:
+            file.write(text.getvalue() if file.tell() else f"{','.join(UNREADABLE_COLUMNS)}\n{text.getvalue()}")
 
 
 class Stopwatch:

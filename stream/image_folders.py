@@ -1,0 +1,193 @@
+"""Image folders: which files are images, of which class, and what is passed over."""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from errors import DataError
+from stream.files import is_hidden, read_small
+from stream.images import IMAGE_SUFFIXES, is_image
+from stream.local import LocalDataset
+
+HEADER_BYTES = 64  # what tells an image without a usual suffix
+KINDS_TOLD = 6
+BOXES_BEHIND = re.compile(r"(?<=^n\d{8})( \d+)+.*")
+Sample = tuple[Path, str]
+
+
+def open_image_folder(
+    folder: Path, split: str, others: Sequence[str], labels: Path | None, whole: bool
+) -> tuple[LocalDataset, LocalDataset | None]:
+    """The images to train on in folder/`split`, and those for validation in the first of `others` that is there.
+
+    Each split has a folder a class; with a file of `labels` the one for validation may be flat, see `read_labels`. With
+    `whole`, only the first is opened, and the classes may lie in `folder` itself. Raises DataError.
+    """
+    try:
+        return _open_splits(folder, split, others, labels, whole)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); mend it, or give another --data_dir"
+        ) from error
+
+
+def _open_splits(
+    folder: Path, split: str, others: Sequence[str], labels: Path | None, whole: bool
+) -> tuple[LocalDataset, LocalDataset | None]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give --data_dir the folder with train/ and val/")
+    if not _class_folders(folder / split):
+        if not _class_folders(folder):
+            raise DataError(
+                f"{folder / split} has no class folders; --data_dir needs train/ and val/ with a folder a class"
+            )
+        if not whole or any(_class_folders(folder / name) for name in others):
+            raise DataError(
+                f"{folder / split} is not a folder of class folders; --data_dir needs train/ and val/ with a folder a "
+                "class, or with --val_share 0.1, which holds out a part for validation, a folder a class"
+            )
+        return _open(folder), None
+    if whole:
+        return _open(folder / split), None
+    val = next((folder / name for name in others if (folder / name).is_dir()), None)
+    if val is None:
+        raise DataError(
+            f"{folder} has no folder {' or '.join(others)}; hold out a part of {split} with --val_share 0.1, name "
+            "another with --val_split, or give another --data_dir"
+        )
+    return _open(folder / split), _open(val) if labels is None else _open_flat(val, labels)
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(part for part in folder.iterdir() if part.is_dir() and not is_hidden(part.name))
+
+
+def _open(folder: Path) -> LocalDataset:
+    """A folder with a folder for each class; those without an image are no classes. Raises DataError."""
+    passed_over = Counter[str]()
+    found = {part.name: list(_images(part, passed_over)) for part in _class_folders(folder)}
+    beside = sum(path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() for path in folder.iterdir())
+    empty = [name for name, paths in found.items() if not paths]
+    classes = [name for name, paths in found.items() if paths]
+    if not classes:
+        fix = "give their labels with --val_labels FILE" if beside else "put a folder of images for each class there"
+        raise DataError(f"{folder} has {'images but ' if beside else ''}no images in class folders; {fix}")
+    samples = [(path, name) for name in classes for path in found[name]]
+    notes = [f"{folder} has no images in {_listed(empty)}: no class"] if empty else []
+    if beside:
+        notes.append(f"{beside:,} images in {folder} lie beside the class folders and are left out")
+    return _dataset(folder, samples, classes, [*notes, *_told(folder, passed_over)])
+
+
+def _images(folder: Path, passed_over: Counter[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The images in a folder and its subfolders, sorted; of what is no image the kind is counted."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    names: list[str] = []
+    folders: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_hidden(entry.name):
+                (folders if entry.is_dir() else names).append(entry.name)
+    for name in sorted(names):
+        path = folder / name
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES or _looks_like_image(path):
+            yield path
+        else:
+            passed_over[suffix or "without suffix"] += 1
+    for name in sorted(folders):
+        yield from _images(folder / name, passed_over, above | {real})
+
+
+def _looks_like_image(path: Path) -> bool:
+    """Whether a file without a usual suffix begins as an image does."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return is_image(file.read(HEADER_BYTES))
+    except OSError:
+        return False
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:KINDS_TOLD])
+    return f"{len(names)} folders ({shown}{', ...' if len(names) > KINDS_TOLD else ''})" if len(names) > 1 else shown
+
+
+def _told(folder: Path, passed_over: Counter[str]) -> list[str]:
+    if not passed_over:
+        return []
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(KINDS_TOLD))
+    more = ", ..." if len(passed_over) > KINDS_TOLD else ""
+    return [f"{passed_over.total():,} files in {folder} are no images and left out: {kinds}{more}"]
+
+
+def _dataset(folder: Path, samples: list[Sample], classes: list[str], notes: list[str]) -> LocalDataset:
+    numbers = {name: number for number, name in enumerate(classes)}
+    paths = [path for path, _ in samples]
+    return LocalDataset(paths, [numbers[name] for _, name in samples], classes, folder, notes)
+
+
+def _open_flat(folder: Path, file: Path) -> LocalDataset:
+    """A folder of images whose labels are told by a file. Raises DataError."""
+    passed_over = Counter[str]()
+    paths = list(_images(folder, passed_over))
+    told = read_labels(file, [path.name for path in paths])
+    samples = [(path, told[path.name]) for path in paths if path.name in told]
+    if not samples:
+        raise DataError(f"{file} tells the label of no image in {folder}; give the file of these images")
+    notes = _told(folder, passed_over)
+    if len(samples) < len(paths):
+        notes.append(f"{len(paths) - len(samples):,} images in {folder} have no label in {file} and are left out")
+    return _dataset(folder, samples, sorted({name for _, name in samples}), notes)
+
+
+def read_labels(file: Path, names: Sequence[str]) -> dict[str, str]:
+    """The class name of each image, by the name of its file, as a file tells them. Raises DataError.
+
+    It is a table of two columns with a comma or a tab between, file name (with or without suffix) and class, which may
+    have boxes behind it as in ImageNet's LOC_val_solution.csv; or a class a line, in the order of the sorted names.
+    Lines of numbers are those of ILSVRC2012_validation_ground_truth.txt, which needs the meta.mat that comes with it.
+    """
+    try:
+        lines = read_small(file).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"--val_labels {file} cannot be read as text ({error}); give a CSV file or a label a line"
+        ) from error
+    lines = [line for line in lines if line.strip()]
+    table = list(csv.reader(lines, delimiter="\t" if any("\t" in line for line in lines) else ","))
+    if table and all(len(row) >= 2 for row in table):
+        stems = {name.partition(".")[0]: name for name in names} | {name: name for name in names}
+        told = {stems.get(Path(row[0].strip()).name): BOXES_BEHIND.sub("", row[1].strip()) for row in table}
+        return {name: label for name, label in told.items() if name is not None and label}
+    if len(lines) != len(names):
+        raise DataError(
+            f"--val_labels {file} has {len(lines):,} lines for {len(names):,} images; it needs a label a line, in the "
+            "order of the file names, or a table of file name and class"
+        )
+    labels = [line.strip() for line in lines]
+    if all(label.isdecimal() for label in labels):
+        synsets = _synsets(file.parent / "meta.mat")
+        labels = [synsets.get(int(label), label) for label in labels]
+    return dict(zip(sorted(names), labels, strict=True))
+
+
+def _synsets(path: Path) -> dict[int, str]:
+    """The WordNet id of each class by its number in ILSVRC's development kit, which is not the sorted order."""
+    import scipy.io
+
+    try:
+        synsets = scipy.io.loadmat(path, squeeze_me=True)["synsets"]
+        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    except (OSError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"numbers as labels are ILSVRC's, whose meta.mat tells their names, but {path} does not ({error}); put the "
+            "one of the development kit there, or tell names"
+        ) from error
