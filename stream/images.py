@@ -18,6 +18,7 @@ from stream.seeds import Use, seeded
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 
+MOST_LONG = 32  # side over side: no photograph, nor most panoramas
 LEAST_VARIANCE = 0.1  # square pixels: sizes that shrink by less than 1.26 are not worth a blur
 LEAST_SIGMA = 0.1  # pixels: a blur without effect
 
@@ -53,6 +54,28 @@ class AlbumentationsAdapter:
         python_generator = random.Random(int(generator.integers(2**63)))
         self._threads.pipeline.set_random_state(generator, python_generator)
         return self._threads.pipeline
+
+
+class SquareOfStrip(A.ImageOnlyTransform):  # type: ignore[misc]
+    """Cuts a square, uint8 (H, W, 3), from an image MOST_LONG times as long as wide or more; leaves others alone.
+
+    For steps that scale the short side to a given size, which would make millions of pixels of such an image.
+    """
+
+    def __init__(self, *, at_random: bool) -> None:
+        super().__init__(p=1)
+        self.at_random = at_random
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        short, long = sorted(img.shape[:2])
+        if long < MOST_LONG * short:
+            return img
+        start = self.py_random.randint(0, long - short) if self.at_random else (long - short) // 2
+        piece = slice(start, start + short)
+        return img[piece] if img.shape[0] == long else img[:, piece]
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return ("at_random",)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
