@@ -11,6 +11,7 @@ from stream import allowance
 from stream.block_reader import blocks_ahead, fetch_threads
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.decode_pool import PROCESS_BYTES
+from stream.formats import LARGEST_PIXELS
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
 
@@ -21,6 +22,8 @@ CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators ke
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
 DECODED_OVER_ENCODED = 15  # a photograph of 24 megapixels is 5 MB, or 72 MB of pixels
+
+LARGEST_PICTURE = 14 * LARGEST_PIXELS  # bytes, as measured of a PNG with alpha; a JPEG takes 3 to 9 a pixel
 
 
 def describe_data(config: Config, data: Data) -> list[str]:
@@ -44,7 +47,8 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"bytes     {_size(sizes.sum())} for training, {_size(val_bytes)} for validation, in each epoch",
         f"streams   {config.streams}, {config.streams // ranks} for each of {ranks} ranks",
         f"mixing    {_mixing_line(config, train)}",
-        f"memory    about {_size(memory_bytes(config, data))} a rank for {_holders(config, data)}",
+        f"memory    about {_size(memory_bytes(config, data))} a rank (and {_size(LARGEST_PICTURE)} while one of "
+        f"{LARGEST_PIXELS / 1e6:.0f} megapixels, the largest that are read, is decoded) for {_holders(config, data)}",
         f"cache     {_cache_line(train)}",
         *_request_lines(train, val),
     ]

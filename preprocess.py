@@ -22,7 +22,7 @@ from stream import inventory
 from stream.augment import Augment
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
 from stream.image_folders import open_image_folder
-from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter
+from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
 from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset, load_cifar, load_digits
 from stream.order import epoch_order
@@ -43,14 +43,14 @@ def train_transform(config: Config) -> AlbumentationsAdapter:
     """A random crop to (image_size, image_size); flips happen on the device, see `batch_augment`."""
     size = config.image_size
     if config.crop == "fixed":
-        return AlbumentationsAdapter(_resize_short_side(size), A.RandomCrop(size, size))
+        return AlbumentationsAdapter(SquareOfStrip(at_random=True), _resize_short_side(size), A.RandomCrop(size, size))
     return RandomResizedCropAdapter(A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)))
 
 
 def eval_transform(config: Config) -> AlbumentationsAdapter:
     """Resize the short side to 256/224 of eval_size, with antialiasing, then crop the centre."""
     size = config.eval_size
-    return AlbumentationsAdapter(_resize_short_side(size), A.CenterCrop(size, size))
+    return AlbumentationsAdapter(SquareOfStrip(at_random=False), _resize_short_side(size), A.CenterCrop(size, size))
 
 
 def batch_augment(config: Config) -> Augment:

@@ -33,6 +33,8 @@ How it becomes a batch
     resident     ResidentLoader: a small dataset in the device's memory
     decode_pool  processes that decode and transform
     images       encoded images -> transformed pixels
-    jpeg         regions of JPEGs
+    pictures     encoded images -> pixels, by one rule for all formats
+    formats      which files are images, and how large they may be
+    jpeg         JPEGs and regions of them, and whether their data are sound
     augment      augmentation of whole batches on the device
 """

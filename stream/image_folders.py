@@ -9,10 +9,9 @@ from pathlib import Path
 
 from errors import DataError
 from stream.files import is_hidden, read_small
-from stream.images import IMAGE_SUFFIXES, is_image
+from stream.formats import IMAGE_SUFFIXES, SIGNATURE_BYTES, is_image
 from stream.local import LocalDataset
 
-HEADER_BYTES = 64  # what tells an image without a usual suffix
 KINDS_TOLD = 6
 BOXES_BEHIND = re.compile(r"(?<=^n\d{8})( \d+)+.*")
 Sample = tuple[Path, str]
@@ -110,7 +109,7 @@ def _looks_like_image(path: Path) -> bool:
     """Whether a file without a usual suffix begins as an image does."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            return is_image(file.read(HEADER_BYTES))
+            return is_image(file.read(SIGNATURE_BYTES))
     except OSError:
         return False
 

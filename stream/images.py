@@ -1,98 +1,28 @@
 """Encoded images -> transformed uint8 arrays."""
 
-import contextlib
 import copy
-import functools
-import io
 import math
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from stream.jpeg import can_decode_regions, decode_region
+from stream.formats import UnreadableImage
+from stream.pictures import EncodedImage, Picture, decode
 from stream.seeds import Use, seeded
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 
-cv2.setNumThreads(0)
-
-DECODE_ERRORS = (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError)
-
+MOST_LONG = 32  # side over side: no photograph, nor most panoramas
 LEAST_VARIANCE = 0.1  # square pixels: sizes that shrink by less than 1.26 are not worth a blur
 LEAST_SIGMA = 0.1  # pixels: a blur without effect
 
-EncodedImage = bytes | memoryview | np.ndarray
 Transform = Callable[[EncodedImage, tuple[int, ...]], np.ndarray]
-
-
-class UnreadableImage(Exception):
-    """An image cannot be decoded; the message says why."""
-
-
-class Picture:
-    """An image, decoded on demand: at first only the header is read. Raises UnreadableImage, also on later access.
-
-    cv2 decodes RGB and greyscale of 8 or 16 bits, with the EXIF orientation applied; Pillow decodes the rest (CMYK,
-    palettes, alpha).
-    """
-
-    def __init__(self, image: EncodedImage) -> None:
-        self._image = image
-        self._in_regions = False
-        if isinstance(image, np.ndarray):
-            return
-        with _reasons(), Image.open(io.BytesIO(image)) as header:
-            self._mode, self._size = header.mode, header.size
-            plain = header.format == "JPEG" and header.mode in ("RGB", "L") and "exif" not in header.info
-            self._in_regions = plain and can_decode_regions()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W, 3)."""
-        return (self._size[1], self._size[0], 3) if self._in_regions else self.pixels.shape
-
-    @functools.cached_property
-    def pixels(self) -> np.ndarray:
-        """uint8 RGB (H, W, 3)."""
-        image = self._image
-        if isinstance(image, np.ndarray):
-            return image
-        with _reasons():
-            if self._mode not in ("RGB", "L", "I;16"):
-                with Image.open(io.BytesIO(image)) as whole:
-                    return np.asarray(whole.convert("RGB"))
-            decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
-            if decoded is None:
-                raise ValueError("not a whole image")
-            return decoded
-
-    def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """`pixels[top:bottom, left:right]`; of a JPEG, only as much as that needs is decoded."""
-        if self._in_regions:
-            decoded = decode_region(self._image, left, top, right, bottom)
-            if decoded is not None:
-                return decoded
-        return self.pixels[top:bottom, left:right]
-
-
-def decode(image: EncodedImage) -> np.ndarray:
-    """An encoded image -> uint8 RGB (H, W, 3). Raises UnreadableImage."""
-    return Picture(image).pixels
-
-
-@contextlib.contextmanager
-def _reasons() -> Iterator[None]:
-    try:
-        yield
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 class AlbumentationsAdapter:
@@ -124,6 +54,28 @@ class AlbumentationsAdapter:
         python_generator = random.Random(int(generator.integers(2**63)))
         self._threads.pipeline.set_random_state(generator, python_generator)
         return self._threads.pipeline
+
+
+class SquareOfStrip(A.ImageOnlyTransform):  # type: ignore[misc]
+    """Cuts a square, uint8 (H, W, 3), from an image MOST_LONG times as long as wide or more; leaves others alone.
+
+    For steps that scale the short side to a given size, which would make millions of pixels of such an image.
+    """
+
+    def __init__(self, *, at_random: bool) -> None:
+        super().__init__(p=1)
+        self.at_random = at_random
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        short, long = sorted(img.shape[:2])
+        if long < MOST_LONG * short:
+            return img
+        start = self.py_random.randint(0, long - short) if self.at_random else (long - short) // 2
+        piece = slice(start, start + short)
+        return img[piece] if img.shape[0] == long else img[:, piece]
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return ("at_random",)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -174,5 +126,5 @@ def decode_into(
     try:
         row[:] = transform(image, seed)
     except UnreadableImage as error:
-        return error
+        return UnreadableImage(*error.args)  # without the traceback, which holds on to the decoder's memory
     return None

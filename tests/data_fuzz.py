@@ -25,9 +25,26 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-KINDS = {"png": "PNG", "PNG": "PNG", "bmp": "BMP", "webp": "WEBP", "tiff": "TIFF", "TIF": "TIFF", "ppm": "PPM", "tga": "TGA"}
+KINDS = {
+    "png": "PNG",
+    "PNG": "PNG",
+    "bmp": "BMP",
+    "webp": "WEBP",
+    "tiff": "TIFF",
+    "TIF": "TIFF",
+    "ppm": "PPM",
+    "tga": "TGA",
+}
 NAMES = ["ant", "Bee", "n01440764", "7", "a b", "größe", "x.y", "train", "-dash", "a,b"]
-CLUTTER = [".hidden.png", "._0.png", "Thumbs.db", ".DS_Store", "__MACOSX/x.png", "@eaDir/x.png", ".ipynb_checkpoints/x.png"]
+CLUTTER = [
+    ".hidden.png",
+    "._0.png",
+    "Thumbs.db",
+    ".DS_Store",
+    "__MACOSX/x.png",
+    "@eaDir/x.png",
+    ".ipynb_checkpoints/x.png",
+]
 Content = dict[int, str]  # of each image, by number, its class
 
 
@@ -79,7 +96,11 @@ def draw_folder(draw: Draw) -> None:
     layout = rng.choice(["flat", "train", "both"])
     if layout == "flat" and "train" in draw.names:
         draw.names.remove("train")
-    parts = {"flat": [("", 3)], "train": [("train", 3)], "both": [("train", 1), (rng.choice(["val", "valid", "test"]), 1)]}
+    parts = {
+        "flat": [("", 3)],
+        "train": [("train", 3)],
+        "both": [("train", 1), (rng.choice(["val", "valid", "test"]), 1)],
+    }
     for place, (split, least) in enumerate(parts[layout]):
         content = draw.images(least)
         for number, name in content.items():
@@ -129,7 +150,12 @@ def draw_parquet(draw: Draw) -> None:
         if form == "plain":
             arrays.append(pa.array(images, pa.binary()))
         else:
-            arrays.append(pa.array([{"bytes": data, "path": None} for data in images], pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+            arrays.append(
+                pa.array(
+                    [{"bytes": data, "path": None} for data in images],
+                    pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+                )
+            )
         values: dict[str, Callable[[str], Any]] = {
             "names": order.index,
             "numbers": int,

@@ -2,8 +2,10 @@
 
 import os
 import time
+from unittest import mock
 
 import numpy as np
+from PIL.TgaImagePlugin import TgaImageFile
 
 from stream.images import EncodedImage, decode
 
@@ -24,3 +26,9 @@ def process_number(image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
     made = np.zeros((1, 4, 3), np.uint8)
     made.reshape(-1)[:8].view("<u8")[:] = os.getpid()
     return made
+
+
+def out_of_memory(image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    """Decodes, and has no memory for it."""
+    with mock.patch.object(TgaImageFile, "load", side_effect=MemoryError):
+        return decode(image)

@@ -1,4 +1,4 @@
-"""A region of a JPEG has the very pixels of the whole, and what is not sound is left to whoever decodes the whole."""
+"""A region of a JPEG has the very pixels of the whole, and what is not sound is refused whichever way it is read."""
 
 import ctypes.util
 import io
@@ -8,13 +8,12 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from shards import photographs
+from shards import draw, photographs
 
 from config import resolve
-from preprocess import train_transform
-from stream import images as pictures
+from preprocess import eval_transform, train_transform
 from stream import jpeg
-from stream.images import Picture, decode
+from stream.images import Picture, UnreadableImage, decode, decode_into
 
 needs_library = pytest.mark.skipif(not jpeg.can_decode_regions(), reason="there is no libjpeg-turbo 3 here")
 SUBSAMPLING = {
@@ -87,7 +86,7 @@ def test_a_region_of_an_rgb_jpeg_too() -> None:
 def test_no_library_changes_nothing_but_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     transform, data = train_transform(resolve({"dataset": "imagenet1k"})), encode(part_of_a_photograph(375, 500))
     expected = [transform(data, (0, 0, number)) for number in range(20)]
-    monkeypatch.setattr(pictures, "can_decode_regions", lambda: False)
+    monkeypatch.setattr(jpeg, "_library", lambda: None)
     assert all(np.array_equal(transform(data, (0, 0, number)), one) for number, one in enumerate(expected))
 
 
@@ -107,7 +106,7 @@ def test_a_crop_of_a_jpeg_needs_no_decoding_of_the_whole(monkeypatch: pytest.Mon
 
 @needs_library
 @pytest.mark.parametrize("damage", ["cut short", "no end", "bad data"])
-def test_what_is_not_sound_is_left_to_the_decoding_of_the_whole(damage: str) -> None:
+def test_what_is_not_sound_has_no_regions(damage: str) -> None:
     data = encode(part_of_a_photograph(375, 500))
     middle = len(data) // 2
     damaged = {
@@ -136,3 +135,152 @@ def test_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda job: transform(*job), jobs))
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+SOUND = encode(part_of_a_photograph(375, 500))
+PROGRESSIVE = encode(part_of_a_photograph(375, 500), *OPTIONS["progressive"])
+RESTARTS = encode(part_of_a_photograph(375, 500), *OPTIONS["restarts"])
+ADOBE = b"\xff\xee\0\x0eAdobe\0d\0\0\0\0"
+
+
+def segments(data: bytes) -> list[int]:
+    """Where the segments of the header begin, the scan's included."""
+    starts, at = [], 2
+    while data[at + 1] != 0xDA:
+        starts.append(at)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return [*starts, at]
+
+
+def put(data: bytes, at: int, more: bytes) -> bytes:
+    return data[:at] + more + data[at:]
+
+
+HARMLESS = {
+    "a byte in the header": put(SOUND, segments(SOUND)[1], b"\0"),
+    "bytes in the header": put(SOUND, segments(SOUND)[2], b"any bytes"),
+    "bytes in several places": put(put(SOUND, segments(SOUND)[-1], b"these"), segments(SOUND)[1], b"those"),
+    "a new JFIF revision": SOUND.replace(b"JFIF\0\1", b"JFIF\0\7"),
+    "an Adobe transform of 7": put(SOUND, 2, ADOBE + b"\7"),
+    "a zero before the end": put(SOUND, -2, bytes(9)),
+    "padding before the end": put(SOUND, -2, 400 * b" "),
+    "padding between the scans": PROGRESSIVE.replace(b"\xff\xc4", bytes(64) + b"\xff\xc4"),
+    "padding between restarts": RESTARTS.replace(b"\xff\xd3", bytes(64) + b"\xff\xd3", 5),
+    "bytes after the end": SOUND + b"and so on",
+    "another picture after the end": SOUND + SOUND,
+    "all at once": put(put(SOUND, -2, 70 * b"U"), segments(SOUND)[1], b"?").replace(b"JFIF\0\1", b"JFIF\0\0") + b"!",
+}
+
+
+@pytest.mark.parametrize("oddity", HARMLESS)
+def test_an_oddity_that_leaves_the_pixels_right_is_read(oddity: str) -> None:
+    data = HARMLESS[oddity]
+    expected = decode(
+        {"padding between the scans": PROGRESSIVE, "padding between restarts": RESTARTS}.get(oddity, SOUND)
+    )
+    assert np.array_equal(decode(data), expected)
+    assert np.array_equal(Picture(data).region(100, 100, 400, 370), expected[100:370, 100:400])
+    assert np.array_equal(Picture(data).region(0, 0, 500, 375), expected)
+
+
+def zeroed(data: bytes, share: float = 0.3, count: int = 40) -> bytes:
+    at = int(len(data) * share)
+    return data[:at] + bytes(count) + data[at + count :]
+
+
+DAMAGED = {
+    "bad codes": zeroed(SOUND),
+    "bad codes after an oddity": put(zeroed(SOUND), segments(SOUND)[1], b"any bytes"),
+    "bad codes and a new JFIF revision": zeroed(SOUND).replace(b"JFIF\0\1", b"JFIF\0\7"),
+    "bad codes in one scan": zeroed(PROGRESSIVE),
+    "bad codes in one interval": zeroed(RESTARTS),
+    "no end": SOUND[:-2],
+    "half of it": SOUND[: len(SOUND) // 2],
+    "half of it, with an end": SOUND[: len(SOUND) // 2] + b"\xff\xd9",
+    "data left over": put(SOUND, -2, SOUND[-50:-2]),
+    "a piece of it missing": SOUND[: len(SOUND) // 3] + SOUND[len(SOUND) // 2 :],
+    "an interval missing": RESTARTS.replace(b"\xff\xd3", b"\xff\xd5", 1),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damage_is_told_by_the_whole_and_by_a_region(damage: str) -> None:
+    for read in (decode, lambda data: Picture(data).region(0, 0, 500, 375)):
+        with pytest.raises(UnreadableImage, match=r"JPEG|truncated"):
+            read(DAMAGED[damage])
+
+
+@needs_library
+def test_damage_is_counted_in_training_and_in_evaluation() -> None:
+    config, row = resolve({"dataset": "imagenet1k"}), np.zeros((224, 224, 3), np.uint8)
+    fixed = resolve({"dataset": "imagenet1k", "crop": "fixed"})
+    for transform in (eval_transform(config), train_transform(fixed)):
+        assert decode_into(row, DAMAGED["data left over"], transform, (0, 0, 0))
+    told = [decode_into(row, DAMAGED["bad codes in one scan"], train_transform(config), (0, 0, n)) for n in range(20)]
+    assert all(told)
+
+
+@needs_library
+def test_a_cmyk_picture_is_looked_at_as_well() -> None:
+    file = io.BytesIO()
+    Image.fromarray(part_of_a_photograph(375, 500)).convert("CMYK").save(file, "JPEG")
+    data = file.getvalue()
+    assert decode(data).shape == (375, 500, 3)
+    with pytest.raises(UnreadableImage, match="Corrupt JPEG data"):
+        decode(zeroed(data))
+
+
+def flipped_or_cut(number: int) -> bytes:
+    """A photograph with some bytes changed, or a part of it alone."""
+    rng = np.random.default_rng(number)
+    options = list(OPTIONS.values())[number % 3]
+    data = encode(draw(number, 10, (150, 300), rng), *options)
+    if number % 4 == 0:
+        return data[: rng.integers(1, len(data))]
+    broken = bytearray(data)
+    for _ in range(rng.integers(1, 10)):
+        broken[rng.integers(len(broken))] = rng.integers(256)
+    return bytes(broken)
+
+
+def as_it_comes(data: bytes) -> tuple[np.ndarray | None, bool]:
+    """What libjpeg-turbo makes of a JPEG, sound or not, and whether it has anything to say about it."""
+    library, handle = jpeg._library(), jpeg._own.handle
+    assert library is not None
+    source = np.frombuffer(data, np.uint8)
+    size = jpeg.size(data)
+    if size is None or max(size) > 1000:
+        return None, True
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    library.tj3SetCroppingRegion(handle, jpeg._Region(0, 0, 0, 0))
+    objects = library.tj3Decompress8(handle, source.ctypes.data, len(data), pixels.ctypes.data, 3 * size[0], jpeg.RGB)
+    return pixels, bool(objects)
+
+
+@needs_library
+def test_of_300_broken_photographs_none_is_read_to_which_the_decoder_objects() -> None:
+    """Nor does one end the run. A crop of one that it does not reach the end of is, at the worst, as in the whole."""
+    config, row = resolve({"dataset": "imagenet1k", "image_size": 64}), np.zeros((64, 64, 3), np.uint8)
+    refused = 0
+    for number in range(300):
+        broken = flipped_or_cut(number)
+        pixels, objects = as_it_comes(broken)
+        for transform in (train_transform(config), eval_transform(config)):
+            told = decode_into(row, broken, transform, (0, 0, number))
+        assert bool(told) == objects
+        refused += objects
+        try:
+            picture = Picture(broken)
+            height, width = picture.shape[:2]
+            region = picture.region(10, 20, width - 10, height - 30)
+        except UnreadableImage:
+            continue
+        assert pixels is not None
+        assert np.array_equal(region, pixels[20 : height - 30, 10 : width - 10])
+        if objects:
+            with pytest.raises(UnreadableImage):
+                Picture(broken).region(0, 0, width, height)
+    assert 200 < refused < 290

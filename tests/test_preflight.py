@@ -191,7 +191,10 @@ def test_a_local_folder_has_every_line_in_order(sorted_set: Path, monkeypatch: p
     both = [megabytes(sum(sizes[split])) for split in ("train", "validation")]
     assert lines["bytes"] == f"{both[0]} for training, {both[1]} for validation, in each epoch"
     assert lines["streams"] == "8, 8 for each of 1 ranks"
-    assert lines["memory"] == f"about {megabytes(memory_bytes(config, data))} a rank for windows, blocks ahead, batches"
+    assert lines["memory"] == (
+        f"about {megabytes(memory_bytes(config, data))} a rank (and 1.3 GB while one of 89 megapixels, the largest "
+        "that are read, is decoded) for windows, blocks ahead, batches"
+    )
     assert lines["cache"] == "none"
 
 

@@ -213,6 +213,45 @@ def test_evaluation_shrinks_a_photograph_as_area_averaging_does() -> None:
     assert np.array_equal(out, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 20_000), (20_000, 2), (3, 6000), (6000, 3), (1, 40)])
+@pytest.mark.parametrize("crop", ["resized", "fixed"])
+def test_a_strip_is_cropped_before_it_is_scaled(
+    shape: tuple[int, int], crop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, plain = list[int](), cv2.resize
+
+    def noted(*args: Any, **options: Any) -> np.ndarray:
+        made.append(plain(*args, **options).size)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(cv2, "resize", noted)
+    for make in (train_transform, eval_transform):
+        assert make(settings(crop=crop))(gradient(*shape), (0, 0, 0)).shape == (224, 224, 3)
+    assert max(made) <= 256 * 256 * 3
+
+
+def test_of_a_strip_evaluation_takes_the_middle_and_the_fixed_crop_any_place() -> None:
+    columns = np.zeros((2, 20_000, 3), np.uint8)
+    columns[:, :, 0] = np.arange(20_000) // 100
+    assert (eval_transform(settings())(columns, (0, 0, 0))[..., 0].astype(int) - 100 <= 0).all()
+    transform = train_transform(settings(crop="fixed"))
+    places = [float(transform(columns, (0, 0, number))[..., 0].mean()) for number in range(100)]
+    assert min(places) < 20
+    assert max(places) > 180
+    for image in (columns, np.ascontiguousarray(columns.transpose(1, 0, 2))):
+        assert np.array_equal(transform(image, (0, 0, 1)), transform(image, (0, 0, 1)))
+
+
+@pytest.mark.parametrize("shape", [(40, 1279), (1279, 40), (90, 160)])
+def test_what_is_no_strip_is_scaled_whole(shape: tuple[int, int]) -> None:
+    image, seeds = cv2.resize(photo(), shape[::-1]), range(3)
+    short, size = A.SmallestMaxSize(256, interpolation=cv2.INTER_LINEAR, area_for_downscale="image"), (224, 224)
+    for make, crop in ((eval_transform, A.CenterCrop(*size)), (train_transform, A.RandomCrop(*size))):
+        plain = AlbumentationsAdapter(short, crop)
+        ours = make(settings(crop="fixed"))
+        assert all(np.array_equal(ours(image, (0, 0, n)), plain(image, (0, 0, n))) for n in seeds)
+
+
 # ---- the local datasets ----------------------------------------------------------------------------------------------
 
 
