@@ -20,10 +20,10 @@ from errors import DataError, UsageError
 from stream.augment import Augment
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
 from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter
+from stream.labels import first_difference
 from stream.loader import ImageDataset, Loader, StreamingDataLoader
 from stream.local import load_cifar, load_digits, load_image_folder
 from stream.order import epoch_order
-from stream.parquet import first_difference
 from stream.resident import ResidentLoader
 from stream.retry import Network
 from stream.synthetic import make_dummy_data

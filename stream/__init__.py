@@ -6,9 +6,15 @@ What is read
     order        which sample comes when: a pure function of seed and epoch
     seeds        where random numbers come from, separate for each use
     parquet      files of images and labels, read in blocks of row groups
+    chunks       column chunks of parquet files, read in ranges
     footers      which row groups the files have, and where
+    columns      which columns hold images and labels
+    label_column the labels of parquet files, and the classes that they tell of
+    labels       how labels as they are stored become numbers of classes
     outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
+    samples      which members of a tar shard make a sample
+    clutter      files that are no data
     local        images in memory or in files: digits, CIFAR, image folders
     synthetic    generated images to try things on
 

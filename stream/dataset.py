@@ -21,7 +21,7 @@ from stream.order import pick_blocks
 from stream.parquet import Block, ParquetShards
 from stream.ranges import Files, HubFiles
 from stream.retry import Network
-from stream.webdataset import TarShards
+from stream.webdataset import TAR_SUFFIXES, TarShards
 
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
@@ -56,7 +56,8 @@ class HuggingFaceImageNetDataset:
         self.source = source
         self.revision = revision
         self.classes = shards.classes
-        self.index_bytes = shards.index_bytes if isinstance(shards, ParquetShards) else 0  # as the files store it
+        self.notes = shards.notes
+        self.index_bytes = shards.index_bytes  # as the files store it
         self.blocks = blocks
         self.block_rows = block_rows
         self.cache = cache
@@ -99,7 +100,7 @@ class HuggingFaceImageNetDataset:
             return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
 
         shards: ParquetShards | TarShards
-        if files.names[0].endswith(".tar"):
+        if files.names[0].lower().endswith(TAR_SUFFIXES):
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
             shards = ParquetShards(source, files, keep_by_commit, (image_column, label_column), listing.features)

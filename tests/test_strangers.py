@@ -431,21 +431,23 @@ def bomb() -> tuple[tarfile.TarInfo, bytes]:
     return member, b"1\n0\n0\n".ljust(512, b"\0")
 
 
+IMAGE = ("a.jpg", b"x")
 TARS: dict[str, list[tuple[str | tarfile.TarInfo, bytes]]] = {
     "names outside": [("../../canary", b"x"), ("../../canary.jpg", b"x"), ("../../canary.cls", b"-5")],
     "absolute names": [("HOME/canary.jpg", b"x"), ("HOME/canary.cls", b"-5")],
     "symlink outside": [link(tarfile.SYMTYPE, "a.jpg", "../../precious"), ("a.cls", b"-5")],
     "hard link": [link(tarfile.LNKTYPE, "a.jpg", "/etc/hostname"), ("a.cls", b"-5")],
     "symlink to itself": [link(tarfile.SYMTYPE, "a.jpg", "a.jpg"), ("a.cls", b"-5")],
-    "two symlinks": [link(tarfile.SYMTYPE, "a.jpg", "b.jpg"), link(tarfile.SYMTYPE, "b.jpg", "a.jpg")],
-    "pipe": [link(tarfile.FIFOTYPE, "a.jpg", ""), ("a.cls", b"-5")],
-    "device": [link(tarfile.CHRTYPE, "a.jpg", ""), ("a.cls", b"-5")],
+    "two symlinks": [link(tarfile.SYMTYPE, f"{a}.jpg", f"{b}.jpg") for a, b in ("ab", "ba")] + [("a.cls", b"-5")],
+    "pipe": [link(tarfile.FIFOTYPE, "a.cls", ""), IMAGE, ("b.jpg", b"x"), ("b.cls", b"-5")],
+    "device": [link(tarfile.CHRTYPE, "a.cls", ""), IMAGE, ("b.jpg", b"x"), ("b.cls", b"-5")],
     "bomb": [bomb(), ("a.cls", b"0")],
-    "deep label": [("a.json", DEEP)],
-    "list for a label": [("a.json", b"[1]")],
-    "bytes for a label": [("a.cls", b"\xff")],
-    "label of billions": [("a.cls", b"9999999999")],
-    "label past 64 bits": [("a.cls", str(2**70).encode())],
+    "deep label": [IMAGE, ("a.json", DEEP)],
+    "list for a label": [IMAGE, ("a.json", b"[1, 2]")],
+    "bytes for a label": [IMAGE, ("a.cls", b"\xff")],
+    "negative label": [IMAGE, ("a.cls", b"-9999999999")],
+    "label past 64 bits": [IMAGE, ("a.json", b'{"label": %d}' % 2**70)],
+    "label without end": [IMAGE, ("a.cls", b"x" * 10**6)],
 }
 
 
@@ -484,7 +486,7 @@ def test_a_strangers_index_of_tar_files_is_refused(tmp_path: Path, lengths: list
 
 @pytest.mark.parametrize("kind", ["deep", "pipe", "zeros", "sparse", "pickle"])
 def test_an_index_of_tar_files_that_is_none_is_not_waited_for(tmp_path: Path, kind: str) -> None:
-    folder = make_tars(tmp_path / "set", ("a.cls", b"-5"))
+    folder = make_tars(tmp_path / "set", IMAGE, ("a.cls", b"-5"))
     plant(folder / "_info.json", kind, tmp_path)
     survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
 
