@@ -14,6 +14,9 @@ What is read
     outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
     samples      which members of a tar shard make a sample
+    other_formats sets in other forms, which are downloaded first and read image by image
+    folders      what the paths of images tell
+    data_files   which files of a dataset hold its data
     clutter      files that are no data
     local        images in memory or in files: digits, CIFAR, image folders
     synthetic    generated images to try things on

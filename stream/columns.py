@@ -16,7 +16,7 @@ LABEL_TYPES = {*TEXT, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bit
 def kind_of(feature: Any) -> str:
     """The type of a column in words."""
     if isinstance(feature, Value):
-        return str(feature.dtype)
+        return str(feature.dtype).removeprefix("large_")
     if isinstance(feature, List | LargeList):
         return f"list of {kind_of(feature.feature)}"
     if isinstance(feature, dict):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,14 +15,16 @@ from errors import DataError
 from stream.block_reader import BlockReader
 from stream.blocks import BlockData, to_bytes
 from stream.cache import Bytes, FileStore
+from stream.data_files import in_blocks, is_tar
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
 from stream.order import pick_blocks
+from stream.other_formats import first_split, open_other
 from stream.parquet import Block, ParquetShards
 from stream.ranges import Files, HubFiles
 from stream.retry import Network
-from stream.webdataset import TAR_SUFFIXES, TarShards
+from stream.webdataset import TarShards
 
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
@@ -82,9 +85,10 @@ class HuggingFaceImageNetDataset:
         streaming: bool = True,
         network: Network = Network(),  # noqa: B008 (frozen)
         cache: Cache | None = None,
-    ) -> "HuggingFaceImageNetDataset":
+    ) -> Any:
         """Find the files of a split and read their indexes.
 
+        What is neither parquet files nor tar shards becomes an `ImageTable`, which has no blocks to be cached.
         `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision
         is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives; the
         first that exists is used. `configuration` is one of those that the dataset's card tells, None its default.
@@ -93,14 +97,17 @@ class HuggingFaceImageNetDataset:
         """
         store = _store_of(source, cache)
         listing = resolve(source, revision, store, network, configuration)
-        name = _first_split(source, split, listing.splits)
+        if not in_blocks(listing.splits):
+            table = open_other(source, listing, split, (image_column, label_column), network)
+            return table.take(pick_blocks(table.block_rows, max_samples)[0])
+        name = first_split(source, split, listing.splits)
         files = open_files(source, listing, listing.splits[name], streaming, network)
 
         def keep_by_commit(name: str, make: Callable[[], Bytes]) -> Bytes:
             return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
 
         shards: ParquetShards | TarShards
-        if files.names[0].lower().endswith(TAR_SUFFIXES):
+        if is_tar(files.names[0]):
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
             shards = ParquetShards(source, files, keep_by_commit, (image_column, label_column), listing.features)
@@ -220,14 +227,6 @@ def _store_of(source: str, cache: Cache | None) -> FileStore:
 def pin_revision(source: str, revision: str, cache: Cache | None, network: Network) -> str:
     """The commit that a revision of a Hub dataset points to now. Raises DataError."""
     return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache), network)
-
-
-def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -> str:
-    for name in wanted:
-        if splits.get(name):
-            return name
-    there = [name for name, files in splits.items() if files]
-    raise DataError(f"{source} has no split {' or '.join(wanted)}, only {', '.join(there) or 'none'}")
 
 
 def reduce(encoded: bytes, short_side: int) -> bytes:

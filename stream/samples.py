@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream.clutter import is_clutter
+from stream.folders import IMAGES, class_of, suffix_of
 
-IMAGES = (  # of several images of a sample, the one whose suffix comes first here is used
-    *("jpg", "jpeg", "png", "webp", "jpe", "jfif", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
-    *("avif", "jp2", "j2k", "tga"),
-)
 TEXTS = ("cls", "class", "label", "target")
 LABELS = (*TEXTS, "json", "txt")
 ROLES = ("image", "img", "input", "x", "y")  # as in a.image.jpg, where the sample's key is a
@@ -100,7 +97,7 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
         parts: dict[str, dict[str, tarfile.TarInfo]] = {}
         for name, member in group.items():
             parts.setdefault(_key(name), {})[name] = member
-        if sum(any(_suffix(name) in IMAGES for name in part) for part in parts.values()) < 2:
+        if sum(any(suffix_of(name) in IMAGES for name in part) for part in parts.values()) < 2:
             parts = {stem: group}
         for key, part in parts.items():
             sample = _sample(key, part)
@@ -113,29 +110,24 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
 
 def _in_folders(members: Sequence[tarfile.TarInfo]) -> list[Sample]:
     """The samples of a shard of images in a folder for each class; none where it is no such shard."""
-    images = [member for member in members if _suffix(member.name) in IMAGES]
-    folders = [member.name.rpartition("/")[0].rpartition("/")[2] for member in images]
-    if len({*folders}) < 2 or any(
-        _suffix(member.name) in LABELS for member in members if _suffix(member.name) != "txt"
-    ):
+    images = [member for member in members if suffix_of(member.name) in IMAGES]
+    classes = [class_of(member.name) for member in images]
+    tell = any(suffix_of(member.name) in (*TEXTS, "json") for member in members)
+    if tell or len({*classes} - {None}) < 2:
         return []
-    found = zip(images, folders, strict=True)
-    return [Sample(image.name.rpartition(".")[0], image, (), folder) for image, folder in found if folder.strip(".")]
+    found = zip(images, classes, strict=True)
+    return [Sample(image.name.rpartition(".")[0], image, (), name) for image, name in found if name is not None]
 
 
 def _sample(key: str, members: dict[str, tarfile.TarInfo]) -> Sample | None:
     def rank(name: str, suffixes: Sequence[str]) -> tuple[int, int]:
-        return suffixes.index(_suffix(name)), len(name)
+        return suffixes.index(suffix_of(name)), len(name)
 
-    images = sorted((name for name in members if _suffix(name) in IMAGES), key=lambda name: rank(name, IMAGES))
-    labels = sorted((name for name in members if _suffix(name) in LABELS), key=lambda name: rank(name, LABELS))
+    images = sorted((name for name in members if suffix_of(name) in IMAGES), key=lambda name: rank(name, IMAGES))
+    labels = sorted((name for name in members if suffix_of(name) in LABELS), key=lambda name: rank(name, LABELS))
     if not images or not labels:
         return None
     return Sample(key, members[images[0]], tuple(members[name] for name in labels))
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
 
 
 def _key(name: str) -> str:
@@ -152,7 +144,7 @@ def label_of(archive: tarfile.TarFile, sample: Sample) -> int | str | None:
     for member in sample.labels:
         data = content(archive, member)
         try:
-            value = _told(json.loads(data)) if _suffix(member.name) == "json" else data.decode().strip()
+            value = _told(json.loads(data)) if suffix_of(member.name) == "json" else data.decode().strip()
             label = _checked(value)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the member {member.name} holds no label: {error or type(error).__name__}") from error
@@ -194,5 +186,5 @@ def _checked(value: Any) -> int | str | None:
 
 def described(names: Sequence[str]) -> str:
     """The suffixes of members, the most frequent first, in words."""
-    counts = Counter(f".{_suffix(name)}" if "." in name else "none" for name in names)
+    counts = Counter(f".{suffix_of(name)}" if "." in name else "none" for name in names)
     return ", ".join(f"{suffix} ({count:,})" for suffix, count in counts.most_common(5))

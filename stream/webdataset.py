@@ -15,15 +15,15 @@ from tqdm import tqdm
 import distributed
 from errors import DataError
 from stream.explain import one_line_errors
+from stream.folders import IMAGES
 from stream.footers import Keep
 from stream.labels import Naming, consecutive, distinct, require_classes
 from stream.parquet import Block
 from stream.ranges import Files
 from stream.retry import in_threads
-from stream.samples import IMAGES, Sample, content, described, label_of, members_of, samples_of, uncompressed
+from stream.samples import Sample, content, described, label_of, members_of, samples_of, uncompressed
 
 INDEX_THREADS = 4
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 HEAD = 4  # bytes of the length of what is kept of a shard first
 EXAMPLES = 3  # names of members that are told
 

@@ -475,6 +475,36 @@ def test_a_strangers_tar_file_is_refused(tmp_path: Path, evil: str) -> None:
     assert not list(tmp_path.rglob("canary*"))
 
 
+OTHERS: dict[str, tuple[str, ...]] = {
+    "csv": ("pickle", "pipe", "zeros", "link", "sparse", "deep"),
+    "jsonl": ("pickle", "sparse", "deep"),
+    "arrow": ("pickle", "pipe", "sparse", "empty"),
+    "zip": ("pickle", "zip", "sparse", "empty"),
+    "jpg": ("pickle", "pipe", "zeros"),
+    "pkl": ("pickle",),
+    "pt": ("zip",),
+}
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(suffix, kind) for suffix, kinds in OTHERS.items() for kind in kinds])
+def test_a_strangers_file_of_another_form_is_refused(tmp_path: Path, suffix: str, kind: str) -> None:
+    folder = tmp_path / "a" / "set"
+    for name in ("train", "validation"):
+        plant(folder / f"{name}.{suffix}", kind, tmp_path)
+    survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize(
+    "content", [DEEP, b"[]", b'{"_data_files": [{"filename": "../../precious"}], "splits": ["../.."]}']
+)
+def test_a_strangers_saved_folder_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = tmp_path / "a" / "set"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(content)
+    survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
+
+
 @pytest.mark.parametrize("lengths", [[2**40], [2**70], [-5], ["x"]], ids=str)
 def test_a_strangers_index_of_tar_files_is_refused(tmp_path: Path, lengths: list[Any]) -> None:
     folder = make_tars(tmp_path / "set")
