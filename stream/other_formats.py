@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from datasets import ClassLabel, Features
+from datasets.exceptions import DatasetGenerationError
 
 from errors import DataError
 from stream.columns import LABEL_NAME, find_image_column, find_label_column, label_feature
@@ -26,9 +27,10 @@ from stream.hub import DOWNLOADS, Listing, open_files
 from stream.labels import Naming, consecutive, distinct, require_classes, unwrapped
 from stream.outside import OutsideImages
 from stream.ranges import LARGEST_IMAGE, Files
-from stream.retry import Network, in_threads
+from stream.retry import Network, first_line, in_threads
 
 FILES_READ = 256  # for the fingerprint
+LARGEST_TABLE = 2**31  # bytes of a file that is read into memory
 EXAMPLES = 3
 
 
@@ -110,6 +112,8 @@ def open_other(
     downloaded = [f"{source} was downloaded whole before it is read"] if listing.commit else []
     if not tables:
         found = _images(source, listing, network)
+        if not found:
+            raise DataError(f"the zips of {source}, such as {images[0]}, have no images in them; {READABLE}")
         return _from_folders(source, found[first_split(source, split, found)], listing.commit, downloaded)
     names = listing.splits[first_split(source, split, listing.splits)]
     files = open_files(source, listing, [name for name in names if name in tables], False, network)
@@ -249,6 +253,8 @@ def _from_tables(
 def _read_table(path: Path) -> pa.Table:
     """A table; one of Arrow is mapped from the disk."""
     suffix = suffix_of(path.name)
+    if suffix != "arrow" and path.stat().st_size > LARGEST_TABLE:
+        raise ValueError(f"it is larger than {LARGEST_TABLE:,} bytes, which no table of paths is")
     if suffix == "parquet":
         return pq.read_table(path)
     if suffix == "arrow":
@@ -262,7 +268,10 @@ def _read_table(path: Path) -> pa.Table:
     if suffix in ("csv", "tsv"):  # a class may be called NA or None
         separator = "\t" if suffix == "tsv" else ","
         kind, options = "csv", {"sep": separator, "keep_default_na": False, "na_values": [""]}
-    return datasets.load_dataset(kind, data_files=str(path), split="train", **options).data.table
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", **options).data.table
+    except DatasetGenerationError as error:
+        raise ValueError(f"it is no {kind} table: {first_line(error.__cause__ or error)}") from error
 
 
 def _name_classes(source: str, known: Features, column: str, table: pa.Table, chosen: bool) -> Naming:
