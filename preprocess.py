@@ -23,10 +23,10 @@ from stream.augment import Augment
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
 from stream.image_folders import open_image_folder
 from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
+from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset, load_cifar, load_digits
 from stream.order import epoch_order
-from stream.parquet import first_difference
 from stream.picks import fair_sample, hold_out
 from stream.resident import ResidentLoader
 from stream.retry import Network
@@ -175,8 +175,8 @@ def get_data_loaders(
         image_size=config.eval_size,
         train=False,
     )
-    told = dict.fromkeys([*train.notes, *val.notes, *notes])
-    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in told), *lines])
+    every = dict.fromkeys([*train.notes, *val.notes, *notes])
+    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in every), *lines])
     facts: dict[str, Any] = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
     facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
     distributed.require_agreement(facts, DataError)

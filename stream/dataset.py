@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,9 +16,11 @@ from errors import DataError
 from stream.block_reader import BlockReader
 from stream.blocks import BlockData, to_bytes
 from stream.cache import Bytes, FileStore
+from stream.data_files import in_blocks, is_tar
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
+from stream.other_formats import first_split, open_other
 from stream.parquet import Block, ParquetShards
 from stream.picks import classes_within, fair_sample, spread
 from stream.ranges import Files, HubFiles
@@ -58,7 +61,7 @@ class HuggingFaceImageNetDataset:
         self.revision = revision
         self.classes = shards.classes
         self.notes = shards.notes
-        self.index_bytes = shards.index_bytes if isinstance(shards, ParquetShards) else 0  # as the files store it
+        self.index_bytes = shards.index_bytes  # as the files store it
         self.blocks = blocks
         self.block_rows = np.array([block.rows for block in blocks], np.int64)
         self.cache = cache
@@ -86,9 +89,10 @@ class HuggingFaceImageNetDataset:
         streaming: bool = True,
         network: Network = Network(),  # noqa: B008 (frozen)
         cache: Cache | None = None,
-    ) -> "HuggingFaceImageNetDataset":
+    ) -> Any:
         """Find the files of a split and read their indexes.
 
+        What is neither parquet files nor tar shards becomes an `ImageTable`, which has no blocks to be cached.
         `source` is a Hub id or a local folder. `datasets` resolves the files, features and licence gate; the revision
         is pinned to its commit. With `streaming` off the files are downloaded first. `split` may list alternatives; the
         first that exists is used. `configuration` is one of those that the dataset's card tells, None its default. A
@@ -98,14 +102,17 @@ class HuggingFaceImageNetDataset:
         """
         store = _store_of(source, cache)
         listing = resolve(source, revision, store, network, configuration)
-        name = _first_split(source, split, listing.splits)
+        if not in_blocks(listing.splits):
+            table = open_other(source, listing, split, (image_column, label_column), network)
+            return table.take(fair_sample(table.all_labels(), max_samples, _numbers_of(table.classes, like)))
+        name = first_split(source, split, listing.splits)
         files = open_files(source, listing, listing.splits[name], streaming, network)
 
         def keep_by_commit(name: str, make: Callable[[], Bytes]) -> Bytes:
             return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
 
         shards: ParquetShards | TarShards
-        if files.names[0].endswith(".tar"):
+        if is_tar(files.names[0]):
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
             shards = ParquetShards(source, files, keep_by_commit, (image_column, label_column), listing.features)
@@ -119,8 +126,7 @@ class HuggingFaceImageNetDataset:
         if max_samples is None or (max_samples >= len(dataset) and like is None):
             return dataset
         groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, side)
-        wanted = [number for number, name in enumerate(dataset.classes) if like is None or name in {*like}]
-        return groups._sample(max_samples, np.array(wanted, np.int64))
+        return groups._sample(max_samples, _numbers_of(dataset.classes, like))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -142,9 +148,7 @@ class HuggingFaceImageNetDataset:
 
         Raises DataError.
         """
-        if isinstance(self._shards, TarShards) and any(
-            self._shards.label_ranges(block) is None for block in self.blocks
-        ):
+        if not self._shards.tells_labels:
             return None
         blocks, rows = self.locate(np.arange(len(self)))
         parts = in_threads(
@@ -297,6 +301,11 @@ class HuggingFaceImageNetDataset:
                 )
 
 
+def _numbers_of(classes: Sequence[str], like: Sequence[str] | None) -> np.ndarray:
+    """The numbers of those of the classes that `like` names, or of all."""
+    return np.array([number for number, name in enumerate(classes) if like is None or name in {*like}], np.int64)
+
+
 def _store_of(source: str, cache: Cache | None) -> FileStore:
     root = cache.folder if cache else Path(constants.HF_HOME) / "imagenet1k"
     return FileStore(root / source.replace("/", "--"), cache.limit if cache else None)
@@ -305,14 +314,6 @@ def _store_of(source: str, cache: Cache | None) -> FileStore:
 def pin_revision(source: str, revision: str, cache: Cache | None, network: Network) -> str:
     """The commit that a revision of a Hub dataset points to now. Raises DataError."""
     return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache), network)
-
-
-def _first_split(source: str, wanted: list[str], splits: dict[str, list[str]]) -> str:
-    for name in wanted:
-        if splits.get(name):
-            return name
-    there = [name for name, files in splits.items() if files]
-    raise DataError(f"{source} has no split {' or '.join(wanted)}, only {', '.join(there) or 'none'}")
 
 
 def reduce(encoded: bytes, short_side: int) -> bytes:

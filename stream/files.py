@@ -4,14 +4,7 @@ import contextlib
 import errno
 import os
 import stat
-from pathlib import Path, PurePosixPath
-
-NO_DATA = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # of macOS, Synology and Windows
-
-
-def is_hidden(path: str | PurePosixPath) -> bool:
-    """Whether a relative path leads to what systems and programs put beside data: dot-names, `__MACOSX` and so on."""
-    return any(part.startswith(".") or part in NO_DATA for part in PurePosixPath(path).parts)
+from pathlib import Path
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:

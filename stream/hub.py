@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 
 import datasets
 import xxhash
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError
 from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 from tqdm import tqdm
 
 from errors import DataError, UsageError
 from stream.cache import FileStore
+from stream.data_files import READABLE, chosen_files, saved_splits, suffixes_below
 from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, compare_digest, read_if_there
@@ -130,15 +133,27 @@ def _ask_hub(source: str, commit: str, network: Network, configuration: str | No
 
 @sensibly
 def _ask_datasets(source: str, commit: str | None, configuration: str | None) -> Listing:
+    if commit is None and (saved := saved_splits(Path(source))):
+        return Listing(None, saved, None, {})
+    base = os.path.realpath(source) if commit is None else f"hf://datasets/{source}@{commit}"
     try:
         builder = datasets.load_dataset_builder(source, configuration, revision=commit)
     except ValueError:
         _check_configuration(source, commit, configuration)
         raise
-    prefix = f"hf://datasets/{source}@{commit}/"
-    files = builder.config.data_files or {}
-    splits = {str(split): [str(path).removeprefix(prefix) for path in paths] for split, paths in files.items()}
-    features = builder.info.features
+    except (DataFilesNotFoundError, EmptyDatasetError):
+        features, found = None, chosen_files(base, {})
+        if not any(found.values()):
+            kinds = suffixes_below(base)
+            raise DataError(
+                f"the files of {source} are {kinds}, which cannot be read; {READABLE}"
+                if kinds
+                else f"{source} has no files of data; {READABLE}"
+            ) from None
+    else:
+        features, found = builder.info.features, chosen_files(base, builder.config.data_files or {})
+    prefix = "" if commit is None else f"{base}/"
+    splits = {split: [path.removeprefix(prefix) for path in paths] for split, paths in found.items()}
     return Listing(commit, splits, None if features is None else features.to_dict(), _lengths(source, commit, splits))
 
 

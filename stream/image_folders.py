@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from errors import DataError
-from stream.files import is_hidden, read_small
+from stream.clutter import is_clutter
+from stream.files import read_small
 from stream.formats import IMAGE_SUFFIXES, SIGNATURE_BYTES, is_image
 from stream.local import LocalDataset
 
@@ -63,7 +64,7 @@ def _open_splits(
 def _class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(part for part in folder.iterdir() if part.is_dir() and not is_hidden(part.name))
+    return sorted(part for part in folder.iterdir() if part.is_dir() and not is_clutter(part.name))
 
 
 def _open(folder: Path) -> LocalDataset:
@@ -92,7 +93,7 @@ def _images(folder: Path, passed_over: Counter[str], above: frozenset[str] = fro
     folders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not is_hidden(entry.name):
+            if not is_clutter(entry.name):
                 (folders if entry.is_dir() else names).append(entry.name)
     for name in sorted(names):
         path = folder / name

@@ -112,6 +112,10 @@ class OutsideImages:
             images[row] = image
         return pa.chunked_array([pa.array(images, pa.large_binary())])
 
+    def read(self, number: int, path: str) -> bytes:
+        """The image at this path of file `number`, empty if there is none. Raises DataError as `fill_in` does."""
+        return self._read(number, path, self._places(number, path))[0]
+
     def _read_all(self, number: int, paths: list[str]) -> list[bytes]:
         places = [self._places(number, path) for path in paths]
         if not places:

@@ -3,119 +3,224 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import xxhash
 from tqdm import tqdm
 
 import distributed
 from errors import DataError
 from stream.explain import one_line_errors
-from stream.parquet import Block, Keep
+from stream.folders import IMAGES
+from stream.footers import Keep
+from stream.labels import Naming, consecutive, distinct, require_classes
+from stream.parquet import Block
 from stream.ranges import Files
 from stream.retry import in_threads
+from stream.samples import Sample, content, described, label_of, members_of, samples_of, uncompressed
 
 INDEX_THREADS = 4
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+HEAD = 4  # bytes of the length of what is kept of a shard first
+EXAMPLES = 3  # names of members that are told
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file's size in bytes, its number of samples and, if it was read, their smallest and largest label."""
+    """A tar file's size in bytes, its number of samples and, if it was read, their smallest and largest label or their
+    distinct names, how many members were passed over with some of their names, and what these have for suffixes.
+    """
 
     size: int
     rows: int
     low: int | None = None
     high: int | None = None
+    names: list[str] = field(default_factory=list)
+    passed: int = 0
+    examples: list[str] = field(default_factory=list)
+    suffixes: str = ""
 
 
 class TarShards:
-    """The shards of one split, each a block. The members of equal stem, an image and its `.cls`, make a sample.
+    """The shards of one split, each a block. An image and what tells its label, of one key, make a sample.
 
     `lengths` has the number of samples of each shard by file name, if the dataset's `_info.json` has it; other shards
-    are read once to count them. With `lengths`, `num_classes` is needed. Raises DataError.
+    are read once to index them. With `lengths`, `num_classes` is needed. Labels are the places of their classes in
+    `classes`; `notes` are lines for the user about what was derived or passed over. Raises DataError.
     """
+
+    index_bytes = 0
 
     def __init__(self, source: str, files: Files, keep: Keep, num_classes: int | None, lengths: dict[str, int]) -> None:
         self._source = source
         self._files = files
-        self._shards = self._index(keep, lengths)
-        highest = [shard.high for shard in self._shards if shard.high is not None]
-        if num_classes is None and not highest:
-            raise DataError(f"{source} does not tell how many classes it has; give --num_classes")
-        if num_classes is None and max(highest) >= sum(shard.rows for shard in self._shards):
-            raise DataError(f"{source} has the label {max(highest)}, more than it has images; give --num_classes")
-        self.classes = [str(number) for number in range(num_classes or max(highest) + 1)]
+        self._keep = keep
+        self._unread = {number for number, name in enumerate(files.names) if name in lengths}
+        self.tells_labels = not self._unread  # without reading whole shards
+        self._made: dict[int, bytes] = {}  # what was indexed just now
+        self._shards = self._index(lengths)
+        self._naming = self._name_classes(num_classes)
+        self._numbers = {name: number for number, name in enumerate(self._naming.names)}
+        self.classes = self._naming.names
+        self.notes = [self._naming.note] if self._naming.note else []
+        passed = sum(shard.passed for shard in self._shards)
+        if passed:
+            some = ", ".join([name for shard in self._shards for name in shard.examples][:EXAMPLES])
+            self.notes.append(f"{passed:,} members that are no samples were passed over ({some})")
 
     def blocks(self, most_bytes: int) -> list[Block]:
         """A block for each shard, whatever its size."""
+        suffix = "" if self._naming.is_plain else f".{xxhash.xxh3_64_hexdigest(repr(self.classes).encode())}"
         numbered = zip(self._files.names, range(len(self._shards)), self._shards, strict=True)
-        return [Block(name, number, (), shard.rows, shard.size) for name, number, shard in numbered if shard.rows]
+        return [
+            Block(f"{name}.samples{suffix}", number, (), shard.rows, shard.size)
+            for name, number, shard in numbered
+            if shard.rows
+        ]
 
     def read(self, block: Block) -> pa.Table:
-        """The columns `image`, encoded, and `label` of a shard. Raises DataError."""
-        name = self._files.names[block.file]
-        with one_line_errors(self._source, name):
-            data = self._files.read(block.file, 0, block.size)
-            samples = list(_samples(data))
-        if len(samples) != block.rows:
-            raise DataError(f"{name} has {len(samples)} samples and not {block.rows}; the dataset's index is wrong")
-        images, labels = zip(*samples, strict=True)
-        return pa.table({"image": pa.array(images, pa.large_binary()), "label": pa.array(labels, pa.int64())})
+        """The columns `image`, encoded, and `label` (int64) of a shard. Raises DataError."""
+        with self._opened(block.file) as (archive, samples, _):
+            labelled = [(sample, label_of(archive, sample)) for sample in samples]
+            found = [(content(archive, sample.image), label) for sample, label in labelled if label is not None]
+        if len(found) != block.rows:
+            name = self._files.names[block.file]
+            raise DataError(f"{name} has {len(found)} samples and not {block.rows}; the dataset's index is wrong")
+        images, labels = zip(*found, strict=True)
+        return pa.table({"image": pa.array(images, pa.large_binary()), "label": self._number(block, labels)})
 
     def requests(self, block: Block) -> int:
         """How many requests a shard costs."""
         return int(self._files.by_request)
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
-        """Samples, smallest and largest label of a shard, or None if the shard has not been read."""
-        shard = self._shards[block.file]
-        return None if shard.low is None or shard.high is None else [(shard.rows, shard.low, shard.high)]
+        """Samples, smallest and largest label of a shard, or None if the shard has not been read or has names."""
+        shard, first = self._shards[block.file], self._naming.first
+        if shard.low is None or shard.high is None or self._naming.stored is not None:
+            return None
+        return [(shard.rows, shard.low - first, shard.high - first)]
 
-    def _index(self, keep: Keep, lengths: dict[str, int]) -> list[Shard]:
+    def labels(self, block: Block) -> np.ndarray:
+        """The labels of a shard (int64); one whose index was not read is read for them. Raises DataError."""
+        return np.asarray(self._number(block, self._samples(block.file)["label"].to_pylist()), np.int64)
+
+    def name(self, block: Block, row: int) -> str:
+        """A sample in words: its shard and its key. A shard whose index was not read is read for it."""
+        name = self._files.names[block.file].removeprefix(self._files.root)
+        return f"{name} key {self._samples(block.file)['key'][row]}"
+
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[tuple[tarfile.TarFile, list[Sample], list[str]]]:
+        """A shard, its samples and the names of the members that are part of none."""
+        name = self._files.names[number]
+        with one_line_errors(self._source, name):
+            data = uncompressed(self._files.read(number, 0, self._files.size(number)))
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+                yield archive, *samples_of(members_of(archive, len(data)))
+
+    def _look(self, number: int) -> tuple[Shard, pa.Table]:
+        """What the index has of a shard: `Shard`, and the columns `key` and `label` of its samples."""
+        with self._opened(number) as (archive, samples, passed):
+            labels = [label_of(archive, sample) for sample in samples]
+        passed = passed + [sample.image.name for sample, label in zip(samples, labels, strict=True) if label is None]
+        known = [label for label in labels if label is not None]
+        numbers = [label for label in known if isinstance(label, int)]
+        names = sorted({str(label) for label in known}) if len(numbers) < len(known) else []
+        if numbers and not names:
+            values, low, high = pa.array(numbers, pa.int64()), min(numbers), max(numbers)
+        else:
+            values, low, high = pa.array(map(str, known), pa.string()), None, None
+        keys = [sample.key for sample, label in zip(samples, labels, strict=True) if label is not None]
+        size, examples, suffixes = self._files.size(number), passed[:EXAMPLES], "" if known else described(passed)
+        shard = Shard(size, len(known), low, high, names, len(passed), examples, suffixes)
+        return shard, pa.table({"key": pa.array(keys, pa.string()), "label": values})
+
+    def _index(self, lengths: dict[str, int]) -> list[Shard]:
+        """What is known of each shard."""
+
         def look(number: int) -> Shard:
             name = self._files.names[number]
-
-            def make() -> bytes:
-                size = self._files.size(number)
-                if name in lengths:
-                    if not 0 <= lengths[name] <= size // tarfile.BLOCKSIZE:
-                        raise DataError(f"{name} cannot hold {lengths[name]} samples; the dataset's index is wrong")
-                    return json.dumps(vars(Shard(size, lengths[name]))).encode()
-                with one_line_errors(self._source, name):
-                    labels = [label for _, label in _samples(self._files.read(number, 0, size))]
-                known = [-1 if label is None else label for label in labels] or [0]
-                return json.dumps(vars(Shard(size, len(labels), min(known), max(known)))).encode()
-
-            return Shard(**json.loads(bytes(keep(f"{name}.shard", make))))
+            if name not in lengths:
+                return self._indexed(number)[0]
+            size = self._files.size(number)
+            if not 0 <= lengths[name] <= size // tarfile.BLOCKSIZE:
+                raise DataError(f"{name} cannot hold {lengths[name]} samples; the dataset's index is wrong")
+            return Shard(size, lengths[name])
 
         quiet = True if distributed.rank() else None
         numbers = range(len(self._files.names))
         return list(tqdm(in_threads(look, numbers, INDEX_THREADS), "index", len(numbers), leave=False, disable=quiet))
 
+    def _indexed(self, number: int) -> tuple[Shard, bytes | memoryview]:
+        """What the index has of a shard, and its samples as an Arrow stream of `_look`'s columns.
 
-def _samples(data: bytes | memoryview) -> Iterator[tuple[bytes, int | None]]:
-    """The image (empty if there is none) and label (None) of each sample of a tar file, in its order."""
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-        for member in archive:
-            file = archive.extractfile(member)
-            if member.size < 0 or member.issparse():
-                raise tarfile.ReadError(f"{member.name} is no plain file")
-            if file is not None:
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                samples.setdefault(f"{folder}{slash}{stem}", {})[suffix.lower()] = file.read()
-    for parts in samples.values():
-        image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), b"")
-        yield image, _label(parts)
+        They are kept in one, behind the length of the first, so that opening a set does not read the second.
+        """
+        name = self._files.names[number]
 
+        def make() -> bytes:
+            shard, table = self._look(number)
+            head, sink = json.dumps(asdict(shard)).encode(), pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            self._made[number] = len(head).to_bytes(HEAD, "little") + head + bytes(sink.getvalue())
+            return self._made[number]
 
-def _label(parts: dict[str, bytes]) -> int | None:
-    if "cls" in parts:
-        return int(parts["cls"])
-    told: Any = json.loads(parts["json"]) if "json" in parts else {}
-    label = told.get("cls", told.get("label"))
-    return label if isinstance(label, int) else None
+        kept = self._made.get(number) or self._keep(f"{name}.samples", make)
+        with one_line_errors(self._source, name):
+            end = HEAD + int.from_bytes(kept[:HEAD], "little")
+            return Shard(**json.loads(bytes(kept[HEAD:end]))), kept[end:]
+
+    def _samples(self, number: int) -> pa.Table:
+        """The columns `key` and `label` of the samples of a shard."""
+        _, samples = self._indexed(number)
+        with one_line_errors(self._source, self._files.names[number]):
+            return pa.ipc.open_stream(samples).read_all()
+
+    def _name_classes(self, num_classes: int | None) -> Naming:
+        rows, what = sum(shard.rows for shard in self._shards), "the shards' labels"
+        if any(shard.names for shard in self._shards):
+            naming = distinct(self._distinct(), what)
+            require_classes(naming, rows, f"{self._source} in its shards", "give them a .cls of numbers or names")
+            if num_classes is not None and len(naming.names) > num_classes:
+                raise DataError(f"{self._source} has {len(naming.names):,} classes; give no --num_classes")
+            return naming
+        known = [(shard.low, shard.high) for shard in self._shards if shard.low is not None and shard.high is not None]
+        low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
+        if num_classes is not None:
+            first = int(bool(known) and not self._unread and (low, high) == (1, num_classes))
+            return consecutive(first, first + num_classes - 1, num_classes + 1, what) or Naming([])
+        if not known and self._unread:
+            raise DataError(f"{self._source} does not tell how many classes it has; give --num_classes")
+        if not known:
+            self._refuse_empty()
+        return consecutive(low, high, rows, what) or distinct(self._distinct(), what)
+
+    def _distinct(self) -> set[int | str]:
+        read = [number for number in range(len(self._shards)) if number not in self._unread]
+        return {value for number in read for value in self._samples(number)["label"].unique().to_pylist()}
+
+    def _refuse_empty(self) -> None:
+        for name, shard in zip(self._files.names, self._shards, strict=True):
+            if shard.passed:
+                raise DataError(
+                    f"{name} has no sample: its members, such as {shard.examples[0]}, have the suffixes "
+                    f"{shard.suffixes}; a sample is an image ({', '.join(IMAGES[:4])}, ...) and a cls, txt or json of "
+                    "the same name, or an image in a folder for each class"
+                )
+
+    def _number(self, block: Block, labels: Sequence[int | str]) -> pa.Array:
+        """The classes (int64) of labels as they are stored."""
+        name, naming = self._files.names[block.file], self._naming
+        if naming.stored is not None:
+            return pa.array([self._numbers[str(label)] for label in labels], pa.int64())
+        strange = next((label for label in labels if isinstance(label, str)), None)
+        if strange is not None:
+            raise DataError(
+                f"{name} has the label {strange!r}, a name, and its classes are numbers; an _info.json without "
+                "shard_lengths lets all shards be read for the names"
+            )
+        return pa.array([label - naming.first for label in labels if isinstance(label, int)], pa.int64())

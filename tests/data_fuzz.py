@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,7 @@ def draw_folder(draw: Draw) -> None:
     rng, root = draw.rng, draw.folder
     draw.flags = {"dataset": "imagefolder", "data_dir": str(root)}
     layout = rng.choice(["flat", "train", "both"])
-    if layout == "flat" and "train" in draw.names:
-        draw.names.remove("train")
+    draw.names = [f"a {name}" if layout == "flat" and name == "train" else name for name in draw.names]
     parts = {
         "flat": [("", 3)],
         "train": [("train", 3)],
@@ -132,6 +132,7 @@ def draw_parquet(draw: Draw) -> None:
     draw.flags = {"dataset": "hf", "dataset_name": str(root)}
     image, label = rng.choice([("image", "label"), ("img", "y"), ("photo.x", "class")])
     kind = rng.choice(["names", "names", "numbers", "from one", "text", "list", "text list", "bool"])
+    more = draw.chance(0.4)
     form = rng.choice(["struct", "feature", "plain", "feature"])
     if kind == "bool":
         draw.names = ["False", "True"]
@@ -167,7 +168,7 @@ def draw_parquet(draw: Draw) -> None:
         }
         arrays.append(pa.array([values[kind](name) for _, name in items]))
         schema = [image, label]
-        if draw.chance(0.4):
+        if more:
             schema.append("id")
             arrays.append(pa.array([f"row {row}" for row in range(len(items))]))
         table = pa.table(arrays, schema)
@@ -193,7 +194,7 @@ def draw_parquet(draw: Draw) -> None:
         draw.val = None
     if kind in ("text", "numbers", "from one", "list", "text list", "bool") and draw.chance(0.5):
         draw.flags |= {"image_column": image, "label_column": label}
-    if schema[2:] and kind != "names":
+    if more and kind != "names":
         draw.flags |= {"image_column": image, "label_column": label}
 
 
@@ -212,7 +213,7 @@ def draw_tars(draw: Draw) -> None:
             content = draw.images(2)
             path = root / f"{split}-{part:04d}.tar{'.gz' if zipped else ''}"
             with tarfile.open(path, "w:gz" if zipped else "w") as archive:
-                add = lambda name, data, archive=archive: _add(archive, name, data)
+                add = partial(_add, archive)
                 if draw.chance(0.3):
                     add("README.md", b"words")
                 for number, name in content.items():
@@ -274,8 +275,12 @@ def check(seed: int, folder: Path) -> str:
     flags = draw.flags | {"batch_size": 2, "streams": 1, "image_size": 8, "num_workers": 0}
     try:
         data = get_data_loaders(resolve(flags), torch.device("cpu"))
-    except (DataError, UsageError) as refusal:
-        assert "\n" not in str(refusal)
+    except (DataError, UsageError) as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    assert "\n" not in refusal
+    if refusal:
         assert draw.may_refuse, f"draw {seed}, a {kind}: refused: {refusal}"
         return f"{kind} refused"
     train, val = content_of(data.train.dataset), content_of(data.val.dataset)
@@ -301,9 +306,14 @@ def main() -> None:
     ends: Counter[str] = Counter()
     for seed in range(given.first, given.first + given.draws):
         folder = Path(tempfile.mkdtemp())
-        ends[check(seed, folder)] += 1
+        try:
+            ends[check(seed, folder)] += 1
+        except AssertionError as error:
+            print(error)
+            ends["wrong"] += 1
         shutil.rmtree(folder)
     print(f"{given.draws} sets: " + ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
+    sys.exit(bool(ends["wrong"]))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def make_flat(folder: Path) -> Path:
 
 TABLES = {
     "names.csv": "file,label\nILSVRC2012_val_00000001.JPEG,n02\n{2}.JPEG,n01\n{3}.JPEG,n02\n{4}.JPEG,n01\n",
-    "kaggle.csv": "ImageId,PredictionString\n{4},n01 1 2 3 4 n01 5 6 7 8 \n{1},n02 9 9 9 9 \n{2},n01 1 1 1 1\n{3},n02 0 0 1 1",
+    "kaggle.csv": "ImageId,PredictionString\n{4},n01 1 2 3 4 n01 5 6\n{1},n02 9 9 9 9 \n{2},n01 1 1 1 1\n{3},n02 0 0",
     "tabs.tsv": "{1}.JPEG\tn02\nval/{2}.JPEG\tn01\nval/{3}.JPEG\tn02\nval/{4}.JPEG\tn01\n",
     "synsets.txt": "n02\nn01\nn02\nn01\n",
 }

@@ -11,11 +11,12 @@ import pytest
 from shards import card, class_names, to_table
 
 from errors import DataError
-from stream import footers, parquet
+from stream import chunks, footers
 from stream.cache import Bytes
+from stream.chunks import LARGEST_GAP
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.footers import TAIL_BYTES
-from stream.parquet import LARGEST_GAP, Block, ParquetShards
+from stream.parquet import Block, ParquetShards
 from stream.ranges import Check, LocalFiles, trust
 
 CLASSES = 1000
@@ -198,7 +199,7 @@ def test_a_gap_is_read_through_up_to_exactly_its_largest_size(
     path = tmp_path / "a.parquet"
     footer = write(path, 5, 5, between=500)
     gap = span(footer, 0, "label")[0] - span(footer, 0, "image.bytes")[1]
-    monkeypatch.setattr(parquet, "LARGEST_GAP", gap - short)
+    monkeypatch.setattr(chunks, "LARGEST_GAP", gap - short)
     shards, files = open_shards(path)
     (block,) = shards.blocks(10**9)
     assert_same_rows(shards.read(block), path, block.groups)

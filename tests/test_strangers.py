@@ -434,21 +434,23 @@ def bomb() -> tuple[tarfile.TarInfo, bytes]:
     return member, b"1\n0\n0\n".ljust(512, b"\0")
 
 
+IMAGE = ("a.jpg", b"x")
 TARS: dict[str, list[tuple[str | tarfile.TarInfo, bytes]]] = {
     "names outside": [("../../canary", b"x"), ("../../canary.jpg", b"x"), ("../../canary.cls", b"-5")],
     "absolute names": [("HOME/canary.jpg", b"x"), ("HOME/canary.cls", b"-5")],
     "symlink outside": [link(tarfile.SYMTYPE, "a.jpg", "../../precious"), ("a.cls", b"-5")],
     "hard link": [link(tarfile.LNKTYPE, "a.jpg", "/etc/hostname"), ("a.cls", b"-5")],
     "symlink to itself": [link(tarfile.SYMTYPE, "a.jpg", "a.jpg"), ("a.cls", b"-5")],
-    "two symlinks": [link(tarfile.SYMTYPE, "a.jpg", "b.jpg"), link(tarfile.SYMTYPE, "b.jpg", "a.jpg")],
-    "pipe": [link(tarfile.FIFOTYPE, "a.jpg", ""), ("a.cls", b"-5")],
-    "device": [link(tarfile.CHRTYPE, "a.jpg", ""), ("a.cls", b"-5")],
+    "two symlinks": [link(tarfile.SYMTYPE, f"{a}.jpg", f"{b}.jpg") for a, b in ("ab", "ba")] + [("a.cls", b"-5")],
+    "pipe": [link(tarfile.FIFOTYPE, "a.cls", ""), IMAGE, ("b.jpg", b"x"), ("b.cls", b"-5")],
+    "device": [link(tarfile.CHRTYPE, "a.cls", ""), IMAGE, ("b.jpg", b"x"), ("b.cls", b"-5")],
     "bomb": [bomb(), ("a.cls", b"0")],
-    "deep label": [("a.json", DEEP)],
-    "list for a label": [("a.json", b"[1]")],
-    "bytes for a label": [("a.cls", b"\xff")],
-    "label of billions": [("a.cls", b"9999999999")],
-    "label past 64 bits": [("a.cls", str(2**70).encode())],
+    "deep label": [IMAGE, ("a.json", DEEP)],
+    "list for a label": [IMAGE, ("a.json", b"[1, 2]")],
+    "bytes for a label": [IMAGE, ("a.cls", b"\xff")],
+    "negative label": [IMAGE, ("a.cls", b"-9999999999")],
+    "label past 64 bits": [IMAGE, ("a.json", b'{"label": %d}' % 2**70)],
+    "label without end": [IMAGE, ("a.cls", b"x" * 10**6)],
 }
 
 
@@ -476,6 +478,36 @@ def test_a_strangers_tar_file_is_refused(tmp_path: Path, evil: str) -> None:
     assert not list(tmp_path.rglob("canary*"))
 
 
+OTHERS: dict[str, tuple[str, ...]] = {
+    "csv": ("pickle", "pipe", "zeros", "link", "sparse", "deep"),
+    "jsonl": ("pickle", "sparse", "deep"),
+    "arrow": ("pickle", "pipe", "sparse", "empty"),
+    "zip": ("pickle", "zip", "sparse", "empty"),
+    "jpg": ("pickle", "pipe", "zeros"),
+    "pkl": ("pickle",),
+    "pt": ("zip",),
+}
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(suffix, kind) for suffix, kinds in OTHERS.items() for kind in kinds])
+def test_a_strangers_file_of_another_form_is_refused(tmp_path: Path, suffix: str, kind: str) -> None:
+    folder = tmp_path / "a" / "set"
+    for name in ("train", "validation"):
+        plant(folder / f"{name}.{suffix}", kind, tmp_path)
+    survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize(
+    "content", [DEEP, b"[]", b'{"_data_files": [{"filename": "../../precious"}], "splits": ["../.."]}']
+)
+def test_a_strangers_saved_folder_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = tmp_path / "a" / "set"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(content)
+    survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
+
+
 @pytest.mark.parametrize("lengths", [[2**40], [2**70], [-5], ["x"]], ids=str)
 def test_a_strangers_index_of_tar_files_is_refused(tmp_path: Path, lengths: list[Any]) -> None:
     folder = make_tars(tmp_path / "set")
@@ -487,7 +519,7 @@ def test_a_strangers_index_of_tar_files_is_refused(tmp_path: Path, lengths: list
 
 @pytest.mark.parametrize("kind", ["deep", "pipe", "zeros", "sparse", "pickle"])
 def test_an_index_of_tar_files_that_is_none_is_not_waited_for(tmp_path: Path, kind: str) -> None:
-    folder = make_tars(tmp_path / "set", ("a.cls", b"-5"))
+    folder = make_tars(tmp_path / "set", IMAGE, ("a.cls", b"-5"))
     plant(folder / "_info.json", kind, tmp_path)
     survive(tmp_path, (3,), "--dataset", "hf", "--dataset_name", folder, *IMAGES, "--run_dir", tmp_path / "run")
 

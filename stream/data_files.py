@@ -1,0 +1,106 @@
+"""Which files of a dataset hold its data: what `datasets` finds, or what it does not look for."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
+
+from stream.clutter import is_clutter
+from stream.files import read_small
+from stream.folders import IMAGES, class_of, is_image, suffix_of
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TABLES = ("csv", "tsv", "jsonl", "ndjson", "json")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # tables of the images beside them
+KINDS = (("parquet",), ("tar", "tgz", "tbz2", "txz"), ("arrow",), TABLES, (*IMAGES, "zip"))
+READABLE = (
+    "give parquet files, tar shards, Arrow files, a table (csv, jsonl) of paths and labels, or images in a folder for "
+    "each class"
+)
+Splits = dict[str, list[str]]
+
+
+def is_tar(name: str) -> bool:
+    return name.lower().endswith(TARS)
+
+
+def in_blocks(splits: Splits) -> bool:
+    """Whether the files are parquet files or tar shards, which are read in blocks."""
+    names = [name for names in splits.values() for name in names]
+    return any(is_tar(name) or (suffix_of(name) == "parquet" and not _is_metadata(name)) for name in names)
+
+
+def _is_metadata(name: str) -> bool:
+    return name.rpartition("/")[2] in METADATA
+
+
+def is_table(name: str) -> bool:
+    return suffix_of(name) in ("arrow", *TABLES) or _is_metadata(name)
+
+
+def chosen_files(base: str, found: Mapping[Any, Sequence[Any]]) -> Splits:
+    """The files of each split below `base`, of those that `datasets` found there, or others if these are no data.
+
+    Images that neither folders nor a table beside them label may be named in a table that is not called so.
+    """
+    splits = {str(split): [str(path) for path in paths] for split, paths in found.items()}
+    splits = {split: [path for path in paths if not is_clutter(_below(base, path))] for split, paths in splits.items()}
+    names = [name for names in splits.values() for name in names]
+    if not names:
+        return _search(base, KINDS) or splits
+    if all(is_image(name) for name in names) and len({class_of(_below(base, name)) for name in names} - {None}) < 2:
+        return _search(base, (TABLES,)) or splits
+    return splits
+
+
+def _below(base: str, path: str) -> str:
+    return path.removeprefix(base).lstrip("/")
+
+
+def suffixes_below(base: str) -> str:
+    """The suffixes of the files below `base`, in words; nothing if there are no files."""
+    try:
+        names = {
+            name
+            for patterns in get_data_patterns(base).values()
+            for name in DataFilesList.from_patterns(patterns, base)
+        }
+    except EmptyDatasetError:
+        return ""
+    return ", ".join(sorted({f".{suffix_of(name)}" for name in names if suffix_of(name)}))
+
+
+def _search(base: str, kinds: Sequence[Sequence[str]]) -> Splits:
+    """The files of the first of these kinds that there is, in the splits that their names tell."""
+    try:
+        patterns = get_data_patterns(base)
+    except EmptyDatasetError:
+        return {}
+    for kind in kinds:
+        suffixes = [f".{suffix}" for name in kind for suffix in (name, name.upper())]
+        splits: Splits = {}
+        for split, names in patterns.items():
+            files = map(str, DataFilesList.from_patterns(names, base, suffixes))
+            splits[str(split)] = [path for path in files if not is_clutter(_below(base, path))]
+        if any(splits.values()):
+            return splits
+    return {}
+
+
+def saved_splits(folder: Path) -> Splits:
+    """The Arrow files of a folder that `save_to_disk` of `datasets` wrote; nothing if it is none. Raises ValueError."""
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads(read_small(folder / "dataset_dict.json"))["splits"]
+        return {str(name): paths for name in names for paths in _saved(folder / str(name)).values()}
+    return _saved(folder)
+
+
+def _saved(folder: Path) -> Splits:
+    if not (folder / "state.json").is_file():
+        return {}
+    state = json.loads(read_small(folder / "state.json"))
+    files = [os.path.basename(str(file["filename"])) for file in state["_data_files"]]
+    return {str(state.get("_split") or "train"): [str(folder / name) for name in files]}

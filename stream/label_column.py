@@ -1,0 +1,152 @@
+"""The label column of parquet files: which classes it tells of, and which labels it has."""
+
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Features
+
+from errors import DataError
+from stream.chunks import Chunks
+from stream.columns import LABEL_NAME, TEXT, kind_of, label_feature
+from stream.explain import one_line_errors
+from stream.footers import FOOTER_THREADS
+from stream.labels import Naming, consecutive, distinct, first_difference, reordered, require_classes, unwrapped
+from stream.retry import in_threads
+
+
+def features_of(footer: Any) -> Features:
+    """The types of a parquet file's columns; a column of categories has the type of these."""
+    schema = footer.schema.to_arrow_schema()
+    for number, field in enumerate(schema):
+        if pa.types.is_dictionary(field.type):
+            schema = schema.set(number, field.with_type(field.type.value_type))
+    return Features.from_arrow_schema(schema)
+
+
+class LabelColumn:
+    """The column of labels in the files of a split. `leaves` has its number in each file. Raises DataError for a file
+    that lacks it.
+
+    `chosen` tells whether the user named it.
+    """
+
+    namings: list[Naming]  # how the labels of each file are stored, all with the same names of classes
+
+    def __init__(self, source: str, chunks: Chunks, name: str, chosen: bool) -> None:
+        self._source = source
+        self._chunks = chunks
+        self._name = name
+        self._chosen = chosen
+        self._held: dict[int, Any] = {}
+        self.leaves = [self._find_leaf(file) for file in range(len(chunks.footers))]
+
+    def name_classes(self, known: Features, from_card: bool) -> None:
+        """Find out the classes: from the set's features, which its card or first file tells, or else from the labels.
+
+        Raises DataError if a file has a class that is not among them, or if there is no label.
+        """
+        feature = label_feature(known[self._name])
+        if isinstance(feature, ClassLabel) and feature.names:
+            self.namings = self._compared(list(feature.names), from_card)
+            return
+        naming = self._counted() or self._collected()
+        self.namings = [naming] * len(self._chunks.footers)
+
+    def stored(self, file: int) -> Any:
+        """The labels of a file as they are stored, unwrapped. They are read and kept apart from the images."""
+        chunks, name = self._chunks, self._chunks.files.names[file]
+        groups = [group for group in range(chunks.footers[file].num_row_groups) if self._rows(file, group)]
+
+        def make() -> memoryview:
+            column = chunks.read(file, groups, [self.leaves[file]])[self._name]
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, pa.schema([("label", column.type)])) as writer:
+                writer.write_table(pa.table({"label": column}))
+            return memoryview(sink.getvalue())
+
+        if file not in self._held:
+            with one_line_errors(self._source, name):
+                if groups:
+                    kept = chunks.keep(f"{name}.{quote(self._name, safe='')}.labels", make)
+                    self._held[file] = unwrapped(pa.ipc.open_stream(kept).read_all()["label"])
+                else:
+                    self._held[file] = pa.chunked_array([], pa.int64())
+        return self._held[file]
+
+    def _rows(self, file: int, group: int) -> int:
+        return int(self._chunks.footers[file].row_group(group).num_rows)
+
+    def _find_leaf(self, file: int) -> int:
+        schema = self._chunks.footers[file].schema
+        paths = [schema.column(number).path for number in range(len(schema.names))]
+        found = [number for number, path in enumerate(paths) if path == self._name] or [
+            number
+            for number, path in enumerate(paths)
+            if path.startswith(f"{self._name}.")  # of a list
+        ]
+        if len(found) != 1:
+            raise DataError(f"{self._chunks.files.names[file]} has no column {self._name}; mend or remove the file")
+        return found[0]
+
+    def _counted(self) -> Naming | None:
+        """Classes for whole numbers that count from 0 or 1, if the footers tell that these do."""
+        low, high, rows = [], [], 0
+        for file, footer in enumerate(self._chunks.footers):
+            if footer.schema.column(self.leaves[file]).physical_type not in ("INT32", "INT64"):
+                return None
+            for group in filter(lambda group: self._rows(file, group), range(footer.num_row_groups)):
+                column = self._chunks.column(file, group, self.leaves[file])
+                rows += column.num_values
+                statistics = column.statistics
+                if statistics is None or not statistics.has_min_max:
+                    return None
+                low.append(statistics.min)
+                high.append(statistics.max)
+        return consecutive(min(low), max(high), rows, f"column {self._name}") if low else None
+
+    def _collected(self) -> Naming:
+        """Classes for the distinct labels of all files."""
+        footers, what = self._chunks.footers, f"column {self._name}"
+        parts = in_threads(self.stored, range(len(footers)), FOOTER_THREADS)
+        found = {value for part in parts for value in pc.unique(part).to_pylist() if value is not None}
+        rows = sum(footer.num_rows for footer in footers)
+        if rows and not found:
+            raise DataError(f"{self._source} has no labels in {what}, as the Hub's test splits; give another split")
+        naming = distinct(found, what)
+        if not self._chosen and not LABEL_NAME.search(self._name):
+            require_classes(naming, rows, f"{what} of {self._source}", "choose another with --label_column")
+        return naming
+
+    def _compared(self, classes: list[str], from_card: bool) -> list[Naming]:
+        """How each file numbers the classes: as in `classes`, or in its own metadata's order.
+
+        Only the dataset's card may rename classes.
+        """
+        told: dict[bytes, Naming] = {}  # most sets have only one distinct metadata
+        namings = []
+        for file, footer in enumerate(self._chunks.footers):
+            metadata = (footer.metadata or {}).get(b"huggingface", b"")
+            if metadata not in told:
+                told[metadata] = self._naming_of(file, classes, from_card)
+            namings.append(told[metadata])
+        return namings
+
+    def _naming_of(self, file: int, classes: list[str], from_card: bool) -> Naming:
+        name = self._chunks.files.names[file]
+        with one_line_errors(self._source, name):
+            feature = label_feature(features_of(self._chunks.footers[file]).get(self._name))
+        if not isinstance(feature, ClassLabel):
+            return Naming(classes, pa.array(classes) if kind_of(feature) in TEXT else None)
+        naming = reordered(classes, feature.names)
+        if naming is not None:
+            return naming
+        problem = first_difference(classes, feature.names, renamed=from_card)
+        if problem is None:
+            return Naming(classes)
+        unknown = next((other for other in feature.names if other not in classes), None)
+        if unknown is not None and not from_card:
+            problem = f"its class {unknown} is not there"
+        where = "the dataset's card" if from_card else self._chunks.files.names[0]
+        raise DataError(f"{name} has other classes than {where}: {problem}; make them the same")
