@@ -130,7 +130,7 @@ def _by_pillow(data: bytes) -> tuple[str, str, np.ndarray | None, str]:
                 return kind, mode, None, "not asked"
             return kind, mode, np.asarray(ImageOps.exif_transpose(image).convert("RGB")), ""
     except Exception as error:
-        return kind, mode, None, f"{type(error).__name__}: {error}"
+        return kind, mode, None, f"{type(error).__name__}: {str(error).partition(' <')[0]}"
 
 
 def _regions_agree(data: bytes, whole: np.ndarray) -> bool:
