@@ -27,7 +27,7 @@ from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset, load_cifar, load_digits
 from stream.order import epoch_order
-from stream.picks import fair_sample, hold_out
+from stream.picks import fair_sample, hold_out, places
 from stream.resident import ResidentLoader
 from stream.retry import Network
 from stream.source import ImageDataset
@@ -195,8 +195,9 @@ def _agree(
         raise DataError("; ".join([why, *train.notes]))
     if classes is not None and {*train.classes} <= {*classes}:
         train = _renumbered(train, classes)
-    lacking = [name for name in train.classes if name not in {*val.classes}]
-    unknown = [name for name in val.classes if name not in {*train.classes}]
+    trained, validated = {*train.classes}, {*val.classes}
+    lacking = [name for name in train.classes if name not in validated]
+    unknown = [name for name in val.classes if name not in trained]
     if unknown:
         raise DataError(
             f"validation in {where} has the class {unknown[0]}, which training has not (it has {_few(train.classes)}); "
@@ -207,13 +208,7 @@ def _agree(
 
 
 def _renumbered(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
-    """The dataset with labels that count these classes. Raises DataError where a name that two classes share moved."""
-    if dataset.classes == [*classes][: len(dataset.classes)]:
-        return dataset if len(dataset.classes) == len(classes) else dataset.with_classes(classes)
-    twice = next((name for name in dataset.classes if [*classes].count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"several classes are called {twice}, and their order differs; give each a name of its own")
-    return dataset.with_classes(classes)
+    return dataset if dataset.classes == [*classes] else dataset.with_classes(classes)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -240,8 +235,7 @@ def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageData
     train = whole.take(fair_sample(whole.all_labels(), at_first))
     if val is None or share:
         return *_held_out(train, share or 0.0, config), len(train)
-    like = _sampled(train, limit)
-    wanted = np.array([number for number, name in enumerate(val.classes) if like is None or name in {*like}], np.int64)
+    wanted = places(val.classes, _sampled(train, limit))
     return train, val.take(fair_sample(val.all_labels(), limit, wanted)), len(train)
 
 

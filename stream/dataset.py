@@ -22,7 +22,7 @@ from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
 from stream.other_formats import first_split, open_other
 from stream.parquet import Block, ParquetShards
-from stream.picks import classes_within, fair_sample, spread
+from stream.picks import classes_within, fair_sample, places, spread
 from stream.ranges import Files, HubFiles
 from stream.retry import Network, in_threads
 from stream.webdataset import TarShards
@@ -104,7 +104,7 @@ class HuggingFaceImageNetDataset:
         listing = resolve(source, revision, store, network, configuration)
         if not in_blocks(listing.splits):
             table = open_other(source, listing, split, (image_column, label_column), network)
-            return table.take(fair_sample(table.all_labels(), max_samples, _numbers_of(table.classes, like)))
+            return table.take(fair_sample(table.all_labels(), max_samples, places(table.classes, like)))
         name = first_split(source, split, listing.splits)
         files = open_files(source, listing, listing.splits[name], streaming, network)
 
@@ -126,7 +126,7 @@ class HuggingFaceImageNetDataset:
         if max_samples is None or (max_samples >= len(dataset) and like is None):
             return dataset
         groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, side)
-        return groups._sample(max_samples, _numbers_of(dataset.classes, like))
+        return groups._sample(max_samples, places(dataset.classes, like))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -170,7 +170,7 @@ class HuggingFaceImageNetDataset:
         """The same samples, whose labels count the classes in this order; it has all of their names."""
         part = copy.copy(self)
         part.classes = [*classes]
-        numbers = np.array([part.classes.index(name) for name in self.classes])
+        numbers = places(classes, self.classes)
         part._numbers = numbers if self._numbers is None else numbers[self._numbers]
         return part
 
@@ -299,11 +299,6 @@ class HuggingFaceImageNetDataset:
                     f"{self._files.names[block.file]} has the label {label}, which is no class: a split without "
                     "labels, such as the Hub's test split, is of no use here; give another split"
                 )
-
-
-def _numbers_of(classes: Sequence[str], like: Sequence[str] | None) -> np.ndarray:
-    """The numbers of those of the classes that `like` names, or of all."""
-    return np.array([number for number, name in enumerate(classes) if like is None or name in {*like}], np.int64)
 
 
 def _store_of(source: str, cache: Cache | None) -> FileStore:

@@ -14,6 +14,7 @@ from filelock import FileLock
 from errors import DataError
 from stream.files import read_small
 from stream.images import EncodedImage, UnreadableImage
+from stream.picks import places
 
 FILES_READ = 256
 
@@ -54,7 +55,7 @@ class LocalDataset:
 
     def with_classes(self, classes: Sequence[str]) -> "LocalDataset":
         """The same samples, whose labels count the classes in this order; it has all of their names."""
-        numbers = np.array([list(classes).index(name) for name in self.classes])
+        numbers = places(classes, self.classes)
         return LocalDataset(self.images, numbers[self.all_labels()], classes, self.root, self.notes)
 
     def name(self, sample_id: int) -> str:

@@ -26,6 +26,7 @@ from stream.folders import class_of, is_image, split_of, suffix_of
 from stream.hub import DOWNLOADS, Listing, open_files
 from stream.labels import Naming, consecutive, distinct, require_classes, unwrapped
 from stream.outside import OutsideImages
+from stream.picks import places
 from stream.ranges import LARGEST_IMAGE, Files
 from stream.retry import Network, first_line, in_threads
 
@@ -66,7 +67,7 @@ class ImageTable:
 
     def with_classes(self, classes: Sequence[str]) -> "ImageTable":
         """The same samples, whose labels count the classes in this order; it has all of their names."""
-        labels = np.array([[*classes].index(name) for name in self.classes])[self._labels]
+        labels = places(classes, self.classes)[self._labels]
         return ImageTable([*classes], labels, self._read_image, self._name_of, self.notes, self.revision, self._rows)
 
     def inventory(self) -> dict[str, tuple[int, str]]:

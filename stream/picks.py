@@ -1,5 +1,7 @@
 """Which images of a set are used: a fair sample of it, and the share that is held out for validation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from stream.seeds import Use, seeded
@@ -30,6 +32,12 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     members = np.split(shuffled[np.argsort(labels[shuffled], kind="stable")], np.cumsum(counts)[:-1])
     held = np.sort(np.concatenate([of[:quota] for quota, of in zip(quotas, members, strict=True)]))
     return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def places(names: Sequence[str], of: Sequence[str] | None) -> np.ndarray:
+    """The places (int64) in `names` of the others, without those that are not there; of all names if `of` is None."""
+    found = {name: place for place, name in enumerate(names)}
+    return np.array([found[name] for name in (names if of is None else of) if name in found], np.int64)
 
 
 def spread(count: int, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""No image has one label in training and another in validation or in another file: such sets are refused."""
+"""No image has one label in training and another in validation, in another file or in a model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,13 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from program import run
+import torch
+from program import run, train
 from shards import class_names, make_imagenet_like
+from test_image_folders import make_classes, put
 from test_webdataset import CLASSES, ROWS, make_set, make_shard
 
+from config import resolve
+from preprocess import get_data_loaders
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.labels import first_difference
 
+CPU = torch.device("cpu")
 FLAGS = ("--model", "resnet18", "--image_size", 33, "--batch_size", 16, "--epochs", 1, "--num_workers", 0)
 SWAPPED = ["class 1", "class 0", *class_names(10)[2:]]
 LONGER = [*class_names(10), "class 10"]
@@ -42,7 +47,7 @@ def make_parquet(folder: Path, with_card: bool = False) -> Path:
 @pytest.mark.parametrize(
     ("pattern", "names", "problem"),
     [
-        ("validation-*", LONGER, "class 10 is none there and class 10 here"),
+        ("validation-*", LONGER, "validation in {} has the class class 10, which training has not"),
         ("train-00001*", LONGER, "its class class 10 is not there"),
         ("train-00001*", ["class 1", "other", *class_names(10)[2:]], "its class other is not there"),
     ],
@@ -59,7 +64,7 @@ def test_files_with_other_class_names_are_refused(
         assert done.status == 0, done.err
         return
     assert (done.status, done.err.count("\n")) == (3, 1), done.err
-    assert ("class 1 is class 1 there and other here" if with_card else problem) in done.err
+    assert ("class 1 is class 1 there and other here" if with_card else problem.format(folder)) in done.err
     assert pattern.partition("-")[0] in done.err
     assert not (tmp_path / "run").exists()
 
@@ -104,7 +109,7 @@ def test_a_validation_shard_with_a_label_beyond_the_training_classes_is_refused(
     make_shard(folder / "validation-0000.tar", [CLASSES] * ROWS, 3)
     done = run(*flags)
     assert (done.status, done.err.count("\n")) == (3, 1), done.err
-    assert f"{CLASSES} here" in done.err
+    assert f"has the class {CLASSES}, which training has not" in done.err
     make_shard(folder / "validation-0000.tar", [0] * ROWS, 3)  # that not every class is evaluated is no reason
     assert run(*flags).status == 0
 
@@ -122,3 +127,84 @@ def test_a_validation_shard_with_a_label_beyond_the_training_classes_is_refused(
 )
 def test_the_first_difference_is_told(ours: str, theirs: str, renamed: bool, expected: str | None) -> None:
     assert first_difference(ours, theirs, renamed) == expected
+
+
+# ---- where training, validation and a model meet ---------------------------------------------------------------------
+
+
+def relabel(names: Sequence[str]) -> Callable[[Path], None]:
+    """Gives a parquet file these class names in their order, and its images the labels that keep their classes."""
+
+    def change(path: Path) -> None:
+        table = pq.read_table(path)
+        told = json.loads(table.schema.metadata[b"huggingface"])
+        before = told["info"]["features"]["label"]["names"]
+        labels = [list(names).index(before[label]) for label in table["label"].to_pylist()]
+        pq.write_table(table.set_column(1, "label", pa.array(labels)), path, row_group_size=20)
+        rename(names)(path)
+
+    return change
+
+
+def test_validation_with_its_classes_in_another_order_is_mapped_by_name(tmp_path: Path) -> None:
+    folder = make_parquet(tmp_path)
+    before = pq.read_table(next(folder.glob("data/validation-*")))["label"].to_pylist()
+    for path in folder.glob("data/validation-*"):
+        relabel(class_names(10)[::-1])(path)
+    data = get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 8}), CPU)
+    assert data.val.dataset.classes == class_names(10)
+    assert data.val.dataset.all_labels().tolist() == before
+    reader = data.val.dataset.reader(np.arange(20))
+    assert [reader.read(number)[1] for number in range(20)] == before
+    reader.close()
+
+
+@pytest.mark.parametrize("layout", ["folder", "parquet"])
+def test_validation_may_lack_classes_and_which_is_told(tmp_path: Path, layout: str) -> None:
+    given: dict[str, object] = {"batch_size": 8}
+    if layout == "folder":
+        make_classes(tmp_path / "train", names=("ant", "bee"))
+        put(tmp_path / "train" / "aardvark" / "1.png")
+        make_classes(tmp_path / "val", names=("ant", "bee"))
+        given |= {"dataset": "imagefolder", "data_dir": str(tmp_path)}
+        lacks, labels = "note      validation lacks 1 of the 3 classes: aardvark", [1] * 4 + [2] * 4
+    else:
+        folder = make_parquet(tmp_path)
+        for path in folder.glob("data/validation-*"):
+            table = pq.read_table(path)
+            labels = [5 + label % 5 for label in table["label"].to_pylist()]
+            narrow = [label - 5 for label in labels]
+            pq.write_table(table.set_column(1, "label", pa.array(narrow)), path, row_group_size=20)
+            rename(class_names(10)[5:])(path)
+        given |= {"dataset": "hf", "dataset_name": str(folder)}
+        lacks = "note      validation lacks 5 of the 10 classes: class 0, class 1, class 2, class 3, class 4"
+    data = get_data_loaders(resolve(given), CPU)
+    assert data.val.dataset.all_labels().tolist() == labels
+    assert lacks in data.notes
+
+
+def test_a_snapshot_is_evaluated_by_the_names_of_its_classes_and_not_resumed_in_another_order(tmp_path: Path) -> None:
+    folder = make_parquet(tmp_path)
+    flags = ("--dataset", "hf", "--dataset_name", folder, *FLAGS, "--epochs", 2, "--run_dir", tmp_path / "run")
+    train(*flags, "--snapshot_steps", 1)
+    before = train("--resume_from", tmp_path / "run", "--evaluate").out.splitlines()[-1]
+    last = max((tmp_path / "run" / "snapshots").glob("step-*"))
+    for path in folder.glob("data/*"):
+        relabel(class_names(10)[::-1])(path)
+    again = run("--resume_from", tmp_path / "run", "--evaluate", "--override", "data=changed")
+    assert again.out.splitlines()[-1] == before
+    assert "val loss" in before
+    last.unlink()
+    done = run("--resume_from", tmp_path / "run")
+    assert (done.status, done.err.count("\n")) == (2, 1), done.err
+    assert "class 0 is class 0 there and class 9 here" in done.err
+
+
+def test_a_snapshot_is_not_evaluated_on_classes_that_it_does_not_know(tmp_path: Path) -> None:
+    folder = make_parquet(tmp_path)
+    train("--dataset", "hf", "--dataset_name", folder, *FLAGS, "--run_dir", tmp_path / "run")
+    for path in folder.glob("data/*"):
+        rename([*class_names(9), "unknown"])(path)
+    done = run("--resume_from", tmp_path / "run", "--evaluate")
+    assert (done.status, done.err.count("\n")) == (2, 1), done.err
+    assert "class 9 is class 9 there and unknown here" in done.err
