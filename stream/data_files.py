@@ -41,18 +41,20 @@ def is_table(name: str) -> bool:
     return suffix_of(name) in ("arrow", *TABLES) or _is_metadata(name)
 
 
-def chosen_files(base: str, found: Mapping[Any, Sequence[Any]]) -> Splits:
-    """The files of each split below `base`, of those that `datasets` found there, or others if these are no data.
+def chosen_files(base: str, found: Mapping[Any, Sequence[Any]], freely: bool) -> Splits:
+    """The files of each split below `base`, of those that `datasets` found there; or, `freely`, others.
 
-    Images that neither folders nor a table beside them label may be named in a table that is not called so.
+    That is if these are no data, or images that neither folders nor a table beside them label: another table may.
     """
     splits = {str(split): [str(path) for path in paths] for split, paths in found.items()}
     splits = {split: [path for path in paths if not is_clutter(_below(base, path))] for split, paths in splits.items()}
     names = [name for names in splits.values() for name in names]
+    if not freely or not any(found.values()):
+        return splits
     if not names:
-        return _search(base, KINDS) or splits
+        return search(base) or splits
     if all(is_image(name) for name in names) and len({class_of(_below(base, name)) for name in names} - {None}) < 2:
-        return _search(base, (TABLES,)) or splits
+        return search(base, (TABLES,)) or splits
     return splits
 
 
@@ -73,7 +75,7 @@ def suffixes_below(base: str) -> str:
     return ", ".join(sorted({f".{suffix_of(name)}" for name in names if suffix_of(name)}))
 
 
-def _search(base: str, kinds: Sequence[Sequence[str]]) -> Splits:
+def search(base: str, kinds: Sequence[Sequence[str]] = KINDS) -> Splits:
     """The files of the first of these kinds that there is, in the splits that their names tell."""
     try:
         patterns = get_data_patterns(base)

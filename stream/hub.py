@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from errors import DataError, UsageError
 from stream.cache import FileStore
-from stream.data_files import READABLE, chosen_files, saved_splits, suffixes_below
+from stream.data_files import READABLE, chosen_files, saved_splits, search, suffixes_below
 from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, compare_digest, read_if_there
@@ -141,17 +141,17 @@ def _ask_datasets(source: str, commit: str | None, configuration: str | None) ->
     except ValueError:
         _check_configuration(source, commit, configuration)
         raise
-    except (DataFilesNotFoundError, EmptyDatasetError):
-        features, found = None, chosen_files(base, {})
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        features, found = None, search(base)
+        if passing_cause(error):
+            raise
         if not any(found.values()):
-            kinds = suffixes_below(base)
-            raise DataError(
-                f"the files of {source} are {kinds}, which cannot be read; {READABLE}"
-                if kinds
-                else f"{source} has no files of data; {READABLE}"
-            ) from None
+            there = suffixes_below(base)
+            problem = f"the files of {source} are {there}, which cannot be read" if there else f"{source} has no data"
+            raise DataError(f"{problem}; {READABLE}") from error
     else:
-        features, found = builder.info.features, chosen_files(base, builder.config.data_files or {})
+        features, files = builder.info.features, builder.config.data_files or {}
+        found = chosen_files(base, files, configuration is None)
     prefix = "" if commit is None else f"{base}/"
     splits = {split: [path.removeprefix(prefix) for path in paths] for split, paths in found.items()}
     return Listing(commit, splits, None if features is None else features.to_dict(), _lengths(source, commit, splits))

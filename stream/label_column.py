@@ -70,7 +70,7 @@ class LabelColumn:
             with one_line_errors(self._source, name):
                 if groups:
                     kept = chunks.keep(f"{name}.{quote(self._name, safe='')}.labels", make)
-                    self._held[file] = unwrapped(pa.ipc.open_stream(kept).read_all()["label"])
+                    self._held[file] = unwrapped(pa.ipc.open_stream(bytes(kept)).read_all()["label"])  # no open file
                 else:
                     self._held[file] = pa.chunked_array([], pa.int64())
         return self._held[file]

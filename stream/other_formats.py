@@ -117,12 +117,14 @@ def open_other(
     every = [name for names in listing.splits.values() for name in names]
     tables = list(filter(is_table, every))
     images = [name for name in every if is_image(name) or suffix_of(name) == "zip"]
+    if not every:
+        first_split(source, split, {})
     if not tables and not images:
         kinds = ", ".join(sorted({f".{suffix_of(name)}" for name in every}))
         raise DataError(f"the files of {source} are {kinds}, such as {every[0]}, which cannot be read; {READABLE}")
     downloaded = [f"{source} was downloaded whole before it is read"] if listing.commit else []
     if not tables:
-        found = _images(source, listing, network)
+        found = _images(source, listing, split, network)
         if not found:
             raise DataError(f"the zips of {source}, such as {images[0]}, have no images in them; {READABLE}")
         return _from_folders(source, found[first_split(source, split, found)], listing.commit, downloaded)
@@ -147,10 +149,14 @@ def first_split(source: str, wanted: list[str], splits: dict[str, Any]) -> str:
 Image = tuple[str, Callable[[], bytes]]  # its path from the top of the dataset, and what reads it
 
 
-def _images(source: str, listing: Listing, network: Network) -> dict[str, list[Image]]:
-    """The images of each split; within zips, folders may tell splits."""
+def _images(source: str, listing: Listing, wanted: list[str], network: Network) -> dict[str, list[Image]]:
+    """The images of the first wanted split, or of every split where there are zips: folders in them may tell splits."""
+    looked_at = listing.splits
+    if not any(suffix_of(name) == "zip" for names in looked_at.values() for name in names):
+        split = first_split(source, wanted, looked_at)
+        looked_at = {split: looked_at[split]}
     splits: dict[str, list[Image]] = {}
-    for split, names in listing.splits.items():
+    for split, names in looked_at.items():
         used = [name for name in names if is_image(name) or suffix_of(name) == "zip"]
         files = open_files(source, listing, used, False, network) if used else None
         for path in files.names if files else ():

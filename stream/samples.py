@@ -94,11 +94,9 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
         used = {sample.image.name for sample in samples}
         return samples, [member.name for member in members if member.name not in used]
     for stem, group in groups.items():
-        parts: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for name, member in group.items():
-            parts.setdefault(_key(name), {})[name] = member
-        if sum(any(suffix_of(name) in IMAGES for name in part) for part in parts.values()) < 2:
-            parts = {stem: group}
+        parts = {stem: group}
+        if sum(suffix_of(name) in IMAGES for name in group) > 1:
+            parts = _by_key(group)
         for key, part in parts.items():
             sample = _sample(key, part)
             if sample is None:
@@ -110,24 +108,36 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
 
 def _in_folders(members: Sequence[tarfile.TarInfo]) -> list[Sample]:
     """The samples of a shard of images in a folder for each class; none where it is no such shard."""
+    if any(suffix_of(member.name) in (*TEXTS, "json") for member in members):
+        return []
     images = [member for member in members if suffix_of(member.name) in IMAGES]
     classes = [class_of(member.name) for member in images]
-    tell = any(suffix_of(member.name) in (*TEXTS, "json") for member in members)
-    if tell or len({*classes} - {None}) < 2:
+    if len({*classes} - {None}) < 2:
         return []
     found = zip(images, classes, strict=True)
     return [Sample(image.name.rpartition(".")[0], image, (), name) for image, name in found if name is not None]
 
 
-def _sample(key: str, members: dict[str, tarfile.TarInfo]) -> Sample | None:
-    def rank(name: str, suffixes: Sequence[str]) -> tuple[int, int]:
-        return suffixes.index(suffix_of(name)), len(name)
+def _by_key(members: dict[str, tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Members by their keys, of which there is only one if only one has images."""
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for name, member in members.items():
+        parts.setdefault(_key(name), {})[name] = member
+    with_images = [key for key, part in parts.items() if any(suffix_of(name) in IMAGES for name in part)]
+    return parts if len(with_images) > 1 else {with_images[0]: members}
 
-    images = sorted((name for name in members if suffix_of(name) in IMAGES), key=lambda name: rank(name, IMAGES))
-    labels = sorted((name for name in members if suffix_of(name) in LABELS), key=lambda name: rank(name, LABELS))
-    if not images or not labels:
-        return None
-    return Sample(key, members[images[0]], tuple(members[name] for name in labels))
+
+def _sample(key: str, members: dict[str, tarfile.TarInfo]) -> Sample | None:
+    """The sample that these members make, None if they lack an image or what tells its label."""
+
+    def ranked(suffixes: Sequence[str]) -> list[tarfile.TarInfo]:
+        found = [
+            (suffixes.index(suffix), len(name), name) for name in members if (suffix := suffix_of(name)) in suffixes
+        ]
+        return [members[name] for _, _, name in sorted(found)]
+
+    images, labels = ranked(IMAGES), ranked(LABELS)
+    return Sample(key, images[0], tuple(labels)) if images and labels else None
 
 
 def _key(name: str) -> str:

@@ -212,6 +212,16 @@ def test_files_that_cannot_be_read_are_named_truly(tmp_path: Path, suffix: str) 
     assert "which cannot be read; give parquet files" in done.err
 
 
+def test_a_folder_without_files_of_data_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    assert "has no data; give parquet files" in refusal(tmp_path / "set")
+    (tmp_path / "set" / "README.md").write_text("# Nothing yet\n")
+    assert "has no data; give parquet files" in refusal(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "set" / "train.zip", "w") as archive:
+        archive.writestr("notes.jpg.txt", b"no image")
+    assert "train.zip, have no images in them" in refusal(tmp_path / "set")
+
+
 def test_images_without_labels_are_told_where_to_go(tmp_path: Path) -> None:
     in_a_folder(tmp_path / "set")
     told = refusal(tmp_path / "set")

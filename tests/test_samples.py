@@ -19,6 +19,7 @@ from shards import draw, encode
 
 from errors import DataError
 from stream import samples
+from stream.clutter import is_clutter
 from stream.dataset import Cache, HuggingFaceImageNetDataset
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -165,6 +166,20 @@ def test_images_of_other_suffixes_are_decoded(tmp_path: Path, suffix: str) -> No
 CLUTTER = ["README", "README.md", "classes.txt", "._1.jpg", "__MACOSX/2.jpg", ".DS_Store", "@eaDir/0.jpg", "Thumbs.db"]
 
 
+@pytest.mark.parametrize(
+    "name", [*CLUTTER[3:], ".x/a.jpg", "a/..b.jpg", "a/THUMBS.DB", "a/x@SynoResource", "a/desktop.ini"]
+)
+def test_what_systems_leave_is_clutter(name: str) -> None:
+    assert is_clutter(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "./a.jpg", "../a.jpg", "a.b/c.d.jpg", "n@eaDir/a.jpg", "my__MACOSX/a", "a/db.jpg"]
+)
+def test_data_is_no_clutter(name: str) -> None:
+    assert not is_clutter(name)
+
+
 def test_members_that_are_no_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
     """An image without a label, a label without an image, and what is hidden."""
     hidden = [(name, b"0") for name in [*CLUTTER, ".hidden/0.jpg", ".hidden/0.cls", "._1.cls", "9.cls", "8.jpg"]]
@@ -247,7 +262,7 @@ def test_what_grows_out_of_proportion_is_refused(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("kind", ["tar", "tgz"])
 @pytest.mark.parametrize("where", ["the middle", "between members", "a header"])
 def test_a_truncated_shard_is_named_wherever_it_ends(tmp_path: Path, where: str, kind: str) -> None:
-    folder = write(tmp_path / "set", *pairs("{}.jpg", "{}.cls"), name=f"train-0.{kind}")
+    folder = write(tmp_path / "set", *pairs("{}.jpg", "{}.cls", [0, 1, 1]), name=f"train-0.{kind}")
     path = folder / f"train-0.{kind}"
     data = path.read_bytes()
     with tarfile.open(path) as archive:
