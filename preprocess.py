@@ -131,6 +131,10 @@ def get_data_loaders(
     world = distributed.world_size()
     train, val, window = _load(config, revision)
     train, val, notes = _agree(train, val, classes, config.dataset_id)
+    if not len(val):
+        raise DataError(
+            f"validation in {config.dataset_id} has no images of the sampled classes; use more --max_samples"
+        )
     if config.max_samples:
         names = _sampled(train, config.max_samples)
         told = "unknown how many" if names is None else f"{len(names):,}"

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_layers import LAYERS, LEVEL, ROOT, WINGS, imported, modules
 
 DPI = 110
-INCHES_WIDE = 9.1
+INCHES_WIDE = 9.8
 CHARACTER, LINE = 0.094, 0.19  # inches: the pitch of FONT and the distance of its lines
 FONT: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 11.2, "va": "center_baseline"}
 PAD, GAP, LAYER_GAP, LANE = 0.12, 0.3, 0.42, 0.12  # inches: inside boxes, between them, between layers; a thin box

@@ -3,26 +3,25 @@
 What is read
     dataset      HuggingFaceImageNetDataset: a split in blocks, on the Hub or on disk
     block_reader BlockReader: the blocks of an epoch, fetched some way ahead of use
-    order        which sample comes when: a pure function of seed and epoch
-    seeds        where random numbers come from, separate for each use
     parquet      files of images and labels, read in blocks of row groups
     chunks       column chunks of parquet files, read in ranges
     footers      which row groups the files have, and where
-    columns      which columns hold images and labels
-    label_column the labels of parquet files, and the classes that they tell of
-    labels       how labels as they are stored become numbers of classes
     outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
     samples      which members of a tar shard make a sample
     other_formats sets in other forms, which are downloaded first and read image by image
-    folders      what the paths of images tell
-    data_files   which files of a dataset hold its data
-    clutter      files that are no data
     local        images in memory or in files: digits, CIFAR
     image_folders which files of a folder are images, and of which class
-    picks        a fair sample of a set, and the share held out for validation
-    inventory    the names of a set's files, so that a resume can tell what changed
     synthetic    generated images to try things on
+
+What it means
+    data_files   which files of a dataset hold its data
+    clutter      files that are no data
+    folders      what the paths of images tell
+    columns      which columns hold images and labels
+    label_column the labels of parquet files, and the classes that they tell of
+    labels       how labels as they are stored become numbers of classes
+    inventory    the names of a set's files, so that a resume can tell what changed
 
 How it gets here
     hub          what a dataset on the Hub has at one commit
@@ -37,6 +36,9 @@ How it gets here
     files        files that are either complete or absent
 
 How it becomes a batch
+    order        which sample comes when: a pure function of seed and epoch
+    seeds        where random numbers come from, separate for each use
+    picks        a fair sample of a set, and the share held out for validation
     source       what a loader needs of a dataset
     loader       StreamingDataLoader: batches in the order of an epoch
     resident     ResidentLoader: a small dataset in the device's memory

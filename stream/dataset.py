@@ -1,7 +1,7 @@
 """HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,11 @@ class HuggingFaceImageNetDataset:
         if max_samples is None or (max_samples >= len(dataset) and like is None):
             return dataset
         groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, side)
-        return groups._sample(max_samples, places(dataset.classes, like))
+        wanted = places(dataset.classes, like)
+        return dataset._sample(max_samples, wanted, doubling=False) or groups._sample(max_samples, wanted)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.block_rows.sum())
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The block of each sample, and its row in that block."""
@@ -261,23 +262,25 @@ class HuggingFaceImageNetDataset:
         images = [reduce(image.as_py(), self._short_side) for image in batch["image"]]
         return batch.set_column(0, "image", pa.array(images, batch.schema.field("image").type))
 
-    def _sample(self, limit: int, wanted: np.ndarray) -> "HuggingFaceImageNetDataset":
+    def _sample(self, limit: int, wanted: np.ndarray, doubling: bool = True) -> "HuggingFaceImageNetDataset | None":
         """At most `limit` samples of the wanted classes, of each its share, from as few blocks as that takes.
 
-        The blocks are evenly spread, and doubled until all of these classes are there or no further one comes.
+        The blocks are evenly spread, and doubled until all of these classes are there or no further one comes; without
+        `doubling`, None is returned where the fewest blocks are not enough.
         """
         told = [self._shards.label_ranges(block) for block in self.blocks]
-        ranges = np.array([group[1:] for of_block in told for group in of_block or ()], np.int64).T
-        known = len(wanted) and ranges.size and all(told)
-        count, before = -(-limit * len(self.blocks) // len(self)), -1
+
+        def classes(picks: Iterable[int]) -> int:
+            """How many of the wanted classes these blocks may have."""
+            ranges = [group[1:] for pick in picks for group in told[pick] or ()]
+            return classes_within(np.array(ranges, np.int64).T, wanted)
+
+        known, every = bool(len(wanted)) and all(told), range(len(self.blocks))
+        count, before = -(-limit * len(every) // len(self)), -1
         while True:
-            picks = spread(min(count, len(self.blocks)), len(self.blocks))
-            last = len(picks) == len(self.blocks)
-            if (
-                last
-                or not known
-                or classes_within(ranges[:, picks], wanted) >= min(limit, classes_within(ranges, wanted))
-            ):
+            picks = spread(min(count, len(every)), len(every))
+            last = len(picks) == len(every)
+            if last or not known or classes(picks) >= min(limit, classes(every)):
                 part = self.take(np.flatnonzero(np.isin(self.locate(np.arange(len(self)))[0], picks)))
                 labels = part.all_labels()
                 if labels is None:
@@ -287,6 +290,8 @@ class HuggingFaceImageNetDataset:
                 if last or (len(ids) == limit and (found >= min(limit, len(wanted)) or found <= before)):
                     return part.take(ids)
                 before = found
+            if not doubling:
+                return None
             count *= 2
 
     def _numbered(self, labels: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """What the paths of images tell: which split and which class they belong to."""
 
 from stream.clutter import is_clutter
+from stream.formats import IMAGE_SUFFIXES
 
-IMAGES = (  # of several images of one sample, the one whose suffix comes first here is used
-    *("jpg", "jpeg", "png", "webp", "jpe", "jfif", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
-    *("avif", "jp2", "j2k", "tga"),
-)
+USUAL = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "avif", "jp2", "tga")
+IMAGES = (*USUAL, *sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - {*USUAL}))
+"""The suffixes of images; of several images of one sample, the one whose suffix comes first here is used."""
+
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),

@@ -64,7 +64,7 @@ def _open_splits(
 def _class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(part for part in folder.iterdir() if part.is_dir() and not is_clutter(part.name))
+    return sorted(part for part in folder.iterdir() if part.is_dir() and not is_clutter(f"{part.name}/"))
 
 
 def _open(folder: Path) -> LocalDataset:
@@ -93,8 +93,9 @@ def _images(folder: Path, passed_over: Counter[str], above: frozenset[str] = fro
     folders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not is_clutter(entry.name):
-                (folders if entry.is_dir() else names).append(entry.name)
+            is_folder = entry.is_dir()
+            if not is_clutter(f"{entry.name}/" if is_folder else entry.name):
+                (folders if is_folder else names).append(entry.name)
     for name in sorted(names):
         path = folder / name
         suffix = path.suffix.lower()

@@ -146,7 +146,7 @@ def test_a_parquet_set_without_images_is_refused(image_set: Path, tmp_path: Path
     table = pq.read_table(image_set / "data" / "validation-00000-of-00001.parquet")
     for split in ("train", "validation"):
         pq.write_table(table.select(["label"]).replace_schema_metadata(None), tmp_path / f"{split}.parquet")
-    assert_refused(tmp_path / "run", 3, ("Image",), "--dataset", "hf", "--dataset_name", tmp_path)
+    assert_refused(tmp_path / "run", 3, ("no column of images",), "--dataset", "hf", "--dataset_name", tmp_path)
 
 
 @pytest.mark.parametrize(

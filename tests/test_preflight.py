@@ -1,5 +1,6 @@
 """What is told before a run is what the run will do: what it reads, how well it mixes, what it holds, what is kept."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,8 @@ def test_classes_of_very_different_sizes_are_expected_as_rarely_as_they_are() ->
 
 def test_one_stream_of_one_class_has_one_of_the_classes() -> None:
     labels = np.repeat(np.arange(4), 64)
-    assert mixing(labels, [np.arange(256)], 32) == pytest.approx(1 / (4 * (1 - 0.75**32)))
+    absent = math.comb(192, 32) / math.comb(256, 32)
+    assert mixing(labels, [np.arange(256)], 32) == pytest.approx(1 / (4 * (1 - absent)))
 
 
 def test_a_single_batch_can_be_looked_at() -> None:
@@ -210,10 +212,12 @@ def megabytes(size: int) -> str:
 
 
 def test_a_larger_block_is_told_as_fewer(sorted_set: Path) -> None:
-    config = settings(sorted_set, max_samples=500)
+    config = settings(sorted_set)
+    assert lines_of(config, get_data_loaders(config, CPU))["blocks"].startswith("3 for training, 1 for validation, of ")
+    config = settings(sorted_set, max_samples=500)  # of which each class has its share
     lines = lines_of(config, get_data_loaders(config, CPU))
     assert lines["images"].endswith(": 500 for training, 40 for validation; 7 steps an epoch")
-    assert lines["blocks"].startswith("2 for training, 1 for validation, of ")
+    assert lines["blocks"].startswith("20 for training, 1 for validation, of ")
 
 
 def test_what_is_not_streamed_has_only_its_images_and_classes() -> None:
@@ -221,6 +225,7 @@ def test_what_is_not_streamed_has_only_its_images_and_classes() -> None:
     assert lines_of(config, get_data_loaders(config, CPU)) == {
         "images": "digits: 100 for training, 100 for validation; 1 steps an epoch",
         "classes": "10: 0 ... 9",
+        "note": "a sample of 100 training images, of 10 of the 10 classes",
     }
 
 

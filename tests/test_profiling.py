@@ -117,7 +117,7 @@ def resident(**given: Any) -> tuple[Config, Loader]:
 def streaming(monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[Config, StreamingDataLoader]:
     """A loader of images from a folder, which took nothing yet."""
     part = LocalDataset(np.zeros((32, 8, 8, 3), np.uint8), [0, 1] * 16, ["a", "b"])
-    monkeypatch.setattr(preprocess, "load_image_folder", lambda folder: (part, part))
+    monkeypatch.setattr(preprocess, "open_image_folder", lambda *given, **options: (part, part))
     config = resolve({"dataset": "imagefolder", "data_dir": "x", "batch_size": 16, "num_workers": 2} | given)
     loader = get_data_loaders(config, CPU).train
     assert isinstance(loader, StreamingDataLoader)

@@ -227,7 +227,7 @@ def test_more_epochs_are_a_new_plan_that_is_shown(digits: Path, tmp_path: Path) 
 def test_an_override_that_changes_what_a_step_is_is_refused(digits: Path, tmp_path: Path) -> None:
     done = run("--resume_from", digits, "--override", "batch_size=24")
     assert done.status == 2
-    assert "2 steps, not the 3" in done.err
+    assert "2 steps now, not the 3" in done.err
 
 
 def test_a_resumed_run_is_refused_nothing_it_may_have_anew(digits: Path, tmp_path: Path) -> None:
