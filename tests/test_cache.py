@@ -27,9 +27,18 @@ TRAIN_BLOCKS, VAL_BLOCKS, STEPS = 13, 1, 16
 
 
 def blocks_asked_for(hub: Hub, since: int = 0) -> Counter[tuple[str, str]]:
-    """How often each block was fetched; footers, which are counted from the end of a file, are left out."""
-    asked = [(r.path, r.range) for r in hub.requests[since:] if r.range and not r.at_end]
-    return Counter((path, span) for path, span in asked if path.endswith(".parquet"))
+    """How often each block was fetched, which is a whole file here.
+
+    Footers, which reach its end, and labels, which begin behind its first image, are left out.
+    """
+    asked = [(r.path, r.range) for r in hub.requests if r.range and not r.at_end and r.path.endswith(".parquet")]
+    first = {path: min(_first_byte(span) for other, span in asked if other == path) for path, _ in asked}
+    recent = Counter((r.path, r.range) for r in hub.requests[since:] if r.range and not r.at_end)
+    return Counter({key: n for key, n in recent.items() if first.get(key[0]) == _first_byte(key[1])})
+
+
+def _first_byte(span: str) -> int:
+    return int(span.removeprefix("bytes=").partition("-")[0])
 
 
 def entries(cache: Path) -> list[Path]:

@@ -208,7 +208,7 @@ def times_of(folder: Path, read: float, transform: float, epochs: int) -> list[s
     build_model = step.build_model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "build_model", lambda *arguments: shrink(build_model(*arguments)))
-        patch.setattr(preprocess, "load_image_folder", lambda path: (slow, val))
+        patch.setattr(preprocess, "open_image_folder", lambda *given, **options: (slow, val))
         patch.setattr(preprocess, "train_transform", lambda config: SlowTransform(transform))
         data = ("--dataset", "imagefolder", "--data_dir", folder, "--image_size", 32)
         flags = ("--num_workers", 2, "--model", "resnet18", "--batch_size", 16, "--epochs", epochs, "--lr", 0.01)
