@@ -129,16 +129,7 @@ def get_data_loaders(
     batch size does not fit it.
     """
     world = distributed.world_size()
-    train, val, window = _load(config, revision)
-    train, val, notes = _agree(train, val, classes, config.dataset_id)
-    if not len(val):
-        raise DataError(
-            f"validation in {config.dataset_id} has no images of the sampled classes; use more --max_samples"
-        )
-    if config.max_samples:
-        names = _sampled(train, config.max_samples)
-        told = "unknown how many" if names is None else f"{len(names):,}"
-        notes.append(f"a sample of {len(train):,} training images, of {told} of the {len(train.classes):,} classes")
+    train, val, window, notes = _open_sets(config, revision, classes)
     config, lines = config.fitted(len(train), derived, world)
     config.check_world(world)
     batch_size, eval_batch = config.batch_size // world, min(config.batch_size // config.accumulate_steps, EVAL_BATCH)
@@ -179,12 +170,28 @@ def get_data_loaders(
         image_size=config.eval_size,
         train=False,
     )
-    every = dict.fromkeys([*train.notes, *val.notes, *notes])
-    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in every), *lines])
+    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in notes), *lines])
     facts: dict[str, Any] = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
     facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
     distributed.require_agreement(facts, DataError)
     return data
+
+
+def _open_sets(
+    config: Config, revision: str | None, classes: Sequence[str] | None
+) -> tuple[ImageDataset, ImageDataset, int, list[str]]:
+    """The two datasets, of the same classes; the shuffle window to use over the first; and what is to be told."""
+    train, val, window = _load(config, revision)
+    train, val, notes = _agree(train, val, classes, config.dataset_id)
+    if not len(val):
+        raise DataError(
+            f"validation in {config.dataset_id} has no images of the sampled classes; use more --max_samples"
+        )
+    if config.max_samples:
+        names = _sampled(train, config.max_samples)
+        told = "unknown how many" if names is None else f"{len(names):,}"
+        notes.append(f"a sample of {len(train):,} training images, of {told} of the {len(train.classes):,} classes")
+    return train, val, window, list(dict.fromkeys([*train.notes, *val.notes, *notes]))
 
 
 def _agree(
