@@ -141,7 +141,10 @@ def first_split(source: str, wanted: list[str], splits: dict[str, Any]) -> str:
         if splits.get(name):
             return name
     there = [name for name, files in splits.items() if files]
-    raise DataError(f"{source} has no split {' or '.join(wanted)}, only {', '.join(there) or 'none'}")
+    raise DataError(
+        f"{source} has no split {' or '.join(wanted)}, only {', '.join(there) or 'none'}; name one with --train_split "
+        "or --val_split, or hold out a part with --val_share 0.1"
+    )
 
 
 # ---- folders and zips ------------------------------------------------------------------------------------------------
