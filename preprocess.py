@@ -204,8 +204,8 @@ def _agree(
     if len(train.classes) < 2:
         why = f"{where} has one class, {train.classes[0]}, but a classifier needs two"
         raise DataError("; ".join([why, *train.notes]))
-    if classes is not None and {*train.classes} <= {*classes}:
-        train = _renumbered(train, classes)
+    if classes is not None:
+        train = _renumbered(train, _seated(train.classes, classes))
     trained, validated = {*train.classes}, {*val.classes}
     lacking = [name for name in train.classes if name not in validated]
     unknown = [name for name in val.classes if name not in trained]
@@ -216,6 +216,16 @@ def _agree(
         )
     notes = [f"validation lacks {len(lacking)} of the {len(train.classes)} classes: {_few(lacking)}"] if lacking else []
     return train, _renumbered(val, train.classes), notes
+
+
+def _seated(names: Sequence[str], classes: Sequence[str]) -> Sequence[str]:
+    """A model's classes, with new ones in place of those that are gone; `names` as they are if these do not fit."""
+    known, there = {*classes}, {*names}
+    new, gone = [name for name in names if name not in known], [name for name in classes if name not in there]
+    if len(new) > len(gone):
+        return names
+    instead = dict(zip(gone, new, strict=False))
+    return [instead.get(name, name) for name in classes]
 
 
 def _renumbered(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:

@@ -10,6 +10,7 @@ from pathlib import Path
 from errors import DataError
 from stream.clutter import is_clutter
 from stream.files import read_small
+from stream.folders import split_of
 from stream.formats import IMAGE_SUFFIXES, SIGNATURE_BYTES, is_image
 from stream.local import LocalDataset
 
@@ -44,10 +45,12 @@ def _open_splits(
             raise DataError(
                 f"{folder / split} has no class folders; --data_dir needs train/ and val/ with a folder a class"
             )
-        if not whole or any(_class_folders(folder / name) for name in others):
+        splits = any(split_of(f"{part.name}/") and _class_folders(part) for part in _class_folders(folder))
+        if not whole or splits:
             raise DataError(
                 f"{folder / split} is not a folder of class folders; --data_dir needs train/ and val/ with a folder a "
-                "class, or with --val_share 0.1, which holds out a part for validation, a folder a class"
+                "class, or with --val_share 0.1, which holds out a part for validation, a folder a class; "
+                "--train_split and --val_split name other splits"
             )
         return _open(folder), None
     if whole:
@@ -139,6 +142,9 @@ def _open_flat(folder: Path, file: Path) -> LocalDataset:
     """A folder of images whose labels are told by a file. Raises DataError."""
     passed_over = Counter[str]()
     paths = list(_images(folder, passed_over))
+    twice = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
+    if twice:
+        raise DataError(f"{folder} has several images called {twice[0]}, and --val_labels goes by names; rename them")
     told = read_labels(file, [path.name for path in paths])
     samples = [(path, told[path.name]) for path in paths if path.name in told]
     if not samples:
@@ -163,11 +169,12 @@ def read_labels(file: Path, names: Sequence[str]) -> dict[str, str]:
             f"--val_labels {file} cannot be read as text ({error}); give a CSV file or a label a line"
         ) from error
     lines = [line for line in lines if line.strip()]
-    table = list(csv.reader(lines, delimiter="\t" if any("\t" in line for line in lines) else ","))
+    try:
+        table = list(csv.reader(lines, delimiter="\t" if any("\t" in line for line in lines) else ","))
+    except csv.Error as error:
+        raise DataError(f"--val_labels {file} is no table ({error}); give a CSV file or a label a line") from error
     if table and all(len(row) >= 2 for row in table):
-        stems = {name.partition(".")[0]: name for name in names} | {name: name for name in names}
-        told = {stems.get(Path(row[0].strip()).name): BOXES_BEHIND.sub("", row[1].strip()) for row in table}
-        return {name: label for name, label in told.items() if name is not None and label}
+        return _of_table(file, table, names)
     if len(lines) != len(names):
         raise DataError(
             f"--val_labels {file} has {len(lines):,} lines for {len(names):,} images; it needs a label a line, in the "
@@ -178,6 +185,24 @@ def read_labels(file: Path, names: Sequence[str]) -> dict[str, str]:
         synsets = _synsets(file.parent / "meta.mat")
         labels = [synsets.get(int(label), label) for label in labels]
     return dict(zip(sorted(names), labels, strict=True))
+
+
+def _of_table(file: Path, table: list[list[str]], names: Sequence[str]) -> dict[str, str]:
+    """The class name of each image that a table tells. Raises DataError where it tells two, or does not tell which."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for key in {name, Path(name).stem}:
+            found.setdefault(key, []).append(name)
+    told: dict[str, str] = {}
+    for row in table:
+        label, fitting = BOXES_BEHIND.sub("", row[1].strip()), found.get(Path(row[0].strip()).name, [])
+        if len(fitting) > 1:
+            raise DataError(f"--val_labels {file} tells of {row[0]}, which may be {' or '.join(fitting)}; add suffixes")
+        if fitting and label and told.setdefault(fitting[0], label) != label:
+            raise DataError(
+                f"--val_labels {file} tells two classes of {row[0]}, {told[fitting[0]]} and {label}; mend it"
+            )
+    return told
 
 
 def _synsets(path: Path) -> dict[int, str]:

@@ -15,7 +15,7 @@ from test_image_folders import make_classes, put
 from test_webdataset import CLASSES, ROWS, make_set, make_shard
 
 from config import resolve
-from preprocess import get_data_loaders
+from preprocess import _seated, get_data_loaders
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.labels import first_difference
 
@@ -198,6 +198,22 @@ def test_a_snapshot_is_evaluated_by_the_names_of_its_classes_and_not_resumed_in_
     done = run("--resume_from", tmp_path / "run")
     assert (done.status, done.err.count("\n")) == (2, 1), done.err
     assert "class 0 is class 0 there and class 9 here" in done.err
+
+
+@pytest.mark.parametrize(
+    ("names", "seats"),
+    [
+        (("cat", "dog"), ("cat", "dog")),
+        (("dog", "zebra"), ("zebra", "dog")),
+        (("dog",), ("cat", "dog")),
+        (("ant", "bee"), ("ant", "bee")),
+        (("ant", "bee", "cat"), ("ant", "bee", "cat")),
+    ],
+)
+def test_a_class_that_the_model_knows_keeps_its_number_when_another_is_renamed(
+    names: tuple[str, ...], seats: tuple[str, ...]
+) -> None:
+    assert tuple(_seated(names, ("cat", "dog"))) == seats
 
 
 def test_a_snapshot_is_not_evaluated_on_classes_that_it_does_not_know(tmp_path: Path) -> None:

@@ -243,6 +243,33 @@ def test_a_file_of_labels_that_fits_no_image_or_not_all_is_refused_or_told(tmp_p
         opened(tmp_path, whole=False, labels=tmp_path / "none.csv")
 
 
+def test_a_file_of_labels_that_leaves_open_which_image_or_class_it_means_is_refused(tmp_path: Path) -> None:
+    names = ["a.1.png", "a.2.png", "b.jpg", "b.png"]
+    for text, problem in (
+        ("b.png,cat\nb.png,dog\n", "two classes of b.png, cat and dog"),
+        ("b,cat\n", "may be b.jpg or b.png"),
+        (f"b.png,{'x' * 140_000}\n", "is no table"),
+    ):
+        (tmp_path / "labels.csv").write_text(text)
+        with pytest.raises(DataError, match=problem):
+            read_labels(tmp_path / "labels.csv", names)
+    (tmp_path / "labels.csv").write_text("a.1,cat\na.2,dog\nb.jpg,cat\nb.jpg,cat\n")
+    assert read_labels(tmp_path / "labels.csv", names) == {"a.1.png": "cat", "a.2.png": "dog", "b.jpg": "cat"}
+    make_classes(tmp_path / "set" / "train", names=("cat", "dog"))
+    for part in ("x", "y"):
+        put(tmp_path / "set" / "val" / part / "1.png")
+    with pytest.raises(DataError, match=r"several images called 1\.png"):
+        opened(tmp_path / "set", whole=False, labels=tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train_set", "VAL")])
+def test_folders_of_splits_are_not_taken_for_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        make_classes(tmp_path / name)
+    with pytest.raises(DataError, match="--train_split and --val_split name other splits"):
+        opened(tmp_path)
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_classes(tmp_path)
     real = shutil.os.scandir  # type: ignore[attr-defined]

@@ -199,8 +199,8 @@ def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
 class UnreadableLog:
     """unreadable.csv: a row for each image that could not be read, once an epoch. Ranks append to it together.
 
-    Rows of epochs after the one in `progress`, which a resume logs again, are removed first. A disk that refuses costs
-    only the row.
+    Rows of epochs after the one in `progress`, which a resume logs again, and what a kill cut short are removed first.
+    A disk that refuses costs only the row.
     """
 
     def __init__(self, path: Path, progress: Progress) -> None:
@@ -208,18 +208,20 @@ class UnreadableLog:
         self._progress = progress
         self._known: set[tuple[str, str]] = set()
         with contextlib.suppress(OSError, ValueError, csv.Error):
-            rows = list(csv.reader(read_small(path).decode().splitlines()))[1:]
+            lines = read_small(path).decode().split("\n")
+            rows = [row for row in csv.reader(lines[1:-1]) if len(row) == 3 and row[2].isdecimal()]
             kept = [row for row in rows if int(row[2]) <= progress.epoch + 1]
             self._known = {(row[0], row[2]) for row in kept}
-            if len(kept) < len(rows) and distributed.rank() == 0:
+            if (len(kept) < len(lines[1:-1]) or lines[-1]) and distributed.rank() == 0:
                 path.unlink()
                 self._append(kept)
 
     def __call__(self, image: str, reason: str) -> None:
-        row = [image, " ".join(reason.split()), str(self._progress.epoch + 1)]
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in image)
+        row = [name, " ".join(reason.split()), str(self._progress.epoch + 1)]
         if (row[0], row[2]) not in self._known:
             self._known.add((row[0], row[2]))
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 self._append([row])
 
     def _append(self, rows: list[list[str]]) -> None:
