@@ -1,44 +1,18 @@
 """Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
-import argparse
-import math
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, fit_to, streams_for
 from errors import SnapshotError, UsageError
+from flags import FROM_PRESET, check_bounds, flag, parser_of
 
 FEWEST_LR_STEPS = 16
 FITTED = frozenset({"batch_size", "streams", "epochs"})  # fitted to a small set where they are not given
 OTHER_DATA = "data=changed"  # what --override takes beside settings
-
-
-FROM_PRESET: Any = object()
-
-
-def flag(
-    group: str,
-    help: str,
-    default: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    on_resume: str = "fixed",
-    short: Any = None,
-    **argparse_options: Any,
-) -> Any:
-    """One flag: at least `least`, greater than `above`, at most `most`; `short` describes its default in the help.
-
-    `on_resume` is "fixed" for a flag that would change the result, "kept" for one whose saved value a resume may
-    replace, and "forgotten" for one that concerns a single launch.
-    """
-    bounds = {"least": least, "above": above, "most": most}
-    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
-    return field(default=default, metadata=metadata | {"argparse": argparse_options})
 
 
 def _learning_rate(text: str) -> float | str:
@@ -140,7 +114,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check_bounds(f"--{item.name}", getattr(self, item.name), item.metadata["bounds"])
+            check_bounds(f"--{item.name}", getattr(self, item.name), item.metadata["bounds"])
         lower = self.batch_size // self.streams * self.streams
         nearest = " or ".join(str(batch) for batch in (lower, lower + self.streams) if batch)
         # fmt: off
@@ -218,68 +192,13 @@ class Config:
         # fmt: on
 
 
-def _check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> None:
-    if isinstance(value, str) and "://" in value:
-        raise UsageError(f"{name} is a URL; give a Hub id or something on this machine")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    least, above, most = (bounds[kind] for kind in ("least", "above", "most"))
-    if not math.isfinite(value):
-        raise UsageError(f"{name} {value} is not a finite number")
-    if least is not None and value < least:
-        raise UsageError(f"{name} {value} is too small; it must be at least {least}")
-    if above is not None and value <= above:
-        raise UsageError(f"{name} {value} is too small; it must be greater than {above}")
-    if most is not None and value > most:
-        raise UsageError(f"{name} {value} is too large; it must be at most {most}")
-
-
 def _names(*on_resume: str) -> set[str]:
     return {item.name for item in fields(Config) if item.metadata["on_resume"] in on_resume}
 
 
-def _default_text(item: Field[Any]) -> str:
-    if item.metadata["short"]:
-        return str(item.metadata["short"])
-    if item.default is FROM_PRESET:
-        values = {name: getattr(preset, item.name) for name, preset in PRESETS.items()}
-        if len(set(values.values())) == 1:
-            return str(values["digits"])
-        return f"{values['hf']}; cifar {values['cifar10']}, digits {values['digits']}"
-    if item.default in (None, ()):
-        return "none"
-    return "off" if item.default is False else str(item.default)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
-    hints = typing.get_type_hints(Config)
-    groups: dict[str, Any] = {}
-    for item in fields(Config):
-        title = item.metadata["group"]
-        group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
-        options = dict(item.metadata["argparse"])
-        if hints[item.name] is bool:
-            options["action"] = "store_true"
-        elif "action" not in options:
-            kind = next(kind for kind in typing.get_args(hints[item.name]) or (hints[item.name],))
-            options.setdefault("type", kind)
-            if "choices" not in options:
-                options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-        text = f"{item.metadata['help']} (default: {_default_text(item)})"
-        group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
-    return result
-
-
 def parse(prog: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
     """The flags that were given, by name, and no others, so that a resume can tell them apart. Raises UsageError."""
-    return vars(_parser(prog, description).parse_args(argv))
+    return vars(parser_of(Config, prog, description).parse_args(argv))
 
 
 def resolve(given: Mapping[str, Any]) -> Config:

@@ -1,0 +1,97 @@
+"""How a flag is declared as a field of a dataclass, parsed with argparse, and held to its bounds."""
+
+import argparse
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, field, fields
+from typing import Any
+
+from defaults import PRESETS
+from errors import UsageError
+
+FROM_PRESET: Any = object()  # the default of a flag whose value depends on the dataset
+
+
+def flag(
+    group: str,
+    help: str,
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    on_resume: str = "fixed",
+    short: Any = None,
+    **argparse_options: Any,
+) -> Any:
+    """One flag: at least `least`, greater than `above`, at most `most`; `short` describes its default in the help.
+
+    `on_resume` is "fixed" for a flag that would change the result, "kept" for one whose saved value a resume may
+    replace, and "forgotten" for one that concerns a single launch.
+    """
+    bounds = {"least": least, "above": above, "most": most}
+    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
+    return field(default=default, metadata=metadata | {"argparse": argparse_options})
+
+
+def check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> None:
+    if isinstance(value, str) and "://" in value:
+        raise UsageError(f"{name} is a URL; give a Hub id or something on this machine")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, above, most = (bounds[kind] for kind in ("least", "above", "most"))
+    if not math.isfinite(value):
+        raise UsageError(f"{name} {value} is not a finite number")
+    if least is not None and value < least:
+        raise UsageError(f"{name} {value} is too small; it must be at least {least}")
+    if above is not None and value <= above:
+        raise UsageError(f"{name} {value} is too small; it must be greater than {above}")
+    if most is not None and value > most:
+        raise UsageError(f"{name} {value} is too large; it must be at most {most}")
+
+
+def _default_text(item: Field[Any]) -> str:
+    if item.metadata["short"]:
+        return str(item.metadata["short"])
+    if item.default is FROM_PRESET:
+        values = {name: getattr(preset, item.name) for name, preset in PRESETS.items()}
+        if len(set(values.values())) == 1:
+            return str(values["digits"])
+        return f"{values['hf']}; cifar {values['cifar10']}, digits {values['digits']}"
+    if item.default in (None, ()):
+        return "none"
+    return {False: "off", True: f"on; --no_{item.name} turns it off"}.get(item.default) or str(item.default)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def parser_of(settings: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser for the fields of `settings`, which leaves out what is not given and raises UsageError.
+
+    A field that is true or false has `--no_NAME` too.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
+    hints = typing.get_type_hints(settings)
+    groups: dict[str, Any] = {}
+    for item in fields(settings):
+        title = item.metadata["group"]
+        group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
+        options = dict(item.metadata["argparse"])
+        if hints[item.name] is bool:
+            options["action"] = "store_true"
+            if not item.name.startswith("no_"):
+                unset = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS, "dest": item.name}
+                group.add_argument(f"--no_{item.name}", action="store_false", **unset)
+        elif "action" not in options:
+            kind = next(kind for kind in typing.get_args(hints[item.name]) or (hints[item.name],))
+            options.setdefault("type", kind)
+            if "choices" not in options:
+                options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+        text = f"{item.metadata['help']} (default: {_default_text(item)})"
+        group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
+    return result
