@@ -1,5 +1,6 @@
 """Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
+import argparse
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +18,12 @@ OTHER_DATA = "data=changed"  # what --override takes beside settings
 
 def _learning_rate(text: str) -> float | str:
     return text if text == "auto" else float(text)
+
+
+def _epochs(text: str) -> str:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is no list of epochs such as 30,60")
+    return text
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,13 @@ class Config:
     accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1, least=1)
     lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=_learning_rate, metavar="X|auto", short="by linear scaling of the batch", above=0)
     lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None)
-    optimizer: str = flag("training", "sgd with Nesterov momentum, or adamw", "sgd", choices=("sgd", "adamw"))
+    optimizer: str = flag("training", "sgd, adamw, or timm's lamb", "sgd", choices=("sgd", "adamw", "lamb"))
+    nesterov: bool = flag("training", "SGD: Nesterov's momentum", True)
     head_lr_scale: float = flag("training", "learning rate of the classifier over that of the rest, for fine-tuning", 1.0, above=0)
-    momentum: float = flag("training", "SGD momentum (AdamW: first beta), where OneCycle does not cycle it", 0.9, least=0, most=1)
-    weight_decay: float = flag("training", "L2 penalty on weights; biases and norms have none", FROM_PRESET, least=0)
+    momentum: float = flag("training", "SGD momentum (AdamW and LAMB: first beta), where OneCycle does not cycle it", 0.9, least=0, most=1)
+    weight_decay: float = flag("training", "L2 penalty on weights (AdamW: decoupled)", FROM_PRESET, least=0)
+    norm_weight_decay: float = flag("training", "the same on the parameters of norms", 0.0, least=0)
+    bias_weight_decay: float = flag("training", "the same on biases", 0.0, least=0)
     label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0, least=0, most=1)
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping", above=0)
     amp: bool = flag("training", "mixed precision", False)
@@ -75,9 +85,15 @@ class Config:
     seed: int = flag("training", "decides weights, order and augmentation", 0, least=0)
     deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
 
-    scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", choices=("onecycle", "cosine", "step"))
+    scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", choices=("onecycle", "cosine", "linear", "step", "trapezoid"))
+    schedule_per: str = flag("schedule", "the others than onecycle change with every step, or only with every epoch", "step", choices=("step", "epoch"))
     warmup_epochs: float = flag("schedule", "epochs of linear warm-up; under onecycle, of its rising part instead of --onecycle_pct_start", 0.0, least=0)
+    warmup_start: float | None = flag("schedule", "the others: first rate of the warm-up over the rate that it leads to", None, short="one part of as many as it has", least=0, most=1)
+    warmup_overlaps: bool = flag("schedule", "the others: the warm-up replaces the beginning of the schedule instead of preceding it", False)
+    min_lr: float = flag("schedule", "cosine, linear, trapezoid: learning rate at the end", 0.0, least=0)
+    cooldown: float = flag("schedule", "trapezoid: share of the steps in which the rate falls, linearly", 0.2, above=0, most=1)
     step_size: int = flag("schedule", "step: epochs between decays", 30, least=1)
+    milestones: str | None = flag("schedule", "step: decay after these epochs, such as 30,60, and not every --step_size", None, type=_epochs, metavar="N,N")
     gamma: float = flag("schedule", "step: factor of each decay", 0.1, above=0)
     onecycle_pct_start: float = flag("schedule", "share of the steps spent rising", 0.3, least=0, most=1)
     onecycle_div_factor: float = flag("schedule", "peak over initial learning rate", 25.0, above=0)

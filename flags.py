@@ -61,7 +61,9 @@ def _default_text(item: Field[Any]) -> str:
         return f"{values['hf']}; cifar {values['cifar10']}, digits {values['digits']}"
     if item.default in (None, ()):
         return "none"
-    return {False: "off", True: f"on; --no_{item.name} turns it off"}.get(item.default) or str(item.default)
+    if isinstance(item.default, bool):
+        return f"on; --no_{item.name} turns it off" if item.default else "off"
+    return str(item.default)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -167,8 +167,9 @@ def test_the_plan_is_drawn_and_training_is_as_without_it(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_adamw_resumes_to_the_bit_and_its_beta_cycles(tmp_path: Path) -> None:
-    flags = ("--max_samples", 64, "--batch_size", 16, "--num_workers", 0, "--epochs", 2, "--optimizer", "adamw")
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_an_optimiser_with_betas_resumes_to_the_bit_and_its_beta_cycles(kind: str, tmp_path: Path) -> None:
+    flags = ("--max_samples", 64, "--batch_size", 16, "--num_workers", 0, "--epochs", 2, "--optimizer", kind)
     more = (*flags, "--lr", 0.002, "--head_lr_scale", 3, "--ledger", "--snapshot_steps", 1, "--keep_snapshots", 20)
     train(*more, "--run_dir", tmp_path / "whole")
     train("--resume_from", cut(tmp_path / "whole", 3, tmp_path / "cut"))

@@ -1,15 +1,20 @@
 """The schedules are PyTorch's to the bit, at every step and however late they are built; norms are never decayed."""
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from timm.optim import Lamb
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 from config import Config, resolve
 from errors import UsageError
@@ -61,6 +66,10 @@ OTHERS: list[dict[str, Any]] = [
     {"epochs": 4, "scheduler": "cosine", "warmup_epochs": 1.5},
     {"epochs": 5, "scheduler": "step", "step_size": 2, "gamma": 0.3},
     {"epochs": 5, "scheduler": "step", "step_size": 1, "warmup_epochs": 2.0},
+    {"epochs": 4, "scheduler": "step", "milestones": "1,3"},
+    {"epochs": 4, "scheduler": "cosine", "schedule_per": "epoch", "warmup_epochs": 2, "warmup_start": 0.01},
+    {"epochs": 4, "scheduler": "linear", "warmup_epochs": 1, "warmup_start": 1e-4, "min_lr": 0.01},
+    {"epochs": 4, "scheduler": "trapezoid", "warmup_epochs": 1, "cooldown": 0.3},
 ]
 
 
@@ -138,6 +147,19 @@ def test_onecycle_starts_peaks_and_ends_where_its_factors_say() -> None:
             [0.25, 0.5, 0.75, 1, 0.1, 0.1, 0.1, 0.1],
         ),
         ({"scheduler": "step", "epochs": 2, "step_size": 30}, [1, 1, 1, 1]),
+        ({"scheduler": "step", "epochs": 4, "milestones": "1,3", "gamma": 0.2}, [1, 1, 0.2, 0.2, 0.2, 0.2, 0.04, 0.04]),
+        ({"scheduler": "linear", "epochs": 2}, [1, 0.75, 0.5, 0.25]),
+        ({"scheduler": "trapezoid", "epochs": 4, "cooldown": 0.5}, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ({"scheduler": "trapezoid", "epochs": 2, "warmup_epochs": 1.0, "cooldown": 0.25}, [0.5, 1, 1, 1]),
+        (
+            {"scheduler": "trapezoid", "epochs": 3, "cooldown": 0.5, "min_lr": PEAK / 2},
+            [1, 1, 1, 1, 1 - 0.5 / 3, 1 - 1 / 3],
+        ),
+        ({"scheduler": "cosine", "epochs": 2, "schedule_per": "epoch"}, [1, 1, 0.5, 0.5]),
+        (
+            {"scheduler": "cosine", "epochs": 2, "warmup_epochs": 1.0, "warmup_overlaps": True},
+            [0.5, 1, 0.5, (2 - math.sqrt(2)) / 4],
+        ),
     ],
     ids=name,
 )
@@ -145,6 +167,51 @@ def test_cosine_step_and_warmup_give_the_published_factors(given: dict[str, Any]
     seen = [[rate / PEAK for rate, _ in groups] for groups in walk(settings(**given), 2)]
     assert [rates for rates in seen if rates[0] != rates[1]] == []
     assert [first for first, _ in seen] == pytest.approx(factors, rel=1e-12)
+
+
+def factors_of(given: dict[str, Any], steps_per_epoch: int) -> list[float]:
+    return [groups[0][0] / PEAK for groups in walk(settings(**given), steps_per_epoch)]
+
+
+def test_the_warm_up_and_cosine_of_torchvisions_reference() -> None:
+    theirs = SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+    warmup = LinearLR(theirs, start_factor=0.01, total_iters=5)
+    schedule = SequentialLR(theirs, [warmup, CosineAnnealingLR(theirs, T_max=15, eta_min=0.001)], milestones=[5])
+    expected = []
+    for _ in range(20):
+        expected += [theirs.param_groups[0]["lr"]] * 3
+        theirs.step()
+        schedule.step()
+    given = {"scheduler": "cosine", "schedule_per": "epoch", "epochs": 20, "warmup_epochs": 5, "warmup_start": 0.01}
+    assert factors_of(given | {"min_lr": 0.001 * PEAK}, 3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_warm_up_and_cosine_of_timm() -> None:
+    theirs = SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+    schedule = CosineLRScheduler(theirs, t_initial=20, lr_min=1e-3, warmup_t=5, warmup_lr_init=0.02)
+    expected = []
+    for epoch in range(20):
+        schedule.step(epoch)
+        expected += [theirs.param_groups[0]["lr"]] * 3
+    given = {"scheduler": "cosine", "schedule_per": "epoch", "epochs": 20, "warmup_epochs": 5, "warmup_start": 0.02}
+    assert factors_of(given | {"min_lr": 1e-3 * PEAK, "warmup_overlaps": True}, 3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_triangle_of_ffcv() -> None:
+    steps = 7
+    ends = np.interp(np.arange(17), [0, 2, 16], [1e-4, 1, 0])
+    expected = [
+        rate for first, last in pairwise(ends) for rate in np.interp(np.arange(steps), [0, steps], [first, last])
+    ]
+    given = {"scheduler": "linear", "epochs": 16, "warmup_epochs": 2, "warmup_start": 1e-4}
+    assert factors_of(given, steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_warm_up_and_cosine_of_nvidias_examples() -> None:
+    expected = [(epoch + 1) / 8 for epoch in range(8)]
+    expected += [0.5 * (1 + math.cos(math.pi * epoch / 12)) for epoch in range(12)]
+    given = {"scheduler": "cosine", "schedule_per": "epoch", "epochs": 20, "warmup_epochs": 8}
+    assert factors_of(given, 2) == pytest.approx(np.repeat(expected, 2).tolist(), rel=1e-12)
 
 
 def test_the_cosine_and_step_schedules_leave_the_momentum_alone() -> None:
@@ -198,6 +265,43 @@ def test_a_step_moves_decayed_weights_only_towards_zero() -> None:
 def test_momentum_is_nesterovs_where_there_is_any(momentum: float) -> None:
     optimizer = build_optimizer(nn.Linear(2, 2), 0.1, momentum, 0.0)
     assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(momentum, momentum > 0)}
+
+
+def test_norms_and_biases_have_weight_decays_of_their_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = build_optimizer(model, 0.1, 0.9, 1e-2, norm_weight_decay=1e-3, bias_weight_decay=1e-4)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: decays[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found == {
+        "0.weight": 1e-2,
+        "0.bias": 1e-4,
+        "1.weight": 1e-3,
+        "1.bias": 1e-3,
+        "3.weight": 1e-2,
+        "3.bias": 1e-4,
+    }
+
+
+def test_plain_momentum_is_sgds_to_the_bit() -> None:
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = (
+        build_optimizer(ours, 0.1, 0.9, 0.0, nesterov=False),
+        SGD(theirs.parameters(), lr=0.1, momentum=0.9, fused=True),
+    )
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_lamb_is_timms_and_is_told_where_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(build_optimizer(nn.Linear(2, 2), 0.1, 0.9, 0.02, "lamb")) is Lamb
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(UsageError, match="install timm"):
+        build_optimizer(nn.Linear(2, 2), 0.1, 0.9, 0.02, "lamb")
 
 
 def test_the_gradient_scaler_works_for_float16_only() -> None:

@@ -12,11 +12,14 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from config import Config
+from errors import UsageError
 
 PLAN = (
-    *("epochs", "scheduler", "warmup_epochs", "step_size", "gamma", "onecycle_pct_start", "onecycle_div_factor"),
-    *("onecycle_final_div_factor", "onecycle_anneal_strategy", "onecycle_three_phase"),
+    *("epochs", "scheduler", "schedule_per", "warmup_epochs", "warmup_start", "warmup_overlaps", "min_lr", "cooldown"),
+    *("step_size", "milestones", "gamma", "onecycle_pct_start", "onecycle_div_factor", "onecycle_final_div_factor"),
+    *("onecycle_anneal_strategy", "onecycle_three_phase"),
 )
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 PLAN_ROWS = 9
 
 
@@ -26,24 +29,45 @@ def build_optimizer(
     momentum: float,
     weight_decay: float,
     kind: str = "sgd",
+    *,
     head_lr_scale: float = 1.0,
+    nesterov: bool = True,
+    norm_weight_decay: float = 0.0,
+    bias_weight_decay: float = 0.0,
 ) -> Optimizer:
-    """SGD with Nesterov momentum, or AdamW with `momentum` as its first beta.
+    """SGD; or AdamW, or timm's LAMB (You et al. 2020), with `momentum` as their first beta.
 
-    Tensors of rank 1 (biases, BatchNorm) have no weight decay (He et al. 2018, Bag of Tricks, section 3.1). The
-    classifier `fc` learns at `head_lr_scale` times the rate of the rest; groups store that factor as `lr_scale`.
+    Tensors of rank 1 have weight decays of their own: by default none (He et al. 2018, Bag of Tricks, section 3.1). The
+    classifier `fc` learns at `head_lr_scale` times the rate of the rest; groups store that factor as `lr_scale`. Raises
+    UsageError without timm.
     """
+    of_norms = {
+        id(parameter) for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
+    }
     named: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         scale = head_lr_scale if name.startswith("fc.") else 1.0
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        named.setdefault((scale, decay), []).append((name, parameter))
+        of_rank_1 = norm_weight_decay if id(parameter) in of_norms else bias_weight_decay
+        named.setdefault((scale, weight_decay if parameter.ndim > 1 else of_rank_1), []).append((name, parameter))
     groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in named.items()]
     if kind == "adamw":
         return AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
-    optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    if kind == "lamb":
+        return _lamb(groups, lr, momentum)
+    optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
     for parameter in model.parameters():  # otherwise a first step that is skipped leaves them uninitialised
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
+
+
+def _lamb(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
+    try:
+        from timm.optim import Lamb
+    except ImportError as error:
+        raise UsageError("--optimizer lamb is timm's; install timm: pip install timm") from error
+    optimizer: Optimizer = Lamb(groups, lr=lr, betas=(momentum, 0.999))
+    for group in optimizer.param_groups:  # it would be there after the first step only
+        group["step"] = torch.zeros(())
     return optimizer
 
 
@@ -66,20 +90,39 @@ def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_ep
     def build(last_epoch: int) -> LRScheduler:
         if config.scheduler == "onecycle":
             return _one_cycle(optimizer, config, lr, total, last_epoch)
-        return LambdaLR(optimizer, partial(_factor, config=config, steps_per_epoch=steps_per_epoch), last_epoch)
+        return LambdaLR(optimizer, partial(_factor, config=config, lr=lr, steps_per_epoch=steps_per_epoch), last_epoch)
 
     schedule = build(-1)
     return build(min(step, total - 1) - 1) if step else schedule
 
 
-def _factor(done: int, config: Config, steps_per_epoch: int) -> float:
-    """The factor of the learning rate after `done` steps, under the cosine and step schedules."""
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+def _factor(done: int, config: Config, lr: float, steps_per_epoch: int) -> float:
+    """The factor of the learning rate `lr` after `done` steps, under the schedules other than OneCycle."""
+    warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+    unit = steps_per_epoch if config.schedule_per == "epoch" else 1
+    done = done // unit * unit
     if done < warmup:
-        return (done + 1) / warmup
-    if config.scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (config.epochs * steps_per_epoch - warmup)))
-    return config.gamma ** (done // (config.step_size * steps_per_epoch))
+        start = config.warmup_start
+        return (done + unit) / warmup if start is None else start + (1 - start) * done / warmup
+    if config.scheduler == "step":
+        ends = [int(epoch) * steps_per_epoch for epoch in (config.milestones or "").split(",") if epoch]
+        return config.gamma ** (
+            sum(done >= end for end in ends) if ends else done // (config.step_size * steps_per_epoch)
+        )
+    begin = 0 if config.warmup_overlaps else warmup
+    share = (done - begin) / (total - begin)
+    if config.scheduler == "trapezoid":
+        begin = cooldown_start(config, steps_per_epoch)
+        share = max(0.0, (done - begin) / (total - begin))
+    falling = 0.5 * (1 + math.cos(math.pi * share)) if config.scheduler == "cosine" else 1 - share
+    least = config.min_lr / lr
+    return least + (1 - least) * falling
+
+
+def cooldown_start(config: Config, steps_per_epoch: int) -> int:
+    """The step at which a trapezoid's rate starts to fall (Zhai et al. 2022; Haegele et al. 2024)."""
+    total = config.epochs * steps_per_epoch
+    return total - max(1, round(config.cooldown * total))
 
 
 def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last_epoch: int) -> OneCycleLR:
@@ -101,7 +144,7 @@ def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last
 
 def schedule_at(config: Config, lr: float, steps_per_epoch: int, step: int) -> tuple[float, float]:
     """Learning rate and momentum of the step after the first `step` ones."""
-    optimizer = build_optimizer(nn.BatchNorm1d(1), lr, config.momentum, 0.0, config.optimizer)
+    optimizer = build_optimizer(nn.BatchNorm1d(1), lr, config.momentum, 0.0)
     build_schedule(optimizer, config, lr, steps_per_epoch, step)
     return optimizer.param_groups[0]["lr"], momentum_of(optimizer.param_groups[0])
 
@@ -119,7 +162,7 @@ def compare_plans(
     saved: Mapping[str, Any], saved_lr: float, config: Config, lr: float, steps_per_epoch: int, step: int
 ) -> list[str]:
     """A table of the learning rate from `step` on, under the saved settings and under `config`; empty if they agree."""
-    before = dataclasses.replace(config, **{name: saved[name] for name in PLAN})
+    before = dataclasses.replace(config, **{name: saved[name] for name in PLAN if name in saved})
     if before == config and saved_lr == lr:
         return []
 

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 import distributed
 from errors import UsageError
 from stream.seeds import Use, seeded
 from training.snapshot import Snapshot
 
-OPTIMIZER_STATE = {SGD: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_avg_sq")}
+OPTIMIZER_STATE = {
+    "SGD": ("momentum_buffer",),
+    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "Lamb": ("exp_avg", "exp_avg_sq"),
+}
 
 
 @dataclass
@@ -65,6 +69,8 @@ def capture(
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if value is not None}
+    if "step" in optimizer.param_groups[0]:  # LAMB counts there
+        tensors["optimizer.step"] = optimizer.param_groups[0]["step"]
     for name, tensor in rng_state().items():
         ranks = distributed.gather_columns(tensor.numpy()[None])[0]
         tensors[f"rng.{name}"] = torch.from_numpy(ranks.reshape(distributed.world_size(), -1))
@@ -94,11 +100,16 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
     except RuntimeError as error:
         raise UsageError(f"{snapshot.path} holds another model than the one asked for") from error
     for name, parameter in model.named_parameters():
-        for key in OPTIMIZER_STATE[type(optimizer)]:  # an --override may have changed the optimiser: it starts afresh
+        for key in OPTIMIZER_STATE[
+            type(optimizer).__name__
+        ]:  # an --override may have changed the optimiser: it starts afresh
             saved = parts["optimizer"].get(f"{name}.{key}")
             if saved is not None:
                 like = parameter.detach().new_empty(()) if key == "step" else parameter.detach()
                 optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
+    for group in optimizer.param_groups:
+        if "step" in group and "step" in parts["optimizer"]:
+            group["step"].copy_(parts["optimizer"]["step"])
     if snapshot.state["scaler"]:  # empty without fp16, which an --override may have changed
         scaler.load_state_dict(snapshot.state["scaler"])
     set_rng_state({name: ranks[distributed.rank() % len(ranks)].clone() for name, ranks in parts["rng"].items()})

@@ -86,7 +86,15 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
     if distributed.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = build_optimizer(
-        model, 0.1, config.momentum, config.weight_decay, config.optimizer, config.head_lr_scale
+        model,
+        0.1,
+        config.momentum,
+        config.weight_decay,
+        config.optimizer,
+        head_lr_scale=config.head_lr_scale,
+        nesterov=config.nesterov,
+        norm_weight_decay=config.norm_weight_decay,
+        bias_weight_decay=config.bias_weight_decay,
     )
     compiled = ", compiled" if config.compile else ""
     print0(f"device    {_device_name(device)}, {str(dtype or torch.float32).removeprefix('torch.')}{compiled}")
