@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, fit_to, streams_for
+import recipe
+from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, fit_to, streams_for
 from errors import SnapshotError, UsageError
 from flags import FROM_PRESET, check_bounds, flag, parser_of
 
@@ -35,7 +36,7 @@ class Config:
     dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
     dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
     dataset_config: str | None = flag("data", "with --dataset hf: which configuration of the dataset, where its card tells several", None, short="its default")
-    data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/, or with --val_share the classes; cifar: where its files are or go", None, short="data", on_resume="kept")
+    data_dir: str | None = flag("data", "imagefolder: the folder with train/ and val/, or with --val_share the classes; cifar, mnist: where the files are or go", None, short="data", on_resume="kept")
     image_column: str | None = flag("data", "name of the image column", None, short="the Image feature")
     label_column: str | None = flag("data", "name of the label column", None, short="the ClassLabel feature")
     num_classes: int | None = flag("data", "classes of a WebDataset, where an index tells its lengths but not its labels", None, short="told by the data", least=2)
@@ -64,6 +65,7 @@ class Config:
     model: str = flag("model", "resnet18, resnet34, resnet50, resnet101 or resnet152", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
     use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")
 
+    recipe: str | None = flag("training", "settings of a published recipe: a name in recipes/, or a .toml file; flags win over it", None, on_resume="kept")
     epochs: int = flag("training", "passes over the training set", FROM_PRESET, least=1)
     batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=2)
     accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1, least=1)
@@ -161,7 +163,7 @@ class Config:
     @property
     def is_small(self) -> bool:
         """Whether the dataset fits into the memory of any device, and is kept there."""
-        return self.dataset in ("digits", "cifar10", "cifar100")
+        return self.dataset in RESIDENT
 
     @property
     def dataset_id(self) -> str:
@@ -213,8 +215,18 @@ def _names(*on_resume: str) -> set[str]:
 
 
 def parse(prog: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The flags that were given, by name, and no others, so that a resume can tell them apart. Raises UsageError."""
-    return vars(parser_of(Config, prog, description).parse_args(argv))
+    """The flags that were given, by name, and those of a recipe; no others, so that a resume can tell them apart.
+
+    Raises UsageError.
+    """
+    parser = parser_of(Config, prog, description)
+    given = vars(parser.parse_args(argv))
+    if "recipe" not in given:
+        return given
+    settings, name = recipe.load(
+        given["recipe"], _names("fixed", "kept") - {"recipe"}, lambda flags: vars(parser.parse_args(flags))
+    )
+    return recipe.combined(settings, given) | {"recipe": name}
 
 
 def resolve(given: Mapping[str, Any]) -> Config:

@@ -1,7 +1,7 @@
 """The defaults of each dataset, and what a small set makes of them."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LINEAR_SCALING_BATCH = 256
@@ -25,12 +25,15 @@ class Preset:
     streams: int = 8
 
 
+RESIDENT = frozenset({"digits", "cifar10", "cifar100", "mnist", "fashion_mnist"})  # they fit any device's memory
 IMAGENET = Preset(image_size=224, batch_size=256, epochs=90, weight_decay=5e-5, lr=0.4)
 CIFAR = Preset(image_size=32, batch_size=128, epochs=30, weight_decay=5e-4, lr=0.2)
 PRESETS = {
     "imagenet1k": IMAGENET,
     "cifar10": CIFAR,
     "cifar100": CIFAR,
+    "fashion_mnist": replace(CIFAR, image_size=28),
+    "mnist": replace(CIFAR, image_size=28, epochs=10),
     "digits": Preset(image_size=8, batch_size=64, epochs=10, weight_decay=5e-4, lr=0.12),
     "imagefolder": IMAGENET,
     "hf": IMAGENET,

@@ -58,7 +58,8 @@ def _default_text(item: Field[Any]) -> str:
         values = {name: getattr(preset, item.name) for name, preset in PRESETS.items()}
         if len(set(values.values())) == 1:
             return str(values["digits"])
-        return f"{values['hf']}; cifar {values['cifar10']}, digits {values['digits']}"
+        others = ", ".join(f"{name} {value}" for name, value in values.items() if value != values["hf"])
+        return f"{values['hf']}; {others}"
     if item.default in (None, ()):
         return "none"
     if isinstance(item.default, bool):

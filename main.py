@@ -52,6 +52,8 @@ def _run(argv: list[str]) -> None:
     config, snapshot = _settings(given)
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
+    if config.recipe:
+        distributed.print0(f"recipe    {config.recipe}")
     derived = FITTED - given.keys() if snapshot is None else ()
     pinned, classes = _pinned_revision(snapshot, config), _classes(snapshot, config)
     data = get_data_loaders(config, device, pinned, classes, derived)
@@ -253,7 +255,7 @@ def _known_lr(config: Config) -> float:
         lr = load_suggestion(Path(config.lr_from), config)
         why = f"{lr:.4g} from {config.lr_from}"
     elif config.lr is not None:
-        lr, why = float(config.lr), f"{config.lr:g} as given"
+        lr, why = float(config.lr), f"{config.lr:g} as given{' or by the recipe' if config.recipe else ''}"
     else:
         lr, why = configuration.default_lr(config)
     print0(f"lr        {why}")

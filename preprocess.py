@@ -25,7 +25,7 @@ from stream.image_folders import open_image_folder
 from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
 from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
-from stream.local import LocalDataset, load_cifar, load_digits
+from stream.local import LocalDataset, load_cifar, load_digits, load_mnist
 from stream.order import epoch_order
 from stream.picks import fair_sample, hold_out, places
 from stream.resident import ResidentLoader
@@ -54,9 +54,9 @@ def eval_transform(config: Config) -> AlbumentationsAdapter:
 
 
 def batch_augment(config: Config) -> Augment:
-    """The augmentation of training batches on the device: flips (not for digits), padded crops (small sets), cutout."""
-    padding = config.image_size // 8 if config.is_small else 0
-    return Augment(config.seed, flip=config.dataset != "digits", padding=padding, cutout=config.cutout)
+    """What the device does to training batches: flips (not of numerals), padded crops (small sets), cutout."""
+    padding = round(config.image_size / 8) if config.is_small else 0
+    return Augment(config.seed, flip=config.dataset not in ("digits", "mnist"), padding=padding, cutout=config.cutout)
 
 
 def _resize_short_side(size: int) -> A.SmallestMaxSize:
@@ -284,7 +284,7 @@ def _open_local(config: Config, val_splits: list[str]) -> tuple[LocalDataset, Lo
     if config.dataset == "imagefolder":
         labels = Path(config.val_labels) if config.val_labels else None
         return open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
-    return load_cifar(config.dataset, folder)
+    return (load_mnist if config.dataset.endswith("mnist") else load_cifar)(config.dataset, folder)
 
 
 def _opener(config: Config, revision: str | None) -> Callable[..., HuggingFaceImageNetDataset]:

@@ -1,7 +1,9 @@
-"""Images in memory or in files: digits and CIFAR; `folders` finds the files of image folders."""
+"""Images in memory or in files: digits, CIFAR, MNIST and Fashion-MNIST; `folders` finds those of image folders."""
 
 import contextlib
+import gzip
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,6 +135,51 @@ def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
             ) from error
         parts.append(LocalDataset(part.data, part.targets, part.classes))
     return parts[0], parts[1]
+
+
+def load_mnist(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:
+    """MNIST or Fashion-MNIST, 70,000 images of 28x28 pixels, from the four IDX files, gzipped or not. Raises DataError.
+
+    They lie in `folder`, as Debian's dataset-fashion-mnist has them, or where torchvision puts them in it, which is
+    also where they are downloaded to if they are missing.
+    """
+    from torchvision.datasets import MNIST, FashionMNIST
+
+    kind = {"mnist": MNIST, "fashion_mnist": FashionMNIST}[name]
+    try:
+        if not _idx_files(folder, "train-images-idx3-ubyte"):
+            folder = folder / kind.__name__ / "raw"
+        if not _idx_files(folder, "train-images-idx3-ubyte"):
+            _read_or_download(partial(kind, str(folder.parent.parent)), folder.parent.parent / f"{name}.lock")
+        parts = [
+            LocalDataset(
+                np.repeat(_read_idx(folder, f"{part}-images-idx3-ubyte", 3)[..., None], 3, axis=-1),
+                _read_idx(folder, f"{part}-labels-idx1-ubyte", 1),
+                kind.classes,
+            )
+            for part in ("train", "t10k")
+        ]
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
+        raise DataError(
+            f"{name} is not in {folder}, or damaged, and cannot be downloaded ({error}); put its four IDX files there"
+        ) from error
+    return parts[0], parts[1]
+
+
+def _idx_files(folder: Path, name: str) -> list[Path]:
+    return [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+
+
+def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """The uint8 array of an IDX file (http://yann.lecun.com/exdb/mnist). Raises OSError, EOFError, ValueError."""
+    (path, *_) = _idx_files(folder, name) or [folder / name]
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    if data[:4] != bytes((0, 0, 8, dimensions)):
+        raise ValueError(f"{path} is no IDX file of bytes in {dimensions} dimensions")
+    head = 4 + 4 * dimensions
+    return np.frombuffer(data, np.uint8, offset=head).reshape(np.frombuffer(data[4:head], ">u4").tolist())
 
 
 def _read_or_download(kind: Callable[..., Any], lock: Path) -> Any:

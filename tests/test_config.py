@@ -155,12 +155,12 @@ OUT_OF_RANGE = [
     *("--onecycle_final_div_factor -1", "--onecycle_max_momentum 2", "--onecycle_anneal_strategy exp"),
     *("--scheduler poly", "--lr_iter 1", "--lr_start 0", "--lr_end 1e-6", "--lr_end inf", "--lr_end nan"),
     *("--lr_smooth_f 0", "--lr_smooth_f 1.5", "--lr_diverge_th 1", "--lr_diverge_th nan", "--amp_dtype fp8"),
-    *("--dataset mnist", "--crop none"),
+    *("--dataset svhn", "--crop none"),
 ]
 UNKNOWN_OR_ABBREVIATED = ["--learning_rate 1", "--batch-size 64", "--epoch 3", "--batch 64", "--sched step", "x"]
 REFUSED: dict[str, tuple[str, ...]] = {
     **{line: (line.split()[0],) for line in (*OUT_OF_RANGE, *UNKNOWN_OR_ABBREVIATED)},
-    "--dataset mnist": ("--dataset", "mnist", "imagenet1k"),
+    "--dataset svhn": ("--dataset", "svhn", "imagenet1k"),
     "--lr 1 --lr_from lr_finder.json": ("--lr ", "--lr_from"),
     "--use_pretrained --model resnet18": ("--use_pretrained", "--model resnet18"),
     "--lr_start 1 --lr_end 0.1": ("--lr_end", "--lr_start"),
@@ -293,7 +293,17 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
     assert kinds["kept"] == {
         *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),
         *("cache_dir", "cache_limit_gb", "stall_timeout", "network_patience", "max_bad_steps", "val_labels"),
-        *("ledger", "lr_start", "lr_end", "lr_iter", "lr_step_mode", "lr_smooth_f", "lr_diverge_th", "lr_val"),
+        *(
+            "recipe",
+            "ledger",
+            "lr_start",
+            "lr_end",
+            "lr_iter",
+            "lr_step_mode",
+            "lr_smooth_f",
+            "lr_diverge_th",
+            "lr_val",
+        ),
     }
 
 
