@@ -79,6 +79,8 @@ class Config:
     norm_weight_decay: float = flag("training", "the same on the parameters of norms", 0.0, least=0)
     bias_weight_decay: float = flag("training", "the same on biases", 0.0, least=0)
     label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0, least=0, most=1)
+    ema_decay: float | None = flag("training", "also average the weights, with up to this decay, and evaluate the average", None, above=0, most=1)
+    ema_every: int = flag("training", "steps between updates of that average", 1, least=1)
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping", above=0)
     amp: bool = flag("training", "mixed precision", False)
     amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has it")
@@ -120,7 +122,7 @@ class Config:
     resume_from: str | None = flag("run", "go on from a run folder or a snapshot file; flags not given keep their saved values. auto: from --run_dir if it has a snapshot, else start anew", None, on_resume="forgotten")
     override: Sequence[str] = flag("run", "on a resume, insist on changing this setting (repeatable); data=changed: on training on other data", (), action="append", metavar="NAME=VALUE", on_resume="forgotten")
     evaluate: bool = flag("run", "evaluate the snapshot of --resume_from (or --use_pretrained), then stop", False, on_resume="forgotten")
-    save_best: bool = flag("run", "also keep the snapshot with the best val_top1 as best.safetensors", False, on_resume="kept")
+    save_best: bool = flag("run", "also keep the snapshot with the best val_top1 (with --ema_decay ema_top1) as best.safetensors", False, on_resume="kept")
     snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept", least=0)
     keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept", least=1)
     max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept", least=1)
@@ -272,7 +274,10 @@ def _parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or name not in _names("fixed"):
         raise UsageError(f"--override {text} is not NAME=VALUE with the name of a setting that a snapshot fixes")
-    if typing.get_type_hints(Config)[name] is bool:
+    hint = typing.get_type_hints(Config)[name]
+    if value == "none" and type(None) in typing.get_args(hint):
+        return name, None
+    if hint is bool:
         if value.lower() not in ("true", "false"):
             raise UsageError(f"--override {text}: {name} is either true or false")
         return name, value.lower() == "true"

@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> None:
     data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
-    training = build_training(config, len(data.classes), device)
+    training = build_training(config, len(data.classes), device, len(data.train))
     if snapshot is not None:
         _compare_data(snapshot, data, config)
     if config.evaluate:
@@ -127,12 +127,12 @@ def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
 
 def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
     from distributed import print0
-    from train import evaluate
+    from train import evaluate, evaluate_average
     from training.signals import StopRequest
     from training.state import restore
 
     if snapshot is not None:
-        restore(snapshot, training.model, training.optimizer, training.scaler)
+        restore(snapshot, training.model, training.optimizer, training.scaler, training.average)
     elif not config.use_pretrained:
         raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
     result = evaluate(training, data.val, StopRequest())
@@ -140,6 +140,8 @@ def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", c
         f"val loss {result['val_loss']:.4f}  top1 {result['val_top1']:.2%} ({result['correct1']} of {result['images']})"
         f"  top5 {result['val_top5']:.2%} ({result['correct5']})"
     )
+    if average := evaluate_average(training, data.val, StopRequest()):
+        print0("ema loss {ema_loss:.4f}  top1 {ema_top1:.2%}  top5 {ema_top5:.2%}".format(**average))
 
 
 def _train(
@@ -154,7 +156,7 @@ def _train(
     if snapshot is None:
         progress = Progress(lr=_known_lr(config))
     else:
-        progress = restore(snapshot, training.model, training.optimizer, training.scaler)
+        progress = restore(snapshot, training.model, training.optimizer, training.scaler, training.average)
         for line in _changes(snapshot, config, progress, len(data.train)):
             print0(line)
     if progress.epoch >= config.epochs:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import distributed
@@ -41,6 +42,8 @@ def train_epoch(run: Run) -> None:
     for batch in batches_until(run.stop, loader, every_step=True):
         with run.journal.timed_step(batch):
             numbers = train_step(run.training, batch.images, batch.labels)
+            if run.training.ema is not None:
+                run.training.ema.update(run.training.model, progress.step + 1)
         run.journal.step(batch, numbers)
         if progress.step < run.epochs * len(loader):
             run.schedule.step()
@@ -48,21 +51,25 @@ def train_epoch(run: Run) -> None:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: Loader | list[Batch], stop: StopRequest) -> dict[str, float]:
+def evaluate(
+    training: Training, loader: Loader | list[Batch], stop: StopRequest, average: nn.Module | None = None
+) -> dict[str, float]:
     """Loss and top-1 and top-5 accuracy (fractions of 1) over a whole dataset, and the integer counts behind them.
 
-    Every image counts once, and the batches are the same on any number of ranks; unreadable images do not count. The
-    loss has no label smoothing. Raises Interrupted or DataError on all ranks when one of them must stop.
+    The model is training's own or its `average`. Every image counts once, and the batches are the same on any number of
+    ranks; unreadable images do not count. The loss has no label smoothing. Raises Interrupted or DataError on all ranks
+    when one of them must stop.
     """
-    distributed.copy_from_rank0(training.model.buffers())
-    training.model.eval()
+    model = training.model if average is None else average
+    distributed.copy_from_rank0(model.buffers())
+    model.eval()
     sums: list[torch.Tensor] = []
     most = 0
     for images, labels, _ in batches_until(stop, loader, every_step=False):
         most = max(most, len(images))
         x, y = _pad(images, labels, most)  # a compiled or autotuned model is made for one size
         with training.autocast():
-            logits = training.model(training.normalize(x))
+            logits = model(training.normalize(x))
         loss = F.cross_entropy(logits.float(), y, reduction="sum", ignore_index=UNREADABLE)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         sums.append(torch.stack((loss, hits[:, 0].sum(), hits.sum(), (y != UNREADABLE).sum())))
@@ -84,6 +91,14 @@ def evaluate(training: Training, loader: Loader | list[Batch], stop: StopRequest
     }
 
 
+def evaluate_average(training: Training, loader: Loader, stop: StopRequest) -> dict[str, float]:
+    """`ema_loss`, `ema_top1` and `ema_top5` of the averaged model; nothing if there is none."""
+    if training.average is None:
+        return {}
+    result = evaluate(training, loader, stop, training.average)
+    return {f"ema_{name}": result[f"val_{name}"] for name in ("loss", "top1", "top5")}
+
+
 def _pad(images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch padded to `count` images with images that are not counted."""
     missing = count - len(images)
@@ -102,6 +117,7 @@ def fit(run: Run) -> None:
             watch = Stopwatch()
             with run.journal.spent.part("evaluation"):
                 result = evaluate(run.training, run.data.val, run.stop)
+                result |= evaluate_average(run.training, run.data.val, run.stop)
             run.journal.end_epoch(result, watch.seconds())
     except (Interrupted, DataError) as stop:
         signum = stop.status - 128 if isinstance(stop, Interrupted) else None

@@ -29,7 +29,7 @@ def plot_curves(run_dir: Path) -> Path:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines[:: max(1, len(lines) // CURVE_POINTS)]]
     with open(run_dir / "results.csv", newline="") as file:
-        epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        epochs = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
     at = [row["step"] for row in epochs]
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     loss, top1, lr = figure.subplots(1, 3)
@@ -40,6 +40,8 @@ def plot_curves(run_dir: Path) -> Path:
     loss.set(title="Loss", xlabel="step", ylim=(0, 1.5 * max(row["train_loss"] for row in epochs)))
     top1.plot(at, [100 * row["train_top1"] for row in epochs], "C0o-", markersize=3, label="train")
     top1.plot(at, [100 * row["val_top1"] for row in epochs], "C1o-", markersize=3, label="validation")
+    if "ema_top1" in epochs[0]:
+        top1.plot(at, [100 * row["ema_top1"] for row in epochs], "C4s-", markersize=3, label="validation, average")
     top1.set(title=f"Top-1 accuracy, last {100 * epochs[-1]['val_top1']:.2f} %", xlabel="step", ylabel="%")
     lr.plot(step, [row["lr"] for row in steps], "C2")
     lr.set(title="Learning rate and momentum", xlabel="step", ylim=(0, None))

@@ -272,6 +272,12 @@ def test_an_override_that_says_nothing_sensible_is_refused() -> None:
         resume(saved(), {"override": ["epochs="]})
 
 
+def test_an_override_unsets_what_may_be_unset() -> None:
+    assert resume(saved("--max_grad_norm", "1"), {"override": ["max_grad_norm=none"]}).max_grad_norm is None
+    with pytest.raises(UsageError, match="invalid int value"):
+        resume(saved(), {"override": ["epochs=none"]})
+
+
 def test_every_setting_is_fixed_kept_or_forgotten() -> None:
     """A new flag must be placed: this table is what users are promised."""
     kinds: dict[str, set[str]] = {"fixed": set(), "kept": set(), "forgotten": set()}

@@ -2,6 +2,7 @@
 
 The step
     step         a model and everything that trains it on one device, and the optimiser step
+    ema          an average of the weights, evaluated beside them
     optim        parameter groups, optimisers, and schedules that count in steps
     lr_curve     reading the curve of a learning rate range test
 

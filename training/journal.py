@@ -160,8 +160,9 @@ class Journal:
         )
         if self.pictures is not None:
             self.pictures.curves()
-        is_best = result["val_top1"] > progress.best_top1
-        progress.end_epoch(result["val_top1"])
+        judged = result.get("ema_top1", result["val_top1"])
+        is_best = judged > progress.best_top1
+        progress.end_epoch(judged)
         self.save(best=is_best and self.config.save_best)
         print0(f"time      {describe_time(self.spent.shares(), self.config, self.loader, train_seconds)}")
 
@@ -173,7 +174,9 @@ class Journal:
         self.flush()
         training = self.training
         with self.spent.part("snapshot"):
-            tensors, state = capture(training.model, training.optimizer, training.scaler, self.progress)
+            tensors, state = capture(
+                training.model, training.optimizer, training.scaler, self.progress, training.average
+            )
             if distributed.largest_over_ranks(int(not all_finite(training.model))):
                 raise self._diverged(self.progress.step - max(0, self.progress.bad_steps - 1))
             return self.store.save(tensors, self.record | state, best) if self.store else None

@@ -33,6 +33,7 @@ RESULT_COLUMNS = (
     *("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"),
     *("lr", "images_per_s", "seconds"),
 )
+EMA_COLUMNS = ("ema_loss", "ema_top1", "ema_top5")
 
 UNREADABLE_COLUMNS = ("image", "reason", "epoch")
 LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")
@@ -164,14 +165,18 @@ class Tracker:
         if self.folder is None:
             return
         path = self.folder / "results.csv"
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, RESULT_COLUMNS)
-            if not file.tell():
+        with open(path, "a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader([file.readline()]), [])  # of a run to which a resume may have added an average
+            columns = header or [*RESULT_COLUMNS, *(EMA_COLUMNS if "ema_top1" in result else ())]
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            if not header:
                 writer.writeheader()
-            writer.writerow({name: result[name] for name in RESULT_COLUMNS})
+            writer.writerow(result)
         print(
             f"{self._title}  train loss {result['train_loss']:.4f} top1 {result['train_top1']:.2%}  "
             f"val loss {result['val_loss']:.4f} top1 {result['val_top1']:.2%} top5 {result['val_top5']:.2%}  "
+            f"{'ema top1 {ema_top1:.2%}  '.format(**result) if 'ema_top1' in result else ''}"
             f"{result['images_per_s']:,.0f} images/s  {result['seconds']:.1f} s",
             flush=True,
         )

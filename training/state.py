@@ -62,10 +62,18 @@ class Progress:
 
 
 def capture(
-    model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, progress: Progress
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+    average: nn.Module | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state as tensors, by their names in a snapshot, and JSON values. All ranks must call this together."""
+    """The state as tensors, by their names in a snapshot, and JSON values. All ranks must call this together.
+
+    `average` is the averaged model, if there is one.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in average.state_dict().items()} if average else {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if value is not None}
@@ -84,12 +92,19 @@ def all_finite(model: nn.Module) -> bool:
     return bool(torch.stack(extremes).isfinite().all())
 
 
-def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Progress:
+def restore(
+    snapshot: Snapshot,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: nn.Module | None = None,
+) -> Progress:
     """Restore what `capture` saved, and return its progress. Raises UsageError for another model.
 
+    An average that was not saved starts from the model's weights.
     Each rank restores its own random number generators; additional ranks reuse those of others.
     """
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "rng": {}}
     for name, tensor in snapshot.tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:
@@ -97,6 +112,8 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scaler: 
         parts[part][rest] = tensor
     try:
         model.load_state_dict(parts["model"])
+        if average is not None:
+            average.load_state_dict(parts["ema"] or parts["model"])
     except RuntimeError as error:
         raise UsageError(f"{snapshot.path} holds another model than the one asked for") from error
     for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ from model_resnet50 import CIFAR_STEM_UP_TO, ResNet34, ResNet50, build_model, de
 from stream.augment import Normalize
 from stream.explain import one_line_errors
 from stream.retry import Network, patiently
+from training.ema import EMA
 from training.optim import build_optimizer, build_scaler
 from training.state import seed_everything
 
@@ -42,6 +43,12 @@ class Training:
     amp_dtype: torch.dtype | None
     accumulate_steps: int
     max_grad_norm: float | None
+    ema: EMA | None = None
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The averaged model, if there is one."""
+        return self.ema.module if self.ema else None
 
     def autocast(self) -> torch.autocast:
         """The context of mixed precision, disabled without an `amp_dtype`."""
@@ -55,8 +62,10 @@ def _pretrained(source: str, classes: int, patience: float) -> ResNet50:
         return patiently(lambda: load_pretrained_resnet50(source, classes), network, source, at_start=True)
 
 
-def build_training(config: Config, classes: int, device: torch.device) -> Training:
+def build_training(config: Config, classes: int, device: torch.device, steps_per_epoch: int = 1) -> Training:
     """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
+
+    An average of the weights copies them while the learning rate warms up, which `steps_per_epoch` tells.
 
     Raises UsageError for an unknown model, DataError when pretrained weights are unavailable.
     """
@@ -79,9 +88,12 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
     torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
     model = model.to(device).to(memory_format=torch.channels_last)
     normalize = Normalize().to(device)
+    ema = None
+    if config.ema_decay:
+        ema = EMA(model, config.ema_decay, config.ema_every, round(config.warmup_epochs * steps_per_epoch))
     if config.compile:
-        model.compile(**COMPILE_OPTIONS)
-        normalize.compile()
+        for module in (model, normalize, *([ema.module] if ema else [])):
+            module.compile(**COMPILE_OPTIONS)
     ddp: nn.Module = model
     if distributed.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -110,6 +122,7 @@ def build_training(config: Config, classes: int, device: torch.device) -> Traini
         amp_dtype=dtype,
         accumulate_steps=config.accumulate_steps,
         max_grad_norm=config.max_grad_norm,
+        ema=ema,
     )
 
 
