@@ -62,8 +62,12 @@ class Config:
     max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept", least=0, most=1)
     num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes", least=0)
 
-    model: str = flag("model", "resnet18, resnet34, resnet50, resnet101 or resnet152", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
+    model: str = flag("model", "resnet18, resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
     use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")
+
+    drop_path: float = flag("model", "probability that the last block is left out, of earlier ones linearly less (stochastic depth)", 0.0, least=0, most=0.9)
+    blurpool: bool = flag("model", "blur before each stride after the stem (Zhang 2019)", False)
+    zero_init_gamma: bool | None = flag("model", "start residual blocks as the identity", None, short="on for bottlenecks")
 
     recipe: str | None = flag("training", "settings of a published recipe: a name in recipes/, or a .toml file; flags win over it", None, on_resume="kept")
     epochs: int = flag("training", "passes over the training set", FROM_PRESET, least=1)

@@ -85,7 +85,7 @@ def parser_of(settings: type, prog: str, description: str) -> argparse.ArgumentP
         title = item.metadata["group"]
         group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
         options = dict(item.metadata["argparse"])
-        if hints[item.name] is bool:
+        if bool in (hints[item.name], *typing.get_args(hints[item.name])):
             options["action"] = "store_true"
             if not item.name.startswith("no_"):
                 unset = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS, "dest": item.name}

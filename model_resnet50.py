@@ -3,14 +3,19 @@
 Source: He et al. 2016, Deep Residual Learning; v1.5 puts a bottleneck's stride on its 3x3 convolution.
 """
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import DataError, UsageError
+from model_zoo import build_from_library
 
 CIFAR_STEM_UP_TO = 32
 
@@ -23,6 +28,24 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """1x1 convolution."""
     return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+
+class BlurConv2d(nn.Conv2d):
+    """A convolution with a stride, of images (N, C, H, W) that a binomial filter of 3x3 has blurred before.
+
+    Source: Zhang 2019, Making Convolutional Networks Shift-Invariant Again; placed as in ffcv-imagenet.
+    """
+
+    blur: torch.Tensor
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        line = torch.tensor([1.0, 2.0, 1.0]) / 4
+        kernel = (line[:, None] * line).expand(self.in_channels, 1, 3, 3)
+        self.register_buffer("blur", kernel.contiguous(), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.conv2d(input, self.blur.to(input.dtype), padding=1, groups=self.in_channels))
 
 
 class BasicBlock(nn.Module):
@@ -38,12 +61,13 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
+        self.drop_path: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        return self.relu(x + shortcut)
+        return self.relu(self.drop_path(x) + shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -64,21 +88,25 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
+        self.drop_path: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        return self.relu(x + shortcut)
+        return self.relu(self.drop_path(x) + shortcut)
 
 
 class ResNet(nn.Module):
     """float (N, 3, H, W) -> logits (N, num_classes).
 
     The ImageNet stem (7x7 stride 2, max pool) reduces the size fourfold before the blocks; the CIFAR stem (3x3,
-    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). Bottlenecks are initialised to the
-    identity (Goyal et al. 2017, section 5.1); basic blocks are not, because small networks of them start too slowly.
+    no pool) keeps it, as images of 32 pixels need (He et al. 2016, section 4.2). With `zero_init_gamma` blocks are
+    initialised to the identity (Goyal et al. 2017, section 5.1); by default bottlenecks are, and basic blocks are not,
+    because small networks of them start too slowly. In training, blocks are left out at random, the last one of them
+    with probability `drop_path` and earlier ones linearly less (Huang et al. 2016, Stochastic Depth). `blurpool` puts
+    a blur before the strides that follow the stem.
     """
 
     def __init__(
@@ -87,8 +115,12 @@ class ResNet(nn.Module):
         layers: tuple[int, int, int, int],
         num_classes: int,
         cifar_stem: bool = False,
+        drop_path: float = 0.0,
+        blurpool: bool = False,
+        zero_init_gamma: bool | None = None,
     ) -> None:
         super().__init__()
+        self._blurpool = blurpool
         self._inputs = 64
         self.conv1 = conv3x3(3, 64) if cifar_stem else nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -103,8 +135,16 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
+            elif isinstance(module, Bottleneck) and zero_init_gamma in (None, True):
                 nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock) and zero_init_gamma:
+                nn.init.zeros_(module.bn2.weight)
+        if drop_path:
+            from torchvision.ops import StochasticDepth
+
+            blocks = [module for module in self.modules() if isinstance(module, BasicBlock | Bottleneck)]
+            for number, one in enumerate(blocks):
+                one.drop_path = StochasticDepth(drop_path * number / (len(blocks) - 1), "row")
 
     def _layer(self, block: type[BasicBlock] | type[Bottleneck], width: int, blocks: int, stride: int) -> nn.Sequential:
         outputs = width * block.expansion
@@ -112,6 +152,8 @@ class ResNet(nn.Module):
         if stride != 1 or self._inputs != outputs:
             downsample = nn.Sequential(conv1x1(self._inputs, outputs, stride), nn.BatchNorm2d(outputs))
         first = block(self._inputs, width, stride, downsample)
+        if self._blurpool and stride > 1:
+            _blur_strides(first)
         self._inputs = outputs
         return nn.Sequential(first, *(block(outputs, width, 1, None) for _ in range(blocks - 1)))
 
@@ -121,38 +163,55 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
+def _blur_strides(block: nn.Module) -> None:
+    """Put a `BlurConv2d` in place of each convolution with a stride; their weights are not initialised yet."""
+    for parent in [*block.modules()]:
+        for name, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1):
+                size, padding = conv.kernel_size, conv.padding
+                blurred = BlurConv2d(conv.in_channels, conv.out_channels, size, conv.stride, padding, bias=False)  # type: ignore[arg-type]
+                setattr(parent, name, blurred)
+
+
 class ResNet34(ResNet):
     """ResNet-34 or -18, made of basic blocks."""
 
-    def __init__(self, num_classes: int = 1000, depth: int = 34, cifar_stem: bool = False) -> None:
-        super().__init__(BasicBlock, {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth], num_classes, cifar_stem)
+    def __init__(self, num_classes: int = 1000, depth: int = 34, cifar_stem: bool = False, **options: Any) -> None:
+        super().__init__(BasicBlock, {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth], num_classes, cifar_stem, **options)
         self.name = f"ResNet-{depth}"
 
 
 class ResNet50(ResNet):
     """ResNet-50 v1.5, -101 or -152, made of bottlenecks."""
 
-    def __init__(self, num_classes: int = 1000, depth: int = 50, cifar_stem: bool = False) -> None:
+    def __init__(self, num_classes: int = 1000, depth: int = 50, cifar_stem: bool = False, **options: Any) -> None:
         layers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
-        super().__init__(Bottleneck, layers, num_classes, cifar_stem)
+        super().__init__(Bottleneck, layers, num_classes, cifar_stem, **options)
         self.name = f"ResNet-{depth}"
 
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 
 
-def build_model(num_classes: int, image_size: int, name: str = "auto") -> ResNet34 | ResNet50:
+def build_model(
+    num_classes: int, image_size: int, name: str = "auto", options: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
     """The ResNet called `name`; `auto` chooses by image size: ResNet-18 up to 8 pixels, -34 up to 32, else -50.
 
-    Images of up to 32 pixels get the CIFAR stem. Raises UsageError for an unknown name.
+    Images of up to 32 pixels get the CIFAR stem. `torchvision:NAME` and `timm:NAME` are those libraries' models. The
+    `options` are `ResNet`'s: drop_path, blurpool, zero_init_gamma. Raises UsageError for an unknown name, and for
+    options that a model of a library does not take.
     """
+    if ":" in name:
+        return build_from_library(name, num_classes, image_size, **options)
     cifar_stem = image_size <= CIFAR_STEM_UP_TO
     if name == "auto":
         name = "resnet50" if not cifar_stem else "resnet34" if image_size > 8 else "resnet18"
     if name not in DEPTHS:
-        raise UsageError(f"there is no model {name}; choose --model from auto, {', '.join(DEPTHS)}")
+        choices = f"auto, {', '.join(DEPTHS)}, torchvision:NAME, timm:NAME"
+        raise UsageError(f"there is no model {name}; choose --model from {choices}")
     kind = ResNet34 if DEPTHS[name] < 50 else ResNet50
-    return kind(num_classes, DEPTHS[name], cifar_stem)
+    return kind(num_classes, DEPTHS[name], cifar_stem, **options)
 
 
 RESNET50_V15 = {  # the transformers configuration that computes what ResNet50 computes
@@ -168,7 +227,7 @@ RESNET50_V15 = {  # the transformers configuration that computes what ResNet50 c
 }
 
 
-def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000) -> ResNet50:
+def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000, **options: Any) -> ResNet50:
     """ResNet-50 v1.5 with the safetensors weights of a transformers checkpoint: a Hub id or a local folder.
 
     The head is newly initialised when the number of classes differs. Raises DataError when the weights are unavailable,
@@ -198,7 +257,7 @@ def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: i
         raise DataError(f"no pretrained weights from {source} ({reason}); check {kind} or leave it out") from error
     weights = {_torchvision_name(name): tensor for name, tensor in theirs.state_dict().items()}
     lacking = {_torchvision_name(name) for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
-    model = ResNet50(num_classes)
+    model = ResNet50(num_classes, **options)
     if weights["fc.weight"].shape[0] != num_classes:
         weights["fc.weight"], weights["fc.bias"] = model.fc.weight, model.fc.bias
         lacking -= {"fc.weight", "fc.bias"}
@@ -223,15 +282,12 @@ def _torchvision_name(name: str) -> str:
     return f"{prefix}.{'bn' if is_norm else 'conv'}{int(inner[1]) + 1}.{leaf}"
 
 
-def describe(model: ResNet34 | ResNet50, image_size: int) -> str:
-    """One line: depth, stem, parameters, size in float32, and GMACs (billions of multiply-adds) of a forward pass."""
+def describe(model: nn.Module, image_size: int) -> str:
+    """One line: name, stem, parameters, size in float32, and GMACs (billions of multiply-adds) of a forward pass."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with torch.device("meta"):
-        twin = type(model)(model.fc.out_features, int(model.name.partition("-")[2]), model.conv1.stride == (1, 1))
-        image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter:
-        twin.eval()(image)
-    stem = "CIFAR stem, " if model.conv1.stride == (1, 1) else ""
+        copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    stem = "CIFAR stem, " if isinstance(model, ResNet) and model.conv1.stride == (1, 1) else ""
     return (
         f"{model.name}, {stem}{parameters:,} parameters, {parameters * 4 / 1e6:.1f} MB, "
         f"{counter.get_total_flops() / 2e9:.2f} GMACs at {image_size}x{image_size}"

@@ -48,7 +48,7 @@ def test_every_offline_command_runs_as_written(document: str, tmp_path: Path, mo
 
 
 def first_blocks(*arguments: Any) -> Any:
-    model = BUILD_MODEL(*arguments)
+    model: Any = BUILD_MODEL(*arguments)
     model.layer2 = model.layer3 = model.layer4 = nn.Identity()  # type: ignore[assignment]
     model.fc = nn.Linear(64, model.fc.out_features)
     return model

@@ -14,12 +14,12 @@ LAYERS = (
     {"preprocess", "training"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
-    {"flags", "recipe"},
+    {"flags", "model_zoo", "recipe"},
     {"defaults", "errors"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
-UNKNOWN_TO_STREAM = {"config", "defaults", "flags", "model_resnet50", "recipe"}
+UNKNOWN_TO_STREAM = {"config", "defaults", "flags", "model_resnet50", "model_zoo", "recipe"}
 
 
 def modules() -> dict[str, str]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.ops import StochasticDepth
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
 from config import resolve
@@ -18,6 +20,7 @@ from errors import DataError, UsageError
 from model_resnet50 import (
     DEPTHS,
     BasicBlock,
+    BlurConv2d,
     ResNet34,
     ResNet50,
     build_model,
@@ -167,7 +170,8 @@ def test_a_bottleneck_strides_on_its_3x3_as_v1_5_does(depth: int) -> None:
 )
 def test_feature_maps_shrink_as_the_stem_promises(image_size: int, name: str, sizes: list[int]) -> None:
     with torch.device("meta"):
-        model, images = build_model(10, image_size, name), torch.empty(2, 3, image_size, image_size)
+        model: Any = build_model(10, image_size, name)
+        images = torch.empty(2, 3, image_size, image_size)
     seen: list[int] = []
     for part in (model.conv1, model.maxpool, model.layer1, model.layer2, model.layer3, model.layer4):
         part.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[-1]))
@@ -197,7 +201,7 @@ def test_feature_maps_shrink_as_the_stem_promises(image_size: int, name: str, si
 )
 def test_the_model_suits_the_images(classes: int, image_size: int, name: str, depth: int, cifar_stem: bool) -> None:
     with torch.device("meta"):
-        model = build_model(classes, image_size, name)
+        model: Any = build_model(classes, image_size, name)
     stages = (model.layer1, model.layer2, model.layer3, model.layer4)
     convs = 2 if isinstance(model.layer1[0], BasicBlock) else 3
     assert sum(len(stage) for stage in stages) * convs + 2 == depth  # every block, the stem and the head
@@ -415,7 +419,7 @@ def test_describe_gives_the_published_figures(name: str, classes: int, image_siz
 
 @pytest.mark.parametrize("training", [True, False])
 def test_describe_leaves_weights_buffers_mode_and_random_numbers_alone(training: bool) -> None:
-    model = build_model(10, 32)
+    model: Any = build_model(10, 32)
     model.train(training)
     model.layer1.eval()  # a part frozen by its user stays so
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -428,3 +432,82 @@ def test_describe_leaves_weights_buffers_mode_and_random_numbers_alone(training:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# ---- ingredients -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_left_out_as_timm_leaves_them_out() -> None:
+    ours: Any = build_model(10, 64, "resnet50", {"drop_path": 0.3})
+    theirs = timm.create_model("resnet50", num_classes=10, drop_path_rate=0.3)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum, module.weight.data = 0.0, torch.ones_like(module.weight)
+    results = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(3)
+        results.append(model(images))
+    assert torch.allclose(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(results[0], ours(images), rtol=1e-3, atol=1e-3)
+    rates = [module.p for module in ours.modules() if isinstance(module, StochasticDepth)]
+    assert rates == pytest.approx([0.3 * block / 15 for block in range(16)])
+    assert list(ours.state_dict()) == list(torchvision.models.resnet50().state_dict())
+
+
+def test_a_blur_before_a_stride_is_zhangs_and_keeps_names_and_sizes() -> None:
+    conv = BlurConv2d(3, 5, 3, 2, 1, bias=False)
+    image = torch.randn(2, 3, 9, 9)
+    line = torch.tensor([1.0, 2.0, 1.0]) / 4
+    padded = nn.functional.pad(image, (1, 1, 1, 1))
+    blurred: Any = sum(line[i] * line[j] * padded[:, :, i : i + 9, j : j + 9] for i in range(3) for j in range(3))
+    expected = nn.functional.conv2d(blurred, conv.weight, stride=2, padding=1)
+    torch.testing.assert_close(conv(image), expected)
+    plain: Any = build_model(10, 64, "resnet50")
+    model: Any = build_model(10, 64, "resnet50", {"blurpool": True})
+    assert list(model.state_dict()) == list(plain.state_dict())
+    blurs = [name for name, module in model.named_modules() if isinstance(module, BlurConv2d)]
+    assert blurs == [f"layer{stage}.0.{part}" for stage in (2, 3, 4) for part in ("conv2", "downsample.0")]
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "zeroed"),
+    [("resnet50", None, True), ("resnet50", False, False), ("resnet18", None, False), ("resnet18", True, True)],
+)
+def test_residual_blocks_start_as_the_identity_where_asked(name: str, given: bool | None, zeroed: bool) -> None:
+    model: Any = build_model(10, 64, name, {"zero_init_gamma": given})
+    last = model.layer1[0].bn3 if name == "resnet50" else model.layer1[0].bn2
+    assert bool((last.weight == 0).all()) is zeroed
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("torchvision:mobilenet_v3_small", 64), ("torchvision:vit_b_32", 64), ("timm:vit_tiny_patch16_224", 32)],
+)
+def test_models_of_libraries_take_the_classes_and_the_size(name: str, size: int) -> None:
+    model: Any = build_model(7, size, name)
+    assert model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    line = describe(model, size)
+    assert line.startswith(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("torchvision:resnet5", {}, "did you mean resnet5"),
+        ("timm:resnet5", {}, "timm has no model resnet5; did you mean"),
+        ("keras:resnet50", {}, "names no library"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {}, "torchvision has no model"),
+        ("torchvision:googlenet", {}, "gives more than logits"),
+        ("timm:resnet18", {"blurpool": True}, "for this program's own models"),
+        ("torchvision:resnet18", {"drop_path": 0.1}, "for this program's own models and timm's"),
+        ("torchvision:vit_b_16", {}, "does not work with --image_size 33"),
+    ],
+)
+def test_what_a_library_does_not_have_is_refused_in_one_line(name: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told) as caught:
+        build_model(10, 33, name, options)
+    assert "\n" not in str(caught.value)

@@ -38,15 +38,16 @@ def build_optimizer(
     """SGD; or AdamW, or timm's LAMB (You et al. 2020), with `momentum` as their first beta.
 
     Tensors of rank 1 have weight decays of their own: by default none (He et al. 2018, Bag of Tricks, section 3.1). The
-    classifier `fc` learns at `head_lr_scale` times the rate of the rest; groups store that factor as `lr_scale`. Raises
-    UsageError without timm.
+    classifier, the last linear layer, learns at `head_lr_scale` times the rate of the rest; groups store that factor as
+    `lr_scale`. Raises UsageError without timm.
     """
-    of_norms = {
-        id(parameter) for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
-    }
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    head = {id(parameter) for module in heads[-1:] for parameter in module.parameters()}
     named: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        scale = head_lr_scale if name.startswith("fc.") else 1.0
+        scale = head_lr_scale if id(parameter) in head else 1.0
         of_rank_1 = norm_weight_decay if id(parameter) in of_norms else bias_weight_decay
         named.setdefault((scale, weight_decay if parameter.ndim > 1 else of_rank_1), []).append((name, parameter))
     groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in named.items()]

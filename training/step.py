@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -16,7 +16,7 @@ import distributed
 from config import Config
 from distributed import print0
 from errors import UsageError
-from model_resnet50 import CIFAR_STEM_UP_TO, ResNet34, ResNet50, build_model, describe, load_pretrained_resnet50
+from model_resnet50 import CIFAR_STEM_UP_TO, build_model, describe, load_pretrained_resnet50
 from stream.augment import Normalize
 from stream.explain import one_line_errors
 from stream.retry import Network, patiently
@@ -55,11 +55,11 @@ class Training:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
-def _pretrained(source: str, classes: int, patience: float) -> ResNet50:
+def _pretrained(source: str, classes: int, patience: float, options: Mapping[str, Any]) -> nn.Module:
     """`load_pretrained_resnet50`, waiting for the Hub aloud; Xet's client tells no bytes, so only patience ends it."""
     network = Network(stall_timeout=patience, patience=patience)
     with one_line_errors(source):
-        return patiently(lambda: load_pretrained_resnet50(source, classes), network, source, at_start=True)
+        return patiently(lambda: load_pretrained_resnet50(source, classes, **options), network, source, at_start=True)
 
 
 def build_training(config: Config, classes: int, device: torch.device, steps_per_epoch: int = 1) -> Training:
@@ -70,15 +70,16 @@ def build_training(config: Config, classes: int, device: torch.device, steps_per
     Raises UsageError for an unknown model, DataError when pretrained weights are unavailable.
     """
     torch.manual_seed(config.seed)
+    options = {name: getattr(config, name) for name in ("drop_path", "blurpool", "zero_init_gamma")}
     if config.use_pretrained:
-        model: ResNet34 | ResNet50 = _pretrained(config.use_pretrained, classes, 60 * config.network_patience)
+        model = _pretrained(config.use_pretrained, classes, 60 * config.network_patience, options)
         if config.image_size <= CIFAR_STEM_UP_TO:
             raise UsageError(
                 f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
                 f"--image_size than {config.image_size}, such as 224"
             )
     else:
-        model = build_model(classes, config.image_size, config.model)
+        model = build_model(classes, config.image_size, config.model, options)
     print0(f"model     {describe(model, config.image_size)}")
     dtype = _amp_dtype(config, device)
     torch.backends.cudnn.benchmark = not config.deterministic
