@@ -11,6 +11,7 @@ from stream.seeds import Use, seeded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
 GREY = round(255 * sum(IMAGENET_MEAN) / 3)
 DRAWS = 5  # for a sample: flip, two for the crop, two for the cutout
 
@@ -76,6 +77,16 @@ def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy on the device, for which the host does not wait."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def unit(bits: np.ndarray) -> np.ndarray:
+    """Random 32-bit numbers -> float64, uniform in 0..1, less than 1."""
+    return bits / 2**32
+
+
+def below(bits: np.ndarray, limit: int | np.ndarray) -> np.ndarray:
+    """Random 32-bit numbers -> int64, uniform in 0..limit - 1."""
+    return bits * limit >> 32
 
 
 def _below(bits: torch.Tensor, limit: int) -> torch.Tensor:

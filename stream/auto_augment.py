@@ -3,26 +3,17 @@
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from stream.augment import IMAGENET_MEAN, sample_bits, send
-from stream.operations import NUMBERS, Kernel, Operation, timm_operations, torchvision_operations
+from stream.augment import MEAN_COLOUR, below, sample_bits, unit
+from stream.operations import NOTHING, Choice, Operation, apply, timm_operations, torchvision_operations
 from stream.seeds import Use
 
 BINS = 31
 LEVELS = 10.0  # timm's magnitudes are tenths of the range of an operation
-NOTHING = -1
-FILL = (round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2]))
-
-
-class Choice(NamedTuple):
-    """Of each sample the place of its operation in a policy's, or NOTHING, and its magnitude; int64, float64 (N,)."""
-
-    operations: np.ndarray
-    magnitudes: np.ndarray
 
 
 class Policy(Protocol):
@@ -63,7 +54,7 @@ class AutoAugment:
         out = images.clone()
         operations = list(self.policy.operations.values())
         for choice in self.choose(ids.numpy(), epoch, *images.shape[1:3]):
-            _apply(out, choice, operations)
+            apply(out, choice, operations)
         return out
 
     def choose(self, ids: np.ndarray, epoch: int, height: int, width: int) -> list[Choice]:
@@ -71,29 +62,6 @@ class AutoAugment:
         draws, layers = self.policy.draws, self.policy.layers
         bits = sample_bits(self.seed, Use.AUTO_AUGMENT, epoch, ids, draws * layers)
         return [self.policy.choose(part, height, width) for part in np.split(bits, layers, axis=1)]
-
-
-def _apply(images: torch.Tensor, choice: Choice, operations: list[Operation | None]) -> None:
-    """Changes the images, those of one kernel at once."""
-    groups: dict[Kernel, tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    for place, operation in enumerate(operations):
-        rows = np.flatnonzero(choice.operations == place)
-        if operation is None or not len(rows):
-            continue
-        found = operation.numbers(choice.magnitudes[rows], *images.shape[1:3])
-        numbers = np.zeros((len(rows), NUMBERS))
-        numbers[:, : found.shape[1]] = found
-        for parts, part in zip(groups.setdefault(operation.kernel, ([], [])), (rows, numbers), strict=True):
-            parts.append(part)
-    if not groups:
-        return
-    rows_of = [np.concatenate(rows) for rows, _ in groups.values()]
-    numbers_of = [np.concatenate(numbers) for _, numbers in groups.values()]
-    counts = [len(rows) for rows in rows_of]
-    index = torch.split(send(np.concatenate(rows_of), images.device), counts)
-    sent = torch.split(send(np.concatenate(numbers_of), images.device), counts)
-    for kernel, where, with_numbers in zip(groups, index, sent, strict=True):
-        images.index_copy_(0, where, kernel(images.index_select(0, where), with_numbers))
 
 
 @dataclass(frozen=True)
@@ -167,10 +135,10 @@ class TimmRandAugment:
 
     @cached_property
     def operations(self) -> dict[str, Operation | None]:
-        return dict(timm_operations(FILL))
+        return dict(timm_operations(MEAN_COLOUR))
 
     def choose(self, bits: np.ndarray, height: int, width: int) -> Choice:
-        units = bits / 2**32
+        units = unit(bits)
         operations = below(bits[:, 0], len(self.operations))
         levels = np.full(len(bits), float(self.magnitude))
         if self.noise == np.inf:
@@ -199,11 +167,6 @@ def timm_magnitudes(levels: np.ndarray, signs: np.ndarray, increasing: bool) -> 
         "Solarize": 256 - threshold if increasing else threshold,
         "SolarizeAdd": np.minimum(128, np.trunc(parts * 110)),
     }
-
-
-def below(bits: np.ndarray, limit: int) -> np.ndarray:
-    """Random 32-bit numbers -> int64, uniform in 0..limit - 1."""
-    return bits * limit >> 32
 
 
 SECTIONS: dict[str, dict[str, type[int] | type[float]]] = {

@@ -1,7 +1,7 @@
-"""The operations of automatic augmentation by name: their kernels, and the numbers that these need of a magnitude."""
+"""Operations on images by name: their kernels, the numbers that these need of a magnitude, and how they are applied."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from stream import image_ops, pillow_ops
+from stream.augment import send
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NUMBERS = 6  # that a kernel gets of each image, at most
+NOTHING = -1
 
 
 class Operation(NamedTuple):
@@ -22,6 +24,36 @@ class Operation(NamedTuple):
 
     kernel: Kernel
     numbers: Callable[[np.ndarray, int, int], np.ndarray]
+
+
+class Choice(NamedTuple):
+    """Of each sample the place of its operation, or NOTHING, int64 (N,), and its magnitude, float64 (N,)."""
+
+    operations: np.ndarray
+    magnitudes: np.ndarray
+
+
+def apply(images: torch.Tensor, choice: Choice, operations: Sequence[Operation | None]) -> None:
+    """Changes uint8 images (N, H, W, 3), those of one kernel at once; the choice is made on the host."""
+    groups: dict[Kernel, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for place, operation in enumerate(operations):
+        rows = np.flatnonzero(choice.operations == place)
+        if operation is None or not len(rows):
+            continue
+        found = operation.numbers(choice.magnitudes[rows], *images.shape[1:3])
+        numbers = np.zeros((len(rows), NUMBERS))
+        numbers[:, : found.shape[1]] = found
+        for parts, part in zip(groups.setdefault(operation.kernel, ([], [])), (rows, numbers), strict=True):
+            parts.append(part)
+    if not groups:
+        return
+    rows_of = [np.concatenate(rows) for rows, _ in groups.values()]
+    numbers_of = [np.concatenate(numbers) for _, numbers in groups.values()]
+    counts = [len(rows) for rows in rows_of]
+    index = torch.split(send(np.concatenate(rows_of), images.device), counts)
+    sent = torch.split(send(np.concatenate(numbers_of), images.device), counts)
+    for kernel, where, with_numbers in zip(groups, index, sent, strict=True):
+        images.index_copy_(0, where, kernel(images.index_select(0, where), with_numbers))
 
 
 def torchvision_operations(interpolation: str) -> dict[str, Operation | None]:
@@ -45,7 +77,7 @@ def torchvision_operations(interpolation: str) -> dict[str, Operation | None]:
     }
 
 
-def timm_operations(fill: tuple[int, int, int]) -> dict[str, Operation]:
+def timm_operations(fill: tuple[int, ...]) -> dict[str, Operation]:
     """Those of timm's rand_augment_transform on Pillow's images, in its order, resampled by cubic curves."""
     along_x, along_y, turned = (partial(pillow_ops.affine, fill=fill, axes=axes) for axes in ("x", "y", "xy"))
     return {
@@ -64,6 +96,16 @@ def timm_operations(fill: tuple[int, int, int]) -> dict[str, Operation]:
         "ShearY": Operation(along_y, lambda m, height, width: _matrices(m, y_of_x=m)),
         "TranslateXRel": Operation(along_x, lambda m, height, width: _matrices(m, shift_x=m * width)),
         "TranslateYRel": Operation(along_y, lambda m, height, width: _matrices(m, shift_y=m * height)),
+    }
+
+
+def jitter_operations() -> dict[str, Operation]:
+    """Those of torchvision.transforms.ColorJitter, in its order; magnitudes are the change of a factor, and of hue."""
+    return {
+        "brightness": Operation(image_ops.brightness, _shares),
+        "contrast": Operation(image_ops.contrast, _shares),
+        "saturation": Operation(image_ops.saturation, _shares),
+        "hue": Operation(image_ops.hue, _as_it_is),
     }
 
 

@@ -4,9 +4,11 @@ As in `stream/image_ops.py`: uint8 (N, H, W, 3) and float64 (N, K) on one device
 Reference: Pillow's ImageEnhance, ImageOps and `Image.transform`, as timm.data.auto_augment uses them.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from stream.augment import send
 from stream.image_ops import column, extremes, smooth, table_index, to_uint8
 
 TAPS = range(-1, 3)  # of a cubic curve, from the pixel at or before a place
@@ -62,7 +64,7 @@ def autocontrast(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return to_uint8(table).flatten()[table_index(images)]
 
 
-def affine(images: torch.Tensor, numbers: torch.Tensor, fill: tuple[int, int, int], axes: str = "xy") -> torch.Tensor:
+def affine(images: torch.Tensor, numbers: torch.Tensor, fill: tuple[int, ...], axes: str = "xy") -> torch.Tensor:
     """Resampled by cubic curves (a = -1), `fill` outside; numbers (N, 6) lead from a place to its source, in pixels.
 
     `axes` (x, y or xy) says where sources lie between pixels: on another axis they must have their place's number. In
@@ -82,7 +84,7 @@ def affine(images: torch.Tensor, numbers: torch.Tensor, fill: tuple[int, int, in
         found = [packed.gather(1, (row * width + column).view(count, -1)) for column in columns]
         lines.append(_cubic([_unpack(pixels, images.shape) for pixels in found], across))
     values = to_uint8(_cubic(lines, down))
-    return torch.where(inside[..., None], values, torch.tensor(fill, dtype=torch.uint8, device=images.device))
+    return torch.where(inside[..., None], values, send(np.array(fill, np.uint8), images.device))
 
 
 def _taps(place: torch.Tensor, side: int) -> tuple[list[torch.Tensor], torch.Tensor]:

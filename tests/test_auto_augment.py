@@ -12,7 +12,9 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, autoaugment
 from waiting import nothing_waits
 
-from stream.auto_augment import FILL, NOTHING, AutoAugment, Choice, timm_magnitudes
+from stream.augment import MEAN_COLOUR
+from stream.auto_augment import AutoAugment, timm_magnitudes
+from stream.operations import NOTHING, Choice
 
 RSB = "rand-m7-n2-mstd0.5-inc1"
 POLICIES = ["ta_wide", "ra", "ra-n3-m30", RSB, "rand-m9-n1-p1", "rand-mstd101"]
@@ -38,7 +40,7 @@ def timms(image: torch.Tensor, name: str, magnitude: float, interpolation: str) 
 
     operation: Any = auto_augment.NAME_TO_OP[name]
     arguments = [] if name in BARE else [int(magnitude) if name in WHOLE else magnitude]
-    options = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
+    options = {"fillcolor": MEAN_COLOUR, "resample": Image.Resampling.BICUBIC}
     return torch.from_numpy(np.array(operation(Image.fromarray(image.numpy()), *arguments, **options)))
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, autoaugment
 from waiting import nothing_waits
 
-from stream.auto_augment import FILL, torchvision_magnitudes
+from stream.augment import MEAN_COLOUR
+from stream.auto_augment import torchvision_magnitudes
 from stream.operations import Operation, timm_operations, torchvision_operations
 
 SIZES = [(32, 32), (33, 47), (224, 224)]
@@ -97,24 +98,24 @@ def test_an_operation_is_torchvisions(name: str, interpolation: str, wide: bool,
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", timm_operations(FILL))
+@pytest.mark.parametrize("name", timm_operations(MEAN_COLOUR))
 def test_an_operation_is_timms_on_pillows_images(name: str, size: tuple[int, int]) -> None:
     from timm.data import auto_augment
 
     operation: Any = auto_augment.NAME_TO_OP[name]
     images, magnitudes = batch(TIMM[name] if len(TIMM[name]) else [0.0], *size)
-    found = done(timm_operations(FILL)[name], images, magnitudes)
+    found = done(timm_operations(MEAN_COLOUR)[name], images, magnitudes)
     whole = name in ("Posterize", "Solarize", "SolarizeAdd")
     for image, magnitude, ours in zip(images, magnitudes.tolist(), found, strict=True):
         arguments = [int(magnitude) if whole else magnitude] if len(TIMM[name]) else []
         picture = Image.fromarray(image.numpy())
-        theirs = operation(picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
+        theirs = operation(picture, *arguments, fillcolor=MEAN_COLOUR, resample=Image.Resampling.BICUBIC)
         assert np.array_equal(ours.numpy(), np.array(theirs)), magnitude
 
 
 def test_no_bits_are_black_which_pillow_refuses() -> None:
     images = pictures(8, 8)
-    assert not done(timm_operations(FILL)["Posterize"], images, np.zeros(len(images))).any()
+    assert not done(timm_operations(MEAN_COLOUR)["Posterize"], images, np.zeros(len(images))).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (9, 2), (3, 3)])
