@@ -47,5 +47,11 @@ How it becomes a batch
     pictures     encoded images -> pixels, by one rule for all formats
     formats      which files are images, and how large they may be
     jpeg         JPEGs and regions of them, and whether their data are sound
-    augment      augmentation of whole batches on the device
+    augment      augmentation of whole batches on the device: flip, crop, cutout, normalisation
+    auto_augment TrivialAugmentWide and RandAugment of whole batches
+    jitter       random changes of colour of whole batches
+    erasing      random erasing of boxes of whole batches
+    operations   the operations that these are made of, and their numbers
+    image_ops    what torchvision does to images, for groups of them
+    pillow_ops   what Pillow does to images, for groups of them
 """

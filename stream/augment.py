@@ -11,6 +11,7 @@ from stream.seeds import Use, seeded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
 GREY = round(255 * sum(IMAGENET_MEAN) / 3)
 DRAWS = 5  # for a sample: flip, two for the crop, two for the cutout
 
@@ -48,7 +49,7 @@ class Augment:
 
     def __call__(self, images: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """`images` on any device, their `ids` (int64) on the host."""
-        draws = torch.from_numpy(sample_bits(self.seed, epoch, ids.numpy())).to(images.device, non_blocking=True)
+        draws = send(sample_bits(self.seed, Use.BATCH, epoch, ids.numpy(), DRAWS), images.device)
         if self.padding:
             images = crop(images, self.padding, _below(draws[:, 1:3], 2 * self.padding + 1))
         if self.flip:
@@ -59,17 +60,33 @@ class Augment:
         return images
 
 
-def sample_bits(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """DRAWS random int64 in 0..2^32 - 1 for each sample, (N, DRAWS): outputs DRAWS * id and up of one SplitMix64.
+def sample_bits(seed: int, use: Use, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+    """`count` random int64 in 0..2^32 - 1 for each sample, (N, count): outputs count * id and up of one SplitMix64.
 
     Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators.
     """
-    start = seeded(seed, Use.BATCH, epoch).generate_state(1, np.uint64)
-    index = ids.astype(np.uint64)[:, None] * np.uint64(DRAWS) + np.arange(1, DRAWS + 1, dtype=np.uint64)
+    start = seeded(seed, use, epoch).generate_state(1, np.uint64)
+    index = ids.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
     bits: np.ndarray = start + index * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(32)).astype(np.int64)
+
+
+def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def unit(bits: np.ndarray) -> np.ndarray:
+    """Random 32-bit numbers -> float64, uniform in 0..1, less than 1."""
+    return bits / 2**32
+
+
+def below(bits: np.ndarray, limit: int | np.ndarray) -> np.ndarray:
+    """Random 32-bit numbers -> int64, uniform in 0..limit - 1."""
+    return bits * limit >> 32
 
 
 def _below(bits: torch.Tensor, limit: int) -> torch.Tensor:

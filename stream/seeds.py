@@ -14,6 +14,10 @@ class Use(IntEnum):
     BATCH = 4  # what the device does to a sample of a batch
     RANK = 5  # the generators of a process
     HOLD_OUT = 6  # which images are held out for validation
+    AUTO_AUGMENT = 7  # the operations of an automatic augmentation on a sample
+    ERASING = 8  # the box that is erased of a sample
+    JITTER = 9  # the colours of a sample
+    MIX = 10  # how the images of a step are mixed
 
 
 def seeded(seed: int, use: Use, *numbers: int) -> np.random.SeedSequence:

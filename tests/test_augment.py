@@ -10,6 +10,7 @@ import torch
 from config import resolve
 from preprocess import batch_augment
 from stream.augment import DRAWS, Augment, crop, cut_out, sample_bits
+from stream.seeds import Use
 
 MANY = 4000
 GREY = 114  # 255 times the mean of ImageNet's mean colour, rounded
@@ -65,20 +66,30 @@ def test_the_draws_are_those_of_one_splitmix64_an_epoch() -> None:
         start = int(np.random.SeedSequence(seed, spawn_key=(4, epoch)).generate_state(1, np.uint64)[0])
         generator = splitmix64(start)
         expected = [[next(generator) >> 32 for _ in range(DRAWS)] for _ in range(50)]
-        assert sample_bits(seed, epoch, np.arange(50)).tolist() == expected
+        assert sample_bits(seed, Use.BATCH, epoch, np.arange(50), DRAWS).tolist() == expected
         last = splitmix64((start + DRAWS * 2**40 * 0x9E3779B97F4A7C15) % 2**64)
-        assert sample_bits(seed, epoch, np.array([2**40])).tolist() == [[next(last) >> 32 for _ in range(DRAWS)]]
+        assert sample_bits(seed, Use.BATCH, epoch, np.array([2**40]), DRAWS).tolist() == [
+            [next(last) >> 32 for _ in range(DRAWS)]
+        ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_another_use_draws_from_a_splitmix64_of_its_own_as_many_numbers_as_it_asks_for(count: int) -> None:
+    start = int(np.random.SeedSequence(7, spawn_key=(8, 3)).generate_state(1, np.uint64)[0])
+    generator = splitmix64(start)
+    expected = [[next(generator) >> 32 for _ in range(count)] for _ in range(20)]
+    assert sample_bits(7, Use.ERASING, 3, np.arange(20), count).tolist() == expected
 
 
 def test_a_release_of_numpy_that_changes_the_draws_is_found_out() -> None:
-    assert sample_bits(0, 0, np.array([0, 1])).tolist() == [
+    assert sample_bits(0, Use.BATCH, 0, np.array([0, 1]), DRAWS).tolist() == [
         [4133367706, 3877654129, 1355659061, 2756730881, 1700089182],
         [660633789, 3923454966, 594716035, 1950200173, 1722258389],
     ]
 
 
 def test_draws_are_even_over_32_bits_and_uncorrelated() -> None:
-    bits = sample_bits(0, 0, np.arange(MANY))
+    bits = sample_bits(0, Use.BATCH, 0, np.arange(MANY), DRAWS)
     assert bits.shape == (MANY, DRAWS)
     assert bits.dtype == np.int64
     assert bits.min() >= 0
@@ -86,8 +97,8 @@ def test_draws_are_even_over_32_bits_and_uncorrelated() -> None:
     assert bits.min() < 2**32 * 0.001
     assert_uncorrelated(bits)
     assert_uncorrelated(np.concatenate([bits[:-1], bits[1:]], axis=1))
-    assert_uncorrelated(np.concatenate([bits, sample_bits(0, 1, np.arange(MANY))], axis=1))
-    assert_uncorrelated(np.concatenate([bits, sample_bits(1, 0, np.arange(MANY))], axis=1))
+    assert_uncorrelated(np.concatenate([bits, sample_bits(0, Use.BATCH, 1, np.arange(MANY), DRAWS)], axis=1))
+    assert_uncorrelated(np.concatenate([bits, sample_bits(1, Use.BATCH, 0, np.arange(MANY), DRAWS)], axis=1))
 
 
 def test_flip_crop_and_cutout_are_drawn_independently_of_each_other() -> None:

@@ -35,11 +35,27 @@ def test_the_order_the_crops_and_the_batches_of_an_epoch_are_drawn_apart(monkeyp
     transform = train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 8}))
     for epoch in range(3):
         order.epoch_order(np.ones(50, np.int64), epoch, 0, 8, 50)
-        augment.sample_bits(0, epoch, np.arange(9))
+        for use in (Use.BATCH, Use.AUTO_AUGMENT, Use.ERASING, Use.JITTER):
+            augment.sample_bits(0, use, epoch, np.arange(9), 5)
         for sample in range(12):
             transform(np.zeros((9, 9, 3), np.uint8), (0, epoch, sample))
     monkeypatch.setattr(state.distributed, "rank", lambda: 0)
     state.seed_everything(0)
     monkeypatch.setattr(state.distributed, "rank", lambda: 1)
     state.seed_everything(0)
-    assert len(asked) == len(set(asked)) == 3 * (1 + 8 + 1 + 12) + 2
+    assert len(asked) == len(set(asked)) == 3 * (1 + 8 + 4 + 12) + 2
+
+
+def test_the_number_of_a_use_is_never_changed() -> None:
+    assert {use.name: use.value for use in Use} == {
+        "BLOCKS": 1,
+        "WINDOW": 2,
+        "CROP": 3,
+        "BATCH": 4,
+        "RANK": 5,
+        "HOLD_OUT": 6,
+        "AUTO_AUGMENT": 7,
+        "ERASING": 8,
+        "JITTER": 9,
+        "MIX": 10,
+    }

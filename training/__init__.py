@@ -4,6 +4,8 @@ The step
     step         a model and everything that trains it on one device, and the optimiser step
     ema          an average of the weights, evaluated beside them
     optim        parameter groups, optimisers, and schedules that count in steps
+    losses       cross-entropy and binary cross-entropy, of labels and of mixed targets
+    mixing       mixup and cutmix of a step's images and targets
     lr_curve     reading the curve of a learning rate range test
 
 What is kept
