@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -103,6 +103,7 @@ class RandAugment:
         return Choice(operations, np.where(signed[operations] & (bits[:, 1] >> 31 == 1), -magnitudes, magnitudes))
 
 
+@cache
 def torchvision_magnitudes(
     shear: float, shift_x: float, shift_y: float, turn: float, bits: int, colour: float = 0.99
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,14 @@ As in `stream/image_ops.py`: uint8 (N, H, W, 3) and float64 (N, K) on one device
 Reference: Pillow's ImageEnhance, ImageOps and `Image.transform`, as timm.data.auto_augment uses them.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from stream.augment import send
 from stream.image_ops import column, extremes, smooth, table_index, to_uint8
-
-TAPS = range(-1, 3)  # of a cubic curve, from the pixel at or before a place
 
 
 def blend(others: torch.Tensor, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -76,30 +76,26 @@ def affine(images: torch.Tensor, numbers: torch.Tensor, fill: tuple[int, ...], a
     a, b, c, d, e, f = numbers.view(count, 6, 1, 1).unbind(1)
     column, row = a * x + b * y + c, d * x + e * y + f
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    columns, across = _taps(column, width) if "x" in axes else ([column.long()], None)
-    rows, down = _taps(row, height) if "y" in axes else ([row.long()], None)
-    packed = F.pad(images, (0, 1)).view(torch.int32).view(count, -1)
+    columns, across = _taps(column, width) if "x" in axes else (column.long()[:, None], None)
+    rows, down = _taps(row, height) if "y" in axes else (row.long()[:, None], None)
+    packed = F.pad(images, (0, 1)).view(torch.int32).view(count, -1)  # a pixel is one number, so that it is found once
     lines = []
-    for row in rows:
-        found = [packed.gather(1, (row * width + column).view(count, -1)) for column in columns]
-        lines.append(_cubic([_unpack(pixels, images.shape) for pixels in found], across))
+    for line in torch.split(rows, 1, 1):
+        pixels = packed.gather(1, (line * width + columns).view(count, -1)).view(torch.uint8)
+        lines.append(_cubic(pixels.view(count, -1, height, width, 4)[..., :3].double().unbind(1), across))
     values = to_uint8(_cubic(lines, down))
     return torch.where(inside[..., None], values, send(np.array(fill, np.uint8), images.device))
 
 
-def _taps(place: torch.Tensor, side: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The four pixels around each place, clipped to the image, and the distance from the second, (N, H, W, 1)."""
+def _taps(place: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four pixels around each place, within the image, int64 (N, 4, H, W); how far it is from the second."""
     place = place - 0.5
     first = place.floor()
-    return [(first.long() + tap).clamp_(0, side - 1) for tap in TAPS], (place - first)[..., None]
+    taps = torch.arange(-1, 3, device=place.device).view(4, 1, 1)
+    return (first.long()[:, None] + taps).clamp_(0, side - 1), (place - first)[..., None]
 
 
-def _unpack(pixels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Pixels of 4 bytes -> float64 (N, H, W, 3)."""
-    return pixels.view(torch.uint8).view(*shape[:3], 4)[..., :3].double()
-
-
-def _cubic(values: list[torch.Tensor], distance: torch.Tensor | None) -> torch.Tensor:
+def _cubic(values: Sequence[torch.Tensor], distance: torch.Tensor | None) -> torch.Tensor:
     """The cubic curve through four values, at a distance of 0..1 from the second; without one, the only value."""
     if distance is None:
         return values[0]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from products import round_each_product
 from scipy import stats
 from torchvision.transforms import InterpolationMode, autoaugment
 from waiting import nothing_waits
@@ -56,8 +57,13 @@ def timms(image: torch.Tensor, name: str, magnitude: float, interpolation: str) 
     ],
 )
 def test_a_whole_policy_is_its_reference_with_the_same_draws(
-    policy: str, interpolation: str, reference: Callable[..., torch.Tensor], size: tuple[int, int]
+    policy: str,
+    interpolation: str,
+    reference: Callable[..., torch.Tensor],
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    round_each_product(monkeypatch)
     count = 200 if size[0] < 200 else 60
     batch, ids = images(count, *size), torch.arange(count)
     augment = AutoAugment.parse(policy, 3, interpolation)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from products import round_each_product
 from torchvision.transforms import InterpolationMode, autoaugment
 from waiting import nothing_waits
 
@@ -88,7 +89,10 @@ def magnitudes_of(name: str, wide: bool, height: int, width: int) -> np.ndarray:
     ("name", "interpolation"),
     [(name, "nearest") for name in TORCHVISION] + [(name, "bilinear") for name in GEOMETRIC],
 )
-def test_an_operation_is_torchvisions(name: str, interpolation: str, wide: bool, size: tuple[int, int]) -> None:
+def test_an_operation_is_torchvisions(
+    name: str, interpolation: str, wide: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_each_product(monkeypatch)
     images, magnitudes = batch(magnitudes_of(name, wide, *size), *size)
     found = done(torchvision_operations(interpolation)[name], images, magnitudes)
     mode = InterpolationMode(interpolation)
