@@ -49,6 +49,11 @@ class Config:
     eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size", least=1)
     crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
     cutout: int = flag("data", "side of the grey square that is put into each training image, pixels", 0, least=0)
+    auto_augment: str | None = flag("augmentation", "ta_wide (TrivialAugment), ra-n2-m9 (torchvision's RandAugment) or rand-m7-n2-mstd0.5-inc1 (timm's)", None)
+    random_erasing: float = flag("augmentation", "probability that a box of a training image is erased", 0.0, least=0, most=1)
+    color_jitter: str | None = flag("augmentation", "random brightness, contrast, saturation and hue: up to four shares such as 0.4,0.4,0.4,0.1", None, metavar="X,X,X,X")
+    mixup: float = flag("augmentation", "mix images of a step, with shares from Beta(X, X)", 0.0, least=0)
+    cutmix: float = flag("augmentation", "put boxes of other images of a step into each, with areas from Beta(X, X); with --mixup, one of both at random", 0.0, least=0)
     dummy_data: bool = flag("data", "imagenet1k: try everything on generated images in its schema; no token needed", False)
     cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept")
     cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept", above=0)
@@ -82,6 +87,9 @@ class Config:
     weight_decay: float = flag("training", "L2 penalty on weights (AdamW: decoupled)", FROM_PRESET, least=0)
     norm_weight_decay: float = flag("training", "the same on the parameters of norms", 0.0, least=0)
     bias_weight_decay: float = flag("training", "the same on biases", 0.0, least=0)
+    loss: str = flag("training", "cross-entropy, or binary cross-entropy for each class", "ce", choices=("ce", "bce"))
+    bce_threshold: float | None = flag("training", "bce: make targets above this 1 and the others 0", None, least=0, most=1)
+    class_weights: str | None = flag("training", "ce: weights of the classes, balanced or a file of a number a line", None)
     label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0, least=0, most=1)
     ema_decay: float | None = flag("training", "also average the weights, with up to this decay, and evaluate the average", None, above=0, most=1)
     ema_every: int = flag("training", "steps between updates of that average", 1, least=1)
@@ -153,6 +161,8 @@ class Config:
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
             (self.val_share and (self.val_split or self.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
+            (self.loss == "bce" and self.class_weights, "--class_weights are for --loss ce; leave them out"),
+            (self.loss == "ce" and self.bce_threshold is not None, "--bce_threshold goes with --loss bce"),
             (self.val_labels and self.dataset != "imagefolder", f"--val_labels goes with --dataset imagefolder, not with --dataset {self.dataset}"),
             (self.batch_size % self.streams, f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"),
         ):

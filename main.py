@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> None:
     data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
-    training = build_training(config, len(data.classes), device, len(data.train))
+    training = build_training(config, len(data.classes), device, len(data.train), data.train.dataset.all_labels)
     if snapshot is not None:
         _compare_data(snapshot, data, config)
     if config.evaluate:

@@ -19,10 +19,13 @@ import distributed
 from config import Config
 from errors import DataError, UsageError
 from stream import inventory
-from stream.augment import Augment
+from stream.augment import Augment, BatchAugment, Chain
+from stream.auto_augment import AutoAugment
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
+from stream.erasing import RandomErasing
 from stream.image_folders import open_image_folder
 from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
+from stream.jitter import ColorJitter
 from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset, load_cifar, load_digits, load_mnist
@@ -53,10 +56,24 @@ def eval_transform(config: Config) -> AlbumentationsAdapter:
     return AlbumentationsAdapter(SquareOfStrip(at_random=False), _resize_short_side(size), A.CenterCrop(size, size))
 
 
-def batch_augment(config: Config) -> Augment:
-    """What the device does to training batches: flips (not of numerals), padded crops (small sets), cutout."""
+def batch_augment(config: Config) -> Chain:
+    """What the device does to training batches: flips (not of numerals), padded crops (small sets), cutout; colour
+    jitter, automatic augmentation and erasing where asked for. Raises UsageError.
+    """
     padding = round(config.image_size / 8) if config.is_small else 0
-    return Augment(config.seed, flip=config.dataset not in ("digits", "mnist"), padding=padding, cutout=config.cutout)
+    flip = config.dataset not in ("digits", "mnist")
+    parts: list[BatchAugment] = [Augment(config.seed, flip=flip, padding=padding, cutout=config.cutout)]
+    try:
+        if config.color_jitter:
+            amounts = [float(part) for part in config.color_jitter.split(",")]
+            parts.append(ColorJitter(config.seed, *(amounts * 3 if len(amounts) == 1 else amounts)))
+        if config.auto_augment:
+            parts.append(AutoAugment.parse(config.auto_augment, config.seed))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--auto_augment or --color_jitter: {error}") from error
+    if config.random_erasing:
+        parts.append(RandomErasing(config.seed, config.random_erasing))
+    return Chain(tuple(parts))
 
 
 def _resize_short_side(size: int) -> A.SmallestMaxSize:

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> None:
     data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
     config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
-    training = build_training(config, len(data.classes), device)
+    training = build_training(config, len(data.classes), device, labels=data.train.dataset.all_labels)
     with open_run_folder(config, None, argv) as folder:
         stop = StopRequest.listening(data.train, data.val)
         lr = within_memory(training, config, lambda: search(config, data, training, folder, stop))
@@ -76,10 +76,11 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
     from training.step import train_step
 
     judges: list[Batch] = []
+    steps = count()
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         stop.check()
-        loss = mean_over_ranks(train_step(training, images, labels).loss)
+        loss = mean_over_ranks(train_step(training, images, labels, training.mix(next(steps), images)).loss)
         if not config.lr_val or not loss.isfinite():
             return loss
         return torch.tensor(evaluate(training, judges, stop)["val_loss"])

@@ -41,7 +41,9 @@ def train_epoch(run: Run) -> None:
     run.journal.start_epoch()
     for batch in batches_until(run.stop, loader, every_step=True):
         with run.journal.timed_step(batch):
-            numbers = train_step(run.training, batch.images, batch.labels)
+            numbers = train_step(
+                run.training, batch.images, batch.labels, run.training.mix(progress.step, batch.images)
+            )
             if run.training.ema is not None:
                 run.training.ema.update(run.training.model, progress.step + 1)
         run.journal.step(batch, numbers)

@@ -39,8 +39,8 @@ def calls(size: int, count: int, device: torch.device) -> dict[str, Call]:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     ids = torch.arange(count)
     floats = Normalize().to(device)(images)
-    labels, pairs = torch.arange(count, device=device) % CLASSES, partners(count, count).to(device)
-    mixup, cutmix = (Mixing(alpha, beta, CLASSES, 0, count) for alpha, beta in ((0.2, 0.0), (0.0, 1.0)))
+    labels, pairs = torch.arange(count, device=device) % CLASSES, partners(torch.arange(count, device=device), count)
+    mixup, cutmix = (Mixing(alpha, beta, 0, count) for alpha, beta in ((0.2, 0.0), (0.0, 1.0)))
 
     def mix(mixing: Mixing, step: int) -> object:
         drawn = mixing.draw(step, size, size)

@@ -1,6 +1,7 @@
 """Augmentation of whole batches on the device (crop, flip and cutout, drawn for each sample), and normalisation."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,24 @@ class Normalize(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+
+class BatchAugment(Protocol):
+    """Changes uint8 images (N, H, W, 3) on any device, with their ids (int64) on the host; they keep their size."""
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Augmentations, one after another."""
+
+    parts: tuple[BatchAugment, ...]
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        for part in self.parts:
+            images = part(images, ids, epoch)
+        return images
 
 
 @dataclass(frozen=True)

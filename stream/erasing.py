@@ -1,15 +1,33 @@
 """Random erasing of boxes for whole batches."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from stream.augment import below, sample_bits, send, unit
+from stream.augment import MEAN_COLOUR, below, sample_bits, send, unit
 from stream.seeds import Use
 
 SCALE = (0.02, 0.33)  # of an image's area
 RATIO = (0.3, 3.3)  # of height to width
 TRIES = 10
 DRAWS = 1 + 2 * TRIES + 2  # whether, areas and ratios, a place
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Erases a box of each image with `probability`: ImageNet's mean colour, to half a level what zeros are after it is
+    normalised.
+    """
+
+    seed: int
+    probability: float
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """uint8 images (N, H, W, 3) on any device, their `ids` (int64) on the host; returns new memory."""
+        height, width = images.shape[1:3]
+        found = boxes(self.seed, epoch, ids.numpy(), height, width, self.probability)
+        return erase(images, found, MEAN_COLOUR)
 
 
 def boxes(seed: int, epoch: int, ids: np.ndarray, height: int, width: int, p: float) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from errors import DataError
-from stream.augment import Augment
+from stream.augment import BatchAugment
 from stream.decode_pool import WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 from stream.source import ImageDataset
@@ -62,7 +62,7 @@ class Loader(ABC):
         train: bool,
         ranks: int = 1,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
-        augment: Augment | None = None,
+        augment: BatchAugment | None = None,
     ) -> None:
         self.dataset = dataset
         self.order = order

@@ -31,7 +31,7 @@ def batch(height: int, width: int, count: int = 6) -> tuple[torch.Tensor, torch.
 
 
 def mixed(mix: Mix, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = partners(len(labels), len(labels))
+    pairs = partners(torch.arange(len(labels)), len(labels))
     return mix.apply(images, images[pairs]), mix.targets(labels, labels[pairs], CLASSES)
 
 
@@ -77,7 +77,7 @@ def test_targets_are_timms(smoothing: float) -> None:
 
 def test_layout_type_and_input_are_kept() -> None:
     images = batch(8, 8)[0].contiguous(memory_format=torch.channels_last)
-    before, pairs = images.clone(), partners(6, 3)
+    before, pairs = images.clone(), partners(torch.arange(6), 3)
     for mix in (Mix(0.3), cut_mix(0.3, 2, 2, 8, 8)):
         out = mix.apply(images, images[pairs])
         assert out.is_contiguous(memory_format=torch.channels_last)
@@ -86,20 +86,18 @@ def test_layout_type_and_input_are_kept() -> None:
 
 
 def test_pairs_are_the_same_on_any_number_of_ranks() -> None:
-    whole = partners(24, 3)
-    assert partners(24, 24).tolist() == [23, *range(23)]
+    whole = partners(torch.arange(24), 3)
+    assert partners(torch.arange(24), 24).tolist() == [23, *range(23)]
     assert whole[:6].tolist() == [2, 0, 1, 5, 3, 4]
     assert whole.dtype == torch.int64
     for ranks in (2, 4, 8):
         share = 24 // ranks
-        parts = [partners(share, 3) + rank * share for rank in range(ranks)]
+        parts = [partners(torch.arange(share), 3) + rank * share for rank in range(ranks)]
         assert torch.equal(torch.cat(parts), whole)
-    with pytest.raises(ValueError, match="10 images cannot be cut into groups of 4"):
-        partners(10, 4)
 
 
 def test_one_of_the_two_is_drawn_for_a_step_each_as_often_with_its_own_beta() -> None:
-    mixing = Mixing(mixup=0.2, cutmix=1.0, classes=CLASSES, seed=5, group=4)
+    mixing = Mixing(mixup=0.2, cutmix=1.0, seed=5, group=4)
     found = [mixing.draw(step, 1000, 1000) for step in range(4000)]
     cut = np.array([mix.box is not None for mix in found])
     assert abs(cut.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(cut))
@@ -109,7 +107,7 @@ def test_one_of_the_two_is_drawn_for_a_step_each_as_often_with_its_own_beta() ->
 
 
 def test_boxes_have_the_shares_and_places_that_torchvision_draws() -> None:
-    ours = [Mixing(0, 1.0, CLASSES, 3, 4).draw(step, 40, 60) for step in range(3000)]
+    ours = [Mixing(0, 1.0, 3, 4).draw(step, 40, 60) for step in range(3000)]
     torch.manual_seed(0)
     theirs = [v2.CutMix(num_classes=2).make_params([torch.zeros(1, 3, 40, 60)]) for _ in range(3000)]
     assert stats.ks_2samp([mix.share for mix in ours], [found["lam_adjusted"] for found in theirs]).pvalue > 0.001
@@ -119,25 +117,25 @@ def test_boxes_have_the_shares_and_places_that_torchvision_draws() -> None:
 
 
 def test_a_mix_depends_on_seed_and_step_alone() -> None:
-    mixing = Mixing(0.2, 1.0, CLASSES, 1, 4)
+    mixing = Mixing(0.2, 1.0, 1, 4)
     assert [mixing.draw(step, 32, 32) for step in range(50)] == [mixing.draw(step, 32, 32) for step in range(50)]
     seen = {mixing.draw(step, 32, 32) for step in range(50)}
     assert len(seen) == 50
-    assert len(seen & {Mixing(0.2, 1.0, CLASSES, 2, 4).draw(step, 32, 32) for step in range(50)}) < 3  # same boxes
+    assert len(seen & {Mixing(0.2, 1.0, 2, 4).draw(step, 32, 32) for step in range(50)}) < 3  # same boxes
     sizes = [mixing.draw(step, 64, 64) for step in range(50)]
     assert [mix.box is None for mix in sizes] == [mixing.draw(step, 32, 32).box is None for step in range(50)]
 
 
 def test_either_can_be_left_out_and_not_both() -> None:
-    assert all(Mixing(0.2, 0, CLASSES, 0, 4).draw(step, 8, 8).box is None for step in range(50))
-    assert all(Mixing(0, 1.0, CLASSES, 0, 4).draw(step, 8, 8).box for step in range(50))
+    assert all(Mixing(0.2, 0, 0, 4).draw(step, 8, 8).box is None for step in range(50))
+    assert all(Mixing(0, 1.0, 0, 4).draw(step, 8, 8).box for step in range(50))
     for mixup, cutmix in ((0, 0), (-1, 1), (1, -0.1)):
         with pytest.raises(ValueError, match="positive alpha"):
-            Mixing(mixup, cutmix, CLASSES, 0, 4)
+            Mixing(mixup, cutmix, 0, 4)
 
 
 def test_a_release_of_numpy_that_changes_the_mixes_is_found_out() -> None:
-    shares = [Mixing(0.2, 0, CLASSES, 0, 4).draw(step, 224, 224).share for step in range(3)]
+    shares = [Mixing(0.2, 0, 0, 4).draw(step, 224, 224).share for step in range(3)]
     assert shares == pytest.approx([0.6070203014507705, 0.7166077230269637, 0.9999989653051776], rel=1e-9)
-    boxes = [Mixing(0, 1.0, CLASSES, 0, 4).draw(step, 224, 224).box for step in range(2)]
+    boxes = [Mixing(0, 1.0, 0, 4).draw(step, 224, 224).box for step in range(2)]
     assert boxes == [(0, 0, 106, 78), (0, 56, 87, 206)]

@@ -58,6 +58,7 @@ class Case:
     statistics_of_rank0: bool = False
 
 
+MIXED = {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "ta_wide", "random_erasing": 0.5, "color_jitter": "0.4"}
 CASES = {
     "plain": Case(),
     "float32": Case(dtype=torch.float32),
@@ -66,6 +67,8 @@ CASES = {
     "clipped, accumulated": Case({"max_grad_norm": CLIP, "accumulate_steps": 2}),
     "accumulated, counted": Case({"accumulate_steps": 2}, counted=True),
     "each for itself": Case(reduced=False),
+    "mixed": Case(MIXED | {"label_smoothing": 0.1}),
+    "mixed, bce": Case(MIXED | {"accumulate_steps": 2, "loss": "bce", "label_smoothing": 0.1}),
     "batch norm": Case({"accumulate_steps": 2}, batch_norm=True),
     "batch norm, as saved": Case({"accumulate_steps": 2}, batch_norm=True, statistics_of_rank0=True),
 }
@@ -139,10 +142,10 @@ def train_case(case: Case) -> Outcome:
         logits = model.eval()(training.normalize(images))
     model.train()
     losses, correct, gradients = [], [], []
-    for images, labels_of_step, _ in data.train:
+    for number, (images, labels_of_step, _) in enumerate(data.train):
         if case.statistics_of_rank0:
             distributed.copy_from_rank0(model.buffers())
-        numbers = step.train_step(training, images, labels_of_step)
+        numbers = step.train_step(training, images, labels_of_step, training.mix(number, images))
         losses.append(float(distributed.mean_over_ranks(numbers.loss)))
         correct.append(int(distributed.sum_over_ranks(numbers.correct.numpy())))
         gradients.append(copies((name, p.grad) for name, p in model.named_parameters() if p.grad is not None))
@@ -260,6 +263,15 @@ def test_ranks_do_not_scale_the_loss_the_gradients_or_the_weights(gangs: dict[in
 @pytest.mark.parametrize("world", [2, 4])
 def test_in_float32_ranks_differ_from_one_process_by_rounding_only(gangs: dict[int, Gang], world: int) -> None:
     assert_same_training(gangs[world]["float32"], gangs[1]["float32"], ROUNDED)
+
+
+@pytest.mark.parametrize("case", ["mixed", "mixed, bce"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_images_are_changed_and_mixed_alike_on_any_number_of_ranks(
+    gangs: dict[int, Gang], world: int, case: str
+) -> None:
+    assert_same_training(gangs[world][case], gangs[1][case], EXACT)
+    assert difference(gangs[1][case].weights, gangs[1]["plain"].weights) > 1e6 * EXACT
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -1,8 +1,14 @@
-"""Losses of classification, for labels and for mixed targets."""
+"""Losses of classification, for labels and for mixed targets, and the weights of classes in them."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from errors import UsageError
+from stream.files import read_small
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -27,10 +33,11 @@ class BinaryCrossEntropy(nn.Module):
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         classes = logits.shape[1]
         if target.ndim == 1:
-            target = torch.zeros(logits.shape, device=logits.device).scatter_(1, target[:, None], 1.0)
+            precision = torch.promote_types(logits.dtype, torch.float32)
+            target = torch.zeros(logits.shape, dtype=precision, device=logits.device).scatter_(1, target[:, None], 1.0)
         target = target * (1.0 - self.smoothing) + self.smoothing / classes
         if self.threshold is not None:
-            target = target.gt(self.threshold).float()
+            target = target.gt(self.threshold).to(target.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target, self.weight)
         return loss * classes if self.sum_classes else loss
 
@@ -56,3 +63,25 @@ def build_loss(
     if kind == "bce":
         return BinaryCrossEntropy(label_smoothing, bce_threshold, class_weights, sum_classes)
     raise ValueError(f"{kind!r} is no loss; there are ce and bce")
+
+
+def class_weights(source: str, labels: np.ndarray | None, classes: int) -> torch.Tensor:
+    """The weight of each class, float32 (classes,): `balanced`, or as a file tells them, a number a line.
+
+    Balanced weights are N / (classes x images of the class), as scikit-learn's; a class without images has none. Raises
+    UsageError.
+    """
+    if source == "balanced":
+        if labels is None:
+            raise UsageError("--class_weights balanced needs labels that can be read without the images; give a file")
+        counts = np.bincount(labels, minlength=classes)
+        return torch.from_numpy(np.where(counts, len(labels) / (classes * np.maximum(counts, 1)), 0.0)).float()
+    try:
+        weights = torch.tensor([float(line) for line in read_small(Path(source)).decode().split()])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--class_weights {source} cannot be read ({error}); give a number a line") from error
+    if weights.shape != (classes,) or not bool((weights.isfinite() & (weights >= 0)).all()) or not weights.any():
+        raise UsageError(
+            f"--class_weights {source} has {len(weights)} numbers for {classes} classes; give each one, none negative"
+        )
+    return weights

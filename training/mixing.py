@@ -28,10 +28,12 @@ class Mix:
         mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
         return mixed
 
-    def targets(self, labels: torch.Tensor, other_labels: torch.Tensor, classes: int) -> torch.Tensor:
-        """Labels int64 (N,) of the images and of their partners -> float32 (N, classes), each row with the sum 1."""
-        others = _one_hot(other_labels, classes).mul_(1.0 - self.share)
-        return others.add_(_one_hot(labels, classes).mul_(self.share))
+    def targets(
+        self, labels: torch.Tensor, other_labels: torch.Tensor, classes: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Labels int64 (N,) of the images and of their partners -> (N, classes), each row with the sum 1."""
+        others = _one_hot(other_labels, classes, dtype).mul_(1.0 - self.share)
+        return others.add_(_one_hot(labels, classes, dtype).mul_(self.share))
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,11 @@ class Mixing:
     """Draws a `Mix` for each step: mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), each in half of the steps.
 
     `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out, both 0 are a ValueError. Images
-    are mixed within `group` consecutive ones of a batch (see `partners`), with targets over `classes`.
+    are mixed within `group` consecutive ones of a batch, see `partners`.
     """
 
     mixup: float
     cutmix: float
-    classes: int
     seed: int
     group: int
 
@@ -71,16 +72,13 @@ def cut_mix(share: float, column: int, row: int, height: int, width: int) -> Mix
     return Mix(1.0 - (right - left) * (bottom - top) / (width * height), (left, top, right, bottom))
 
 
-def partners(count: int, group: int) -> torch.Tensor:
-    """int64 (count,): whom each image is mixed with, the one before it, and the first of a group with its last.
+def partners(batch: torch.Tensor, group: int) -> torch.Tensor:
+    """For each image or label (N, ...) the one that it is mixed with: the one before it, for a group's first its last.
 
-    With one stream's share of a global batch as `group`, pairs are the same on any number of ranks. Raises ValueError
-    when `group` does not divide `count`.
+    With one stream's share of a global batch as `group`, pairs are the same on any number of ranks.
     """
-    if count % group:
-        raise ValueError(f"{count} images cannot be cut into groups of {group}")
-    return torch.arange(count).view(-1, group).roll(1, 1).flatten()
+    return batch.reshape(-1, group, *batch.shape[1:]).roll(1, 1).flatten(0, 1)
 
 
-def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    return torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
+def _one_hot(labels: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(len(labels), classes, dtype=dtype, device=labels.device).scatter_(1, labels[:, None], 1.0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +22,8 @@ from stream.augment import Normalize
 from stream.explain import one_line_errors
 from stream.retry import Network, patiently
 from training.ema import EMA
+from training.losses import build_loss, class_weights
+from training.mixing import Mix, Mixing, partners
 from training.optim import build_optimizer, build_scaler
 from training.state import seed_everything
 
@@ -44,11 +47,16 @@ class Training:
     accumulate_steps: int
     max_grad_norm: float | None
     ema: EMA | None = None
+    mixing: Mixing | None = None
 
     @property
     def average(self) -> nn.Module | None:
         """The averaged model, if there is one."""
         return self.ema.module if self.ema else None
+
+    def mix(self, step: int, images: torch.Tensor) -> Mix | None:
+        """How to mix the images (N, H, W, 3) of the step after `step` steps, if they are mixed."""
+        return self.mixing.draw(step, *images.shape[1:3]) if self.mixing else None
 
     def autocast(self) -> torch.autocast:
         """The context of mixed precision, disabled without an `amp_dtype`."""
@@ -62,13 +70,23 @@ def _pretrained(source: str, classes: int, patience: float, options: Mapping[str
         return patiently(lambda: load_pretrained_resnet50(source, classes, **options), network, source, at_start=True)
 
 
-def build_training(config: Config, classes: int, device: torch.device, steps_per_epoch: int = 1) -> Training:
+def build_training(
+    config: Config,
+    classes: int,
+    device: torch.device,
+    steps_per_epoch: int = 1,
+    labels: Callable[[], np.ndarray | None] = lambda: None,
+) -> Training:
     """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
 
-    An average of the weights copies them while the learning rate warms up, which `steps_per_epoch` tells.
-
-    Raises UsageError for an unknown model, DataError when pretrained weights are unavailable.
+    An average of the weights copies them while the learning rate warms up, which `steps_per_epoch` tells; balanced
+    class weights are those of the training `labels`. Raises UsageError for an unknown model and for settings that do
+    not fit together, DataError when pretrained weights are unavailable.
     """
+    mixing, weights = _mixing(config), None
+    if config.class_weights:
+        weights = class_weights(config.class_weights, labels(), classes)
+    criterion = build_loss(config.loss, classes, config.label_smoothing, config.bce_threshold, weights)
     torch.manual_seed(config.seed)
     options = {name: getattr(config, name) for name in ("drop_path", "blurpool", "zero_init_gamma")}
     if config.use_pretrained:
@@ -116,7 +134,7 @@ def build_training(config: Config, classes: int, device: torch.device, steps_per
         model=model,
         ddp=ddp,
         normalize=normalize,
-        criterion=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        criterion=criterion.to(device),
         optimizer=optimizer,
         scaler=build_scaler(device, dtype),
         device=device,
@@ -124,7 +142,21 @@ def build_training(config: Config, classes: int, device: torch.device, steps_per
         accumulate_steps=config.accumulate_steps,
         max_grad_norm=config.max_grad_norm,
         ema=ema,
+        mixing=mixing,
     )
+
+
+def _mixing(config: Config) -> Mixing | None:
+    """Raises UsageError where a stream gives a batch one image, which has none to be mixed with."""
+    if not config.mixup and not config.cutmix:
+        return None
+    group = config.batch_size // config.streams
+    if group < 2:
+        raise UsageError(
+            f"--mixup and --cutmix mix the images of a stream, and of {config.streams} streams a batch of "
+            f"{config.batch_size} has {group} each; use fewer --streams or a larger --batch_size"
+        )
+    return Mixing(config.mixup, config.cutmix, config.seed, group)
 
 
 def _device_name(device: torch.device) -> str:
@@ -153,18 +185,27 @@ class StepNumbers(NamedTuple):
     skipped: torch.Tensor
 
 
-def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor) -> StepNumbers:
-    """One optimiser step on uint8 images (N, H, W, 3) and int64 labels (N,), both on the device."""
+def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None) -> StepNumbers:
+    """One optimiser step on uint8 images (N, H, W, 3) and int64 labels (N,), both on the device.
+
+    Of mixed images those count as correct that are taken for the class of their own label.
+    """
     parts = training.accumulate_steps
     loss_sum = torch.zeros((), device=training.device)
     correct = torch.zeros((), dtype=torch.int64, device=training.device)
     training.optimizer.zero_grad(set_to_none=True)
-    for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), 1):
+    chunks = [tensor.chunk(parts) for tensor in (images, labels, *_partners(training, mix, images, labels))]
+    for part, (x, y, *other) in enumerate(zip(*chunks, strict=True), 1):
         local = part < parts and isinstance(training.ddp, DistributedDataParallel)
         with training.ddp.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             with training.autocast():
-                logits = training.ddp(training.normalize(x))
-                loss = training.criterion(logits, y) / parts
+                inputs = training.normalize(x)
+                if mix is not None:
+                    inputs = mix.apply(inputs, training.normalize(other[0]))
+                logits = training.ddp(inputs)
+                precision = torch.promote_types(logits.dtype, torch.float32)
+                target = y if mix is None else mix.targets(y, other[1], logits.shape[1], precision)
+                loss = training.criterion(logits, target) / parts
             training.scaler.scale(loss).backward()
         loss_sum += loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()
@@ -172,6 +213,13 @@ def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor) -
         training.scaler.unscale_(training.optimizer)
         nn.utils.clip_grad_norm_(training.model.parameters(), training.max_grad_norm)
     return StepNumbers(loss_sum, correct, _apply(training))
+
+
+def _partners(training: Training, mix: Mix | None, *batch: torch.Tensor) -> list[torch.Tensor]:
+    """The images and labels that those of a batch are mixed with; none if they are not."""
+    if mix is None or training.mixing is None:
+        return []
+    return [partners(part, training.mixing.group) for part in batch]
 
 
 def _apply(training: Training) -> torch.Tensor:
