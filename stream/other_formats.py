@@ -3,8 +3,10 @@
 They are on this machine before the first image is read, and read image by image.
 """
 
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from stream.columns import LABEL_NAME, find_image_column, find_label_column, lab
 from stream.data_files import READABLE, is_table
 from stream.explain import one_line_errors
 from stream.files import read_small
-from stream.folders import class_of, is_image, split_of, suffix_of
+from stream.folders import is_image, layout_of, suffix_of
 from stream.hub import DOWNLOADS, Listing, open_files
 from stream.labels import Naming, consecutive, distinct, require_classes, unwrapped
 from stream.outside import OutsideImages
@@ -124,10 +126,10 @@ def open_other(
         raise DataError(f"the files of {source} are {kinds}, such as {every[0]}, which cannot be read; {READABLE}")
     downloaded = [f"{source} was downloaded whole before it is read"] if listing.commit else []
     if not tables:
-        found = _images(source, listing, split, network)
+        found = _images(source, listing, network)
         if not found:
             raise DataError(f"the zips of {source}, such as {images[0]}, have no images in them; {READABLE}")
-        return _from_folders(source, found[first_split(source, split, found)], listing.commit, downloaded)
+        return _from_folders(source, found, split, listing, network, downloaded)
     names = listing.splits[first_split(source, split, listing.splits)]
     files = open_files(source, listing, [name for name in names if name in tables], False, network)
     if len(files.names) < len(names):
@@ -149,28 +151,30 @@ def first_split(source: str, wanted: list[str], splits: dict[str, Any]) -> str:
 
 # ---- folders and zips ------------------------------------------------------------------------------------------------
 
-Image = tuple[str, Callable[[], bytes]]  # its path from the top of the dataset, and what reads it
+
+@dataclass(frozen=True)
+class Image:
+    """The path of an image from the top of the dataset, the file to open and what reads it, and the split it is in."""
+
+    path: str
+    file: str
+    split: str
+    read: Callable[[], bytes] | None = None  # out of a zip
 
 
-def _images(source: str, listing: Listing, wanted: list[str], network: Network) -> dict[str, list[Image]]:
-    """The images of the first wanted split, or of every split where there are zips: folders in them may tell splits."""
-    looked_at = listing.splits
-    if not any(suffix_of(name) == "zip" for names in looked_at.values() for name in names):
-        split = first_split(source, wanted, looked_at)
-        looked_at = {split: looked_at[split]}
-    splits: dict[str, list[Image]] = {}
-    for split, names in looked_at.items():
-        used = [name for name in names if is_image(name) or suffix_of(name) == "zip"]
-        files = open_files(source, listing, used, False, network) if used else None
-        for path in files.names if files else ():
-            told = path.removeprefix(files.root) if files else path
-            if suffix_of(path) != "zip":
-                splits.setdefault(split, []).append((told, _reader(Path(path))))
-                continue
-            with one_line_errors(source, path):
-                for member, read in _members(Path(path)):
-                    splits.setdefault(split_of(member) or split, []).append((f"{told}/{member}", read))
-    return splits
+def _images(source: str, listing: Listing, network: Network) -> list[Image]:
+    """The images of all splits, sorted by path; those in zips too, which are downloaded for that."""
+    root = "" if listing.commit else os.path.join(os.path.realpath(source), "")
+    found = []
+    for split, names in listing.splits.items():
+        found += [Image(name.removeprefix(root), name, split) for name in names if is_image(name)]
+        zips = [name for name in names if suffix_of(name) == "zip"]
+        files = open_files(source, listing, zips, False, network).names if zips else []
+        for name, file in zip(zips, files, strict=True):
+            with one_line_errors(source, name):
+                told = name.removeprefix(root)
+                found += [Image(f"{told}/{path}", file, split, read) for path, read in _members(Path(file))]
+    return sorted(found, key=lambda image: image.path)
 
 
 def _reader(path: Path) -> Callable[[], bytes]:
@@ -183,7 +187,7 @@ def _reader(path: Path) -> Callable[[], bytes]:
     return read
 
 
-def _members(path: Path) -> Iterator[Image]:
+def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """The images in a zip."""
     archive = zipfile.ZipFile(path)
     for member in archive.infolist():
@@ -198,25 +202,48 @@ def _members(path: Path) -> Iterator[Image]:
             yield member.filename, read
 
 
-def _from_folders(source: str, images: Sequence[Image], revision: str | None, notes: list[str]) -> ImageTable:
-    found = [
-        (path, read, class_of(path.replace(".zip/", "/"))) for path, read in sorted(images, key=lambda image: image[0])
-    ]
-    used = [(path, read, name) for path, read, name in found if name is not None]
-    if not used:
-        example = found[0][0]
+def _from_folders(
+    source: str, images: Sequence[Image], wanted: list[str], listing: Listing, network: Network, notes: list[str]
+) -> ImageTable:
+    """The images of the first wanted split, which folders tell unless the listing tells several."""
+    layout = layout_of([image.path for image in images])
+    by_folder = layout.split_level is not None and sum(map(bool, listing.splits.values())) == 1
+    splits: dict[str, list[Image]] = {}
+    outside = []
+    for image in images:
+        split = layout.split_of(image.path) if by_folder else image.split
+        if split is None:
+            outside.append(image.path)
+        else:
+            splits.setdefault(split, []).append(image)
+    chosen = splits[first_split(source, wanted, splits)]
+    classes = [layout.class_of(image.path) for image in chosen]
+    found = [(image, name) for image, name in zip(chosen, classes, strict=True) if name is not None]
+    if not found or not any(layout.class_of(image.path) not in (None, found[0][1]) for image in images):
         raise DataError(
-            f"the files of {source} are .{suffix_of(example)} images without labels, such as {example}; put them in a "
-            f"folder for each class and use --dataset imagefolder --data_dir {source}"
+            f"the files of {source} are .{suffix_of(chosen[0].path)} images without labels, such as {chosen[0].path}; "
+            f"put them in a folder for each class and use --dataset imagefolder --data_dir {source}"
         )
-    naming = distinct({name for _, _, name in used}, "the folders")
+    outside += [image.path for image, name in zip(chosen, classes, strict=True) if name is None]
+    if outside:
+        some = ", ".join(outside[:EXAMPLES])
+        notes = [*notes, f"{len(outside):,} images in no class's folder were passed over ({some})"]
+    naming = distinct({name for _, name in found}, "the folders")
     numbers = {name: number for number, name in enumerate(naming.names)}
-    labels = np.array([numbers[name] for _, _, name in used], np.int64)
-    if len(used) < len(found):
-        some = ", ".join([path for path, _, name in found if name is None][:EXAMPLES])
-        notes = [*notes, f"{len(found) - len(used):,} images in no class's folder were passed over ({some})"]
-    notes = [*notes, naming.note]
-    return ImageTable(naming.names, labels, lambda row: used[row][1](), lambda row: used[row][0], notes, revision)
+    labels = np.array([numbers[name] for _, name in found], np.int64)
+    readers = _readers(source, [image for image, _ in found], listing, network)
+    notes = [*notes, f"{naming.note}, as {found[0][1]} in {found[0][0].path}"]
+    return ImageTable(
+        naming.names, labels, lambda row: readers[row](), lambda row: found[row][0].path, notes, listing.commit
+    )
+
+
+def _readers(source: str, images: Sequence[Image], listing: Listing, network: Network) -> list[Callable[[], bytes]]:
+    """What reads each image; those on the Hub that are not in zips are downloaded for that."""
+    alone = [image.file for image in images if image.read is None]
+    files = open_files(source, listing, alone, False, network).names if alone else []
+    paths = dict(zip(alone, files, strict=True))
+    return [image.read or _reader(Path(paths[image.file])) for image in images]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
