@@ -127,6 +127,11 @@ def _matching(base: str, patterns: Mapping[Any, list[str]], kind: Sequence[str])
     return splits
 
 
+def search_mixed(base: str) -> Splits:
+    """The files of data where those of one split are mostly of another kind than those of the next."""
+    return search(base, KINDS[:3]) or chosen_files(base, search(base, KINDS[-1:]), freely=True) or search(base)
+
+
 def saved_splits(folder: Path) -> Splits:
     """The Arrow files of a folder that `save_to_disk` of `datasets` wrote; nothing if it is none. Raises ValueError."""
     if (folder / "dataset_dict.json").is_file():

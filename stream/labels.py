@@ -14,6 +14,9 @@ from errors import DataError
 MANY = 50  # distinct texts: so many in fewer than twice as many rows are captions or names of files rather than classes
 
 
+NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")  # the text of a whole number; 007 and 1.0 are names
+
+
 @dataclass(frozen=True)
 class Naming:
     """The names of classes, and how labels are stored.

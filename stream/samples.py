@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from stream.clutter import is_clutter
 from stream.folders import IMAGES, class_name, suffix_of
+from stream.labels import NUMBER
 
 TEXTS = ("cls", "class", "label", "target")
 LABELS = (*TEXTS, "json", "txt")
@@ -178,12 +178,12 @@ def _told(value: Any) -> Any:
 
 
 def _checked(value: Any) -> int | str | None:
-    """A label that may be a list of one or a number in text. Raises ValueError."""
+    """A label that may be a list of one, a number in text or, as 1.0, a whole number. Raises ValueError."""
     if isinstance(value, list) and len(value) == 1:
         return _checked(value[0])
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,19}", value):
+    if (isinstance(value, str) and NUMBER.fullmatch(value)) or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     if isinstance(value, str) and len(value) > LARGEST_NAME:
         raise ValueError(f"{value[:40]!r}... is longer than a class's name")
