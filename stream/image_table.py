@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import xxhash
 
-from stream.picks import places
+from stream.labels import numbers_in
 
 FILES_READ = 256  # for the fingerprint
 
@@ -41,8 +41,8 @@ class ImageTable:
         return ImageTable(self.classes, self._labels, self._read_image, self._name_of, self.notes, self.revision, taken)
 
     def with_classes(self, classes: Sequence[str]) -> "ImageTable":
-        """The same samples, whose labels count the classes in this order; it has all of their names."""
-        labels = places(classes, self.classes)[self._labels]
+        """The same samples, whose labels count the classes in this order; it has the names of all that are there."""
+        labels = numbers_in(classes, self.classes)[self._labels]
         return ImageTable([*classes], labels, self._read_image, self._name_of, self.notes, self.revision, self._rows)
 
     def inventory(self) -> dict[str, tuple[int, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -56,7 +57,7 @@ def unwrapped(column: Any) -> Any:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         lengths = pc.list_value_length(column)
         if pc.any(pc.not_equal(lengths, 1)).as_py():
-            raise ValueError(f"a row has {pc.max(lengths).as_py()} labels, and one is needed")
+            raise ValueError(f"a row has {lengths.filter(pc.not_equal(lengths, 1))[0]} labels, and one is needed")
         return unwrapped(pc.list_element(column, 0))
     if pa.types.is_dictionary(kind):
         return unwrapped(column.cast(kind.value_type))
@@ -65,13 +66,23 @@ def unwrapped(column: Any) -> Any:
     return column
 
 
-def consecutive(low: int, high: int, rows: int, what: str) -> Naming | None:
-    """Classes for whole numbers from `low` to `high` in so many rows, if they count from 0 or from 1; else None.
+def no_class(where: str, label: int | str | None) -> DataError:
+    """The error for a label that is none."""
+    return DataError(
+        f"{where} has the label {label}, which is no class: a split without labels, such as the Hub's test split, is "
+        "of no use here; give another split"
+    )
 
-    With a label below 0, which is that of no class, there are none.
-    """
-    if low < 0:
-        return Naming([])
+
+def check_range(where: str, *labels: Any) -> None:
+    """Raise DataError for numbers that are not those of any class."""
+    for label in labels:
+        if isinstance(label, int) and not 0 <= label < 2**63:
+            raise no_class(where, label)
+
+
+def consecutive(low: int, high: int, rows: int, what: str) -> Naming | None:
+    """Classes for whole numbers from `low` to `high` in so many rows, if they count from 0 or from 1; else None."""
     if low == 0 and high < rows:
         names = [str(number) for number in range(high + 1)]
         return Naming(names, note=f"classes are the numbers 0 to {high} of {what}")
@@ -82,15 +93,10 @@ def consecutive(low: int, high: int, rows: int, what: str) -> Naming | None:
 
 
 def distinct(values: Iterable[int | str], what: str) -> Naming:
-    """A class for each of these values, sorted: as numbers if all are, or are texts of, whole numbers.
-
-    With a number below 0, which is the label of no class, there are none.
-    """
+    """A class for each of these values, sorted: as numbers if all are, or are texts of, whole numbers."""
     found = set(values)
     if any(isinstance(value, str) for value in found):
         found = {str(value) for value in found}
-    elif any(value < 0 for value in found if isinstance(value, int)):
-        return Naming([])
     numeric = all(re.fullmatch("-?[0-9]+", str(value)) for value in found)
     order: list[Any] = sorted(found, key=lambda value: (int(value), str(value)) if numeric else value)
     kind = "strings" if any(isinstance(value, str) for value in found) else "numbers"
@@ -120,6 +126,12 @@ def first_difference(classes: Sequence[str], others: Sequence[str], renamed: boo
         if ours != theirs and (moved(ours) or not renamed):
             return f"class {number} is {ours or 'none'} there and {theirs or 'none'} here"
     return None
+
+
+def numbers_in(classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """The number (int64) in `classes` of each name, -1 for one that is not there."""
+    found = {name: number for number, name in enumerate(classes)}
+    return np.array([found.get(name, -1) for name in names], np.int64)
 
 
 def reordered(classes: Sequence[str], others: Sequence[str]) -> Naming | None:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,7 +19,7 @@ from stream.explain import one_line_errors
 from stream.folders import suffix_of
 from stream.hub import DOWNLOADS, Listing
 from stream.image_table import ImageTable
-from stream.labels import NUMBER, Naming, consecutive, distinct, require_classes, unwrapped
+from stream.labels import NUMBER, Naming, consecutive, distinct, no_class, require_classes, unwrapped
 from stream.outside import OutsideImages
 from stream.ranges import Files
 from stream.retry import first_line, in_threads
@@ -43,11 +44,6 @@ def open_tables(
             known |= Features.from_dict(listing.features)
     image = find_image_column(known, columns[0], source)
     label = find_label_column(known, columns[1], image, source)
-    with one_line_errors(source):
-        naming = _name_classes(source, known, label, table, columns[1] is not None)
-        labels = np.asarray(naming.numbers(unwrapped(table[label])).fill_null(-1), np.int64)
-    if not len(labels) or not 0 <= labels.min() <= labels.max() < len(naming.names):
-        raise DataError(f"{source} has rows without a label, or none at all, in column {label}; give another split")
     ends = np.cumsum([len(part) for part in tables])
     outside = OutsideImages(source, files, image)
 
@@ -66,6 +62,16 @@ def open_tables(
         file, number = place(row)
         return f"{files.names[file].removeprefix(files.root)} row {number}"
 
+    with one_line_errors(source):
+        stored = unwrapped(table[label])
+        if len(stored) == stored.null_count:
+            raise DataError(f"{source} has no labels in column {label}; give another split")
+        for row in _no_labels(stored):
+            raise no_class(name(row), stored[row].as_py())
+        naming = _name_classes(source, known, label, stored, columns[1] is not None)
+        labels = np.asarray(naming.numbers(stored), np.int64)
+    for row in np.flatnonzero(labels >= len(naming.names))[:1].tolist():
+        raise no_class(name(row), int(labels[row]))
     if listing.commit is not None:  # what the tables name is downloaded now, and not in the midst of training
 
         def fetch(row: int) -> None:
@@ -129,17 +135,28 @@ def _typed(table: pa.Table, wanted: tuple[str | None, str | None]) -> pa.Table:
     return table
 
 
-def _name_classes(source: str, known: Features, column: str, table: pa.Table, chosen: bool) -> Naming:
-    feature, labels = label_feature(known[column]), unwrapped(table[column])
+def _no_labels(labels: Any) -> list[int]:
+    """The first row that has no label, or a number that is not that of any class, if there is one."""
+    wrong = pc.is_null(labels)
+    if pa.types.is_signed_integer(labels.type):
+        wrong = pc.or_(wrong, pc.fill_null(pc.less(labels, 0), False))
+    elif pa.types.is_uint64(labels.type):
+        wrong = pc.or_(wrong, pc.fill_null(pc.greater(labels, pa.scalar(2**63 - 1, pa.uint64())), False))
+    row = pc.index(wrong, True).as_py()
+    return [] if row < 0 else [row]
+
+
+def _name_classes(source: str, known: Features, column: str, labels: Any, chosen: bool) -> Naming:
+    feature = label_feature(known[column])
     if isinstance(feature, ClassLabel) and feature.names:
         names = list(feature.names)
         return Naming(names) if pa.types.is_integer(labels.type) else Naming(names, pa.array(names))
-    values, what = labels.drop_null(), f"column {column}"
+    what = f"column {column}"
     naming = None
-    if pa.types.is_integer(labels.type) and len(values):
-        ends = pc.min_max(values).as_py()
+    if pa.types.is_integer(labels.type):
+        ends = pc.min_max(labels).as_py()
         naming = consecutive(ends["min"], ends["max"], len(labels), what)
-    naming = naming or distinct(values.unique().to_pylist(), what)
+    naming = naming or distinct(labels.unique().to_pylist(), what)
     if not chosen and not LABEL_NAME.search(column):
         require_classes(naming, len(labels), f"{what} of {source}", "choose another with --label_column")
     return naming

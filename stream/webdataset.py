@@ -19,7 +19,7 @@ from errors import DataError
 from stream.explain import one_line_errors
 from stream.folders import IMAGES, Layout, layout_of
 from stream.footers import Keep
-from stream.labels import Naming, consecutive, distinct, require_classes
+from stream.labels import Naming, check_range, consecutive, distinct, require_classes
 from stream.parquet import Block
 from stream.ranges import Files
 from stream.retry import in_threads
@@ -232,6 +232,8 @@ class TarShards:
             if num_classes is not None and len(naming.names) > num_classes:
                 raise DataError(f"{self._source} has {len(naming.names):,} classes; give no --num_classes")
             return naming
+        for name, shard in zip(self._files.names, self._shards, strict=True):
+            check_range(name, shard.low)
         known = [(shard.low, shard.high) for shard in self._shards if shard.low is not None and shard.high is not None]
         low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
         if num_classes is not None:

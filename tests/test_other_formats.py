@@ -244,7 +244,7 @@ def test_a_table_without_labels_or_with_paths_outside_is_refused(tmp_path: Path)
     path.write_text("file,species\nimages/00.jpg,NA\nimages/01.jpg,None\n")
     assert open_set(tmp_path / "set").classes == ["NA", "None"]
     path.write_text("file,species\nimages/00.jpg,cat\nimages/01.jpg,\n")
-    assert "rows without a label" in refusal(tmp_path / "set")
+    assert "train.csv row 1 has the label None" in refusal(tmp_path / "set")
 
 
 def test_an_image_that_is_missing_or_damaged_is_counted_and_not_waited_for(tmp_path: Path) -> None:
