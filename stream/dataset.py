@@ -173,7 +173,7 @@ class HuggingFaceImageNetDataset:
         return part
 
     def with_classes(self, classes: Sequence[str]) -> "HuggingFaceImageNetDataset":
-        """The same samples, whose labels count the classes in this order; it has the names of all that are there."""
+        """The same samples, whose labels count the classes in this order; those that have a sample are among them."""
         part = copy.copy(self)
         part.classes = [*classes]
         numbers = numbers_in(classes, self.classes)

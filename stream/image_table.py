@@ -41,7 +41,7 @@ class ImageTable:
         return ImageTable(self.classes, self._labels, self._read_image, self._name_of, self.notes, self.revision, taken)
 
     def with_classes(self, classes: Sequence[str]) -> "ImageTable":
-        """The same samples, whose labels count the classes in this order; it has the names of all that are there."""
+        """The same samples, whose labels count the classes in this order; those that have a sample are among them."""
         labels = numbers_in(classes, self.classes)[self._labels]
         return ImageTable([*classes], labels, self._read_image, self._name_of, self.notes, self.revision, self._rows)
 

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from errors import DataError
+from stream.source import ImageDataset
 
 MANY = 50  # distinct texts: so many in fewer than twice as many rows are captions or names of files rather than classes
 
 
+CLASSES_TOLD = "classes are the "  # in the note of a naming
 NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")  # the text of a whole number; 007 and 1.0 are names
 
 
@@ -85,10 +87,10 @@ def consecutive(low: int, high: int, rows: int, what: str) -> Naming | None:
     """Classes for whole numbers from `low` to `high` in so many rows, if they count from 0 or from 1; else None."""
     if low == 0 and high < rows:
         names = [str(number) for number in range(high + 1)]
-        return Naming(names, note=f"classes are the numbers 0 to {high} of {what}")
+        return Naming(names, note=f"{CLASSES_TOLD}numbers 0 to {high} of {what}")
     if low == 1 and high <= rows:
         names = [str(number) for number in range(1, high + 1)]
-        return Naming(names, first=1, note=f"labels count from 1: classes are the numbers 1 to {high} of {what}")
+        return Naming(names, first=1, note=f"labels count from 1: {CLASSES_TOLD}numbers 1 to {high} of {what}")
     return None
 
 
@@ -100,8 +102,17 @@ def distinct(values: Iterable[int | str], what: str) -> Naming:
     numeric = all(re.fullmatch("-?[0-9]+", str(value)) for value in found)
     order: list[Any] = sorted(found, key=lambda value: (int(value), str(value)) if numeric else value)
     kind = "strings" if any(isinstance(value, str) for value in found) else "numbers"
-    note = f"classes are the {len(order):,} distinct {kind} of {what}"
+    note = f"{CLASSES_TOLD}{len(order):,} distinct {kind} of {what}"
     return Naming([str(value) for value in order], pa.array(order), note=note)
+
+
+def without_images(dataset: ImageDataset) -> list[str]:
+    """The classes of which a set has no image; none where its labels cannot be read without its images."""
+    labels = dataset.all_labels()
+    if labels is None:
+        return []
+    there = np.bincount(labels, minlength=len(dataset.classes))
+    return [name for name, count in zip(dataset.classes, there.tolist(), strict=True) if not count]
 
 
 def require_classes(naming: Naming, rows: int, what: str, fix: str) -> None:

@@ -54,7 +54,7 @@ class LocalDataset:
         return LocalDataset(images, self.all_labels()[ids], self.classes, self.root, self.notes)
 
     def with_classes(self, classes: Sequence[str]) -> "LocalDataset":
-        """The same samples, whose labels count the classes in this order; it has the names of all that are there."""
+        """The same samples, whose labels count the classes in this order; those that have a sample are among them."""
         numbers = numbers_in(classes, self.classes)
         return LocalDataset(self.images, numbers[self.all_labels()], classes, self.root, self.notes)
 
