@@ -183,7 +183,9 @@ def read_labels(file: Path, names: Sequence[str]) -> dict[str, str]:
             f"--val_labels {file} has {len(lines):,} lines for {len(names):,} images; it needs a label a line, in the "
             "order of the file names, or a table of file name and class"
         )
-    labels = [line.strip() for line in lines]
+    labels = [row[0].strip() if len(row) == 1 else line.strip() for row, line in zip(table, lines, strict=False)]
+    if len(table) < len(lines) or not all(labels):
+        raise DataError(f"--val_labels {file} has a quote that does not end, or an empty label; mend it")
     if all(label.isdecimal() for label in labels):
         synsets = _synsets(file.parent / "meta.mat")
         labels = [synsets.get(int(label), label) for label in labels]

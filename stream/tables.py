@@ -39,6 +39,7 @@ def open_tables(
         table = pa.concat_tables(tables, promote_options="permissive")
         if any(suffix_of(path) in SEPARATORS for path in files.names):
             table = _typed(table, columns)
+        table = _whole(table, columns[1])
         known = Features.from_arrow_schema(table.schema)
         if listing.features and {*listing.features} <= {*known}:
             known |= Features.from_dict(listing.features)
@@ -132,6 +133,15 @@ def _typed(table: pa.Table, wanted: tuple[str | None, str | None]) -> pa.Table:
         elif name != wanted[1] and not LABEL_NAME.search(name):
             with contextlib.suppress(pa.ArrowInvalid):
                 table = table.set_column(place, name, table[name].cast(pa.float64()))
+    return table
+
+
+def _whole(table: pa.Table, wanted: str | None) -> pa.Table:
+    """A table with numbers such as 1.0, as json may write labels, as whole ones where they may be labels."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_floating(field.type) and (field.name == wanted or LABEL_NAME.search(field.name)):
+            with contextlib.suppress(pa.ArrowInvalid):
+                table = table.set_column(place, field.name, table[field.name].cast(pa.int64()))
     return table
 
 

@@ -334,3 +334,19 @@ def test_a_table_of_one_row_beside_one_image_is_read(tmp_path: Path, where: str)
         dataset = open_set(tmp_path, split)
         assert dataset.classes == classes
         assert dataset.read(0)[0] == IMAGES["00"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([1.0, 0.0, 1], ["0", "1"]), ([1.5, 0, 1], None), ([1.0, None, 0.0], None)]
+)
+def test_a_whole_number_in_json_may_be_written_with_a_point(
+    tmp_path: Path, labels: list[Any], classes: list[str] | None
+) -> None:
+    in_a_folder(tmp_path)
+    lines = [json.dumps({"image": f"images/0{row}.jpg", "label": label}) for row, label in enumerate(labels)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    if classes is None:
+        assert refusal(tmp_path)
+    else:
+        dataset = open_set(tmp_path)
+        assert (dataset.classes, dataset.all_labels().tolist()) == (classes, labels)
