@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _regrouped(base: str, splits: Splits) -> Splits:
         for split, names in splits.items()
     ):
         return splits
-    every = _matching(base, {"train": ["**"]}, KINDS[-1])
+    every = _every_image(base)
     by_folder = any(split_of(folder) for name in every["train"] for folder in _below(base, name).split("/")[:-1])
     complete = sorted(name for names in default.values() for name in names) == sorted(every["train"])
     return default if complete and not by_folder else every
@@ -109,12 +109,32 @@ def search(base: str, kinds: Sequence[Sequence[str]] = KINDS) -> Splits:
     try:
         patterns = get_data_patterns(base)
     except EmptyDatasetError:
-        return {}
+        return _every_image(base) if KINDS[-1] in kinds else {}
     for kind in kinds:
         splits = _matching(base, patterns, kind)
         if any(splits.values()):
             return _regrouped(base, splits) if kind == KINDS[-1] else splits
     return {}
+
+
+def _every_image(base: str) -> Splits:
+    """All images and zips below `base` as one split; of a folder here, those behind links to folders too."""
+    if base.startswith("hf://"):
+        return _matching(base, {"train": ["**"]}, KINDS[-1])
+    names = sorted(path for path in _files_below(base) if suffix_of(path) in KINDS[-1])
+    return {"train": [path for path in names if not is_clutter(_below(base, path))]}
+
+
+def _files_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_below(entry.path, above | {real})
+            else:
+                yield entry.path
 
 
 def _matching(base: str, patterns: Mapping[Any, list[str]], kind: Sequence[str]) -> Splits:

@@ -77,6 +77,7 @@ def layout_of(paths: Iterable[str]) -> Layout:
 
     Classes are the first folders behind those that all images share and those of the splits, whatever they are called:
     train/cat/siamese/1.jpg is a cat. A folder that images lie in directly is passed by only if it is or holds a split.
+    Splits may lie in the classes, too, as in cat/train/1.jpg.
     Raises DataError where a folder may be a split or a class.
     """
     every = {_folders(path) for path in paths}
@@ -91,6 +92,8 @@ def layout_of(paths: Iterable[str]) -> Layout:
         level += 1
     if split_level is None and _are_splits(every, level):
         return Layout(level, level + 1)
+    if split_level is None and _are_splits(every, level + 1) and all(len(folders) > level + 1 for folders in every):
+        return Layout(level + 1, level)
     return Layout(split_level, level)
 
 

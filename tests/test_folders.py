@@ -1,5 +1,6 @@
 """What folders tell is read by their structure and not by their names, whoever reads them."""
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ SETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "years": {"train2017/cat/1.jpg": ("train", "cat"), "val2017/cat/1.jpg": ("validation", "cat")},
     "a test split without classes": {"train/cat/1.jpg": ("train", "cat"), "test/1.jpg": ("test", None)},
     "splits without classes": {"train/1.jpg": ("train", None), "test/1.jpg": ("test", None)},
+    "splits in classes": {
+        "cat/train/1.jpg": ("train", "cat"),
+        "cat/val/1.jpg": ("validation", "cat"),
+        "dog/train/1.jpg": ("train", "dog"),
+    },
+    "classes with a folder called as a split": {"cat/train/1.jpg": (None, "cat"), "dog/1.jpg": (None, "dog")},
     "points": {"./cat/1.jpg": (None, "cat"), "./dog/1.jpg": (None, "dog")},
     "zip in a wrapper": {
         "archive.zip/w/train/cat/1.jpg": ("train", "cat"),
@@ -236,3 +243,20 @@ def test_accents_are_the_same_name_however_a_system_writes_them(tmp_path: Path) 
     assert train.classes == val.classes == ["caf\u00e9", "tea"]
     for names in (["train"], ["validation"]):
         assert HuggingFaceImageNetDataset.open(str(tmp_path), split=names).classes == train.classes
+
+
+@pytest.mark.parametrize("linked", ["train/cat", "train"])
+def test_links_to_folders_are_followed_and_those_that_lead_back_are_not(tmp_path: Path, linked: str) -> None:
+    write_folders(tmp_path / "made", "")
+    shutil.copytree(tmp_path / "made", tmp_path / "set")
+    shutil.rmtree(tmp_path / "set" / linked)
+    (tmp_path / "set" / linked).symlink_to(tmp_path / "made" / linked)
+    (tmp_path / "set" / "val" / "cat" / "back").symlink_to(tmp_path / "set")
+    dataset = HuggingFaceImageNetDataset.open(str(tmp_path / "set"), split=["train"])
+    assert content(dataset) == {data: name.split("/")[1] for name, data in FILES.items() if name.startswith("train")}
+    for name in ("train", "val"):
+        shutil.rmtree(tmp_path / "set" / name) if name == "val" or linked != "train" else None
+        (tmp_path / "set" / name).unlink(missing_ok=True)
+        (tmp_path / "set" / name).symlink_to(tmp_path / "made" / name)
+    dataset = HuggingFaceImageNetDataset.open(str(tmp_path / "set"), split=["validation"])
+    assert len(dataset) == 10

@@ -204,6 +204,15 @@ def test_a_shard_of_images_in_folders_has_these_for_classes(tmp_path: Path) -> N
     assert dataset._shards.name(dataset.blocks[0], 0) == "train-0.tar key ./train/cat/0"
 
 
+def test_names_that_are_no_utf_8_are_refused_as_classes_and_shown_as_they_can_be_otherwise(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", *pairs("\udce9{}.jpg", "\udce9{}.cls"))
+    dataset = open_set(folder)
+    check(dataset, SORTED, NAMES)
+    assert dataset._shards.name(dataset.blocks[0], 1) == "train-0.tar key \ufffd1"
+    write(folder, ("caf\udce9/1.jpg", JPEGS[0]), ("tea/1.jpg", JPEGS[1]))
+    assert "the name of the folder b'caf\\xe9' is not UTF-8; rename it" in refusal(folder)
+
+
 def test_a_set_without_samples_is_told_by_a_member_and_the_suffixes(tmp_path: Path) -> None:
     images = [(f"{row}.jpg", JPEGS[0]) for row in range(4)]
     folder = write(tmp_path / "set", *images, ("a.npy", b"1"), ("b", b"2"))
