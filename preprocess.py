@@ -26,7 +26,7 @@ from stream.erasing import RandomErasing
 from stream.image_folders import open_image_folder
 from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
 from stream.jitter import ColorJitter
-from stream.labels import first_difference
+from stream.labels import CLASSES_TOLD, NUMBER, first_difference, without_images
 from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset, load_cifar, load_digits, load_mnist
 from stream.order import epoch_order
@@ -208,7 +208,10 @@ def _open_sets(
         names = _sampled(train, config.max_samples)
         told = "unknown how many" if names is None else f"{len(names):,}"
         notes.append(f"a sample of {len(train):,} training images, of {told} of the {len(train.classes):,} classes")
-    return train, val, window, list(dict.fromkeys([*train.notes, *val.notes, *notes]))
+    elif getattr(train, "revision", None) is None and (absent := without_images(train)):
+        notes.append(f"no image of {len(absent)} of the {len(train.classes):,} classes: {_few(absent)}")
+    told_of_val = [note for note in val.notes if CLASSES_TOLD not in note]  # training's classes are what counts
+    return train, val, window, list(dict.fromkeys([*train.notes, *told_of_val, *notes]))
 
 
 def _agree(
@@ -226,6 +229,9 @@ def _agree(
     trained, validated = {*train.classes}, {*val.classes}
     lacking = [name for name in train.classes if name not in validated]
     unknown = [name for name in val.classes if name not in trained]
+    if all(map(NUMBER.fullmatch, unknown)):  # numbers up to the highest that is there
+        absent = {*without_images(val)} if unknown else set()
+        unknown = [name for name in unknown if name not in absent]
     if unknown:
         raise DataError(
             f"validation in {where} has the class {unknown[0]}, which training has not (it has {_few(train.classes)}); "

@@ -9,7 +9,9 @@ What is read
     outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
     samples      which members of a tar shard make a sample
-    other_formats sets in other forms, which are downloaded first and read image by image
+    other_formats sets in other forms, which are downloaded first: folders and zips of images, or tables
+    tables       Arrow, csv and json files of images or their paths
+    image_table  images that are read one by one
     local        images in memory or in files: digits, CIFAR
     image_folders which files of a folder are images, and of which class
     synthetic    generated images to try things on

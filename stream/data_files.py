@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patte
 
 from stream.clutter import is_clutter
 from stream.files import read_small
-from stream.folders import IMAGES, class_of, is_image, suffix_of
+from stream.folders import IMAGES, is_image, layout_of, split_of, suffix_of
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "json")
@@ -53,8 +53,37 @@ def chosen_files(base: str, found: Mapping[Any, Sequence[Any]], freely: bool) ->
         return splits
     if not names:
         return search(base) or splits
-    if all(is_image(name) for name in names) and len({class_of(_below(base, name)) for name in names} - {None}) < 2:
-        return search(base, (TABLES,)) or splits
+    if all(suffix_of(name) in KINDS[-1] for name in names):
+        return _labelled(base, _regrouped(base, splits))
+    return splits
+
+
+def _regrouped(base: str, splits: Splits) -> Splits:
+    """All images and zips below `base` as one split, of which their folders tell more, instead of `splits`.
+
+    `datasets` goes by words in the names of folders, and classes may be called so. Only what the set's card tells is
+    kept, and what the names of the files themselves tell of each where no folder is called as a split.
+    """
+    seen = {suffix_of(name) for names in splits.values() for name in names}
+    default = _matching(base, get_data_patterns(base), KINDS[-1])
+    if any(
+        {*names} != {name for name in default.get(split, ()) if suffix_of(name) in seen}
+        for split, names in splits.items()
+    ):
+        return splits
+    every = _every_image(base)
+    by_folder = any(split_of(folder) for name in every["train"] for folder in _below(base, name).split("/")[:-1])
+    complete = sorted(name for names in default.values() for name in names) == sorted(every["train"])
+    return default if complete and not by_folder else every
+
+
+def _labelled(base: str, splits: Splits) -> Splits:
+    """A table where there is one and the folders of the images tell no classes."""
+    names = [_below(base, name) for names in splits.values() for name in names]
+    if all(map(is_image, names)):
+        layout = layout_of(names)
+        if len({layout.class_of(name) for name in names} - {None}) < 2:
+            return search(base, (TABLES,)) or splits
     return splits
 
 
@@ -80,16 +109,47 @@ def search(base: str, kinds: Sequence[Sequence[str]] = KINDS) -> Splits:
     try:
         patterns = get_data_patterns(base)
     except EmptyDatasetError:
-        return {}
+        return _every_image(base) if KINDS[-1] in kinds else {}
     for kind in kinds:
-        suffixes = [f".{suffix}" for name in kind for suffix in (name, name.upper())]
-        splits: Splits = {}
-        for split, names in patterns.items():
-            files = map(str, DataFilesList.from_patterns(names, base, suffixes))
-            splits[str(split)] = [path for path in files if not is_clutter(_below(base, path))]
+        splits = _matching(base, patterns, kind)
         if any(splits.values()):
-            return splits
+            return _regrouped(base, splits) if kind == KINDS[-1] else splits
     return {}
+
+
+def _every_image(base: str) -> Splits:
+    """All images and zips below `base` as one split; of a folder here, those behind links to folders too."""
+    if base.startswith("hf://"):
+        return _matching(base, {"train": ["**"]}, KINDS[-1])
+    names = sorted(path for path in _files_below(base) if suffix_of(path) in KINDS[-1])
+    return {"train": [path for path in names if not is_clutter(_below(base, path))]}
+
+
+def _files_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_below(entry.path, above | {real})
+            else:
+                yield entry.path
+
+
+def _matching(base: str, patterns: Mapping[Any, list[str]], kind: Sequence[str]) -> Splits:
+    """The files below `base` with these suffixes, in the splits of these patterns."""
+    suffixes = [f".{suffix}" for name in kind for suffix in (name, name.upper())]
+    splits: Splits = {}
+    for split, names in patterns.items():
+        files = map(str, DataFilesList.from_patterns(names, base, suffixes))
+        splits[str(split)] = list(dict.fromkeys(path for path in files if not is_clutter(_below(base, path))))
+    return splits
+
+
+def search_mixed(base: str) -> Splits:
+    """The files of data where those of one split are mostly of another kind than those of the next."""
+    return search(base, KINDS[:3]) or chosen_files(base, search(base, KINDS[-1:]), freely=True) or search(base)
 
 
 def saved_splits(folder: Path) -> Splits:

@@ -20,6 +20,7 @@ from stream.data_files import in_blocks, is_tar
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
 from stream.images import UnreadableImage, decode
+from stream.labels import no_class, numbers_in
 from stream.other_formats import first_split, open_other
 from stream.parquet import Block, ParquetShards
 from stream.picks import classes_within, fair_sample, places, spread
@@ -152,9 +153,13 @@ class HuggingFaceImageNetDataset:
         if not self._shards.tells_labels:
             return None
         blocks, rows = self.locate(np.arange(len(self)))
-        parts = in_threads(
-            lambda number: self._shards.labels(self.blocks[number]), range(len(self.blocks)), LABEL_THREADS
-        )
+
+        def read(block: Block) -> np.ndarray:
+            labels = self._shards.labels(block)
+            self._check_labels(block, labels.min(), labels.max())
+            return labels
+
+        parts = in_threads(read, self.blocks, LABEL_THREADS)
         starts = np.cumsum([0, *(block.rows for block in self.blocks[:-1])])
         return self._numbered(np.concatenate(list(parts))[starts[blocks] + rows])
 
@@ -168,10 +173,10 @@ class HuggingFaceImageNetDataset:
         return part
 
     def with_classes(self, classes: Sequence[str]) -> "HuggingFaceImageNetDataset":
-        """The same samples, whose labels count the classes in this order; it has all of their names."""
+        """The same samples, whose labels count the classes in this order; those that have a sample are among them."""
         part = copy.copy(self)
         part.classes = [*classes]
-        numbers = places(classes, self.classes)
+        numbers = numbers_in(classes, self.classes)
         part._numbers = numbers if self._numbers is None else numbers[self._numbers]
         return part
 
@@ -300,10 +305,7 @@ class HuggingFaceImageNetDataset:
     def _check_labels(self, block: Block, low: int | None, high: int | None) -> None:
         for label in (low, high):
             if label is None or not 0 <= label < len(self._shards.classes):
-                raise DataError(
-                    f"{self._files.names[block.file]} has the label {label}, which is no class: a split without "
-                    "labels, such as the Hub's test split, is of no use here; give another split"
-                )
+                raise no_class(self._files.names[block.file], label)
 
 
 def _store_of(source: str, cache: Cache | None) -> FileStore:

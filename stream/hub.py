@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from errors import DataError, UsageError
 from stream.cache import FileStore
-from stream.data_files import READABLE, chosen_files, saved_splits, search, suffixes_below
+from stream.data_files import READABLE, chosen_files, saved_splits, search, search_mixed, suffixes_below
 from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.ranges import FileInfo, Files, HubFiles, LocalFiles, compare_digest, read_if_there
@@ -29,6 +29,7 @@ from stream.retry import Attempt, Network, WrongAnswer, attempt, first_line, in_
 
 T = TypeVar("T")
 COMMIT = re.compile("[0-9a-f]{40}")
+MIXED = "Couldn't infer the same data file format"  # what `datasets` says where splits have different files
 PATHS_A_CALL = 500
 DOWNLOADS = 8
 
@@ -138,9 +139,11 @@ def _ask_datasets(source: str, commit: str | None, configuration: str | None) ->
     base = os.path.realpath(source) if commit is None else f"hf://datasets/{source}@{commit}"
     try:
         builder = datasets.load_dataset_builder(source, configuration, revision=commit)
-    except ValueError:
-        _check_configuration(source, commit, configuration)
-        raise
+    except ValueError as error:
+        if configuration is not None or MIXED not in str(error):
+            _check_configuration(source, commit, configuration)
+            raise
+        features, found = None, search_mixed(base)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         features, found = None, search(base)
         if passing_cause(error):

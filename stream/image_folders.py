@@ -10,7 +10,7 @@ from pathlib import Path
 from errors import DataError
 from stream.clutter import is_clutter
 from stream.files import read_small
-from stream.folders import split_of
+from stream.folders import class_name, layout_of
 from stream.formats import IMAGE_SUFFIXES, SIGNATURE_BYTES, is_image
 from stream.local import LocalDataset
 
@@ -45,8 +45,9 @@ def _open_splits(
             raise DataError(
                 f"{folder / split} has no class folders; --data_dir needs train/ and val/ with a folder a class"
             )
-        splits = any(split_of(f"{part.name}/") and _class_folders(part) for part in _class_folders(folder))
-        if not whole or splits:
+        inner = [f"{part.name}/{sub.name}/" for part in _class_folders(folder) for sub in _class_folders(part)]
+        layout = layout_of([*inner, *(f"{part.name}/" for part in _class_folders(folder))])
+        if not whole or (inner and layout.split_level == 0):
             raise DataError(
                 f"{folder / split} is not a folder of class folders; --data_dir needs train/ and val/ with a folder a "
                 "class, or with --val_share 0.1, which holds out a part for validation, a folder a class; "
@@ -73,10 +74,12 @@ def _class_folders(folder: Path) -> list[Path]:
 def _open(folder: Path) -> LocalDataset:
     """A folder with a folder for each class; those without an image are no classes. Raises DataError."""
     passed_over = Counter[str]()
-    found = {part.name: list(_images(part, passed_over)) for part in _class_folders(folder)}
+    found: dict[str, list[Path]] = {}
+    for part in _class_folders(folder):
+        found.setdefault(class_name(part.name), []).extend(_images(part, passed_over))
     beside = sum(path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() for path in folder.iterdir())
     empty = [name for name, paths in found.items() if not paths]
-    classes = [name for name, paths in found.items() if paths]
+    classes = sorted(name for name, paths in found.items() if paths)
     if not classes:
         fix = "give their labels with --val_labels FILE" if beside else "put a folder of images for each class there"
         raise DataError(f"{folder} has {'images but ' if beside else ''}no images in class folders; {fix}")
@@ -180,7 +183,9 @@ def read_labels(file: Path, names: Sequence[str]) -> dict[str, str]:
             f"--val_labels {file} has {len(lines):,} lines for {len(names):,} images; it needs a label a line, in the "
             "order of the file names, or a table of file name and class"
         )
-    labels = [line.strip() for line in lines]
+    labels = [row[0].strip() if len(row) == 1 else line.strip() for row, line in zip(table, lines, strict=False)]
+    if len(table) < len(lines) or not all(labels):
+        raise DataError(f"--val_labels {file} has a quote that does not end, or an empty label; mend it")
     if all(label.isdecimal() for label in labels):
         synsets = _synsets(file.parent / "meta.mat")
         labels = [synsets.get(int(label), label) for label in labels]

@@ -12,7 +12,17 @@ from stream.chunks import Chunks
 from stream.columns import LABEL_NAME, TEXT, kind_of, label_feature
 from stream.explain import one_line_errors
 from stream.footers import FOOTER_THREADS
-from stream.labels import Naming, consecutive, distinct, first_difference, reordered, require_classes, unwrapped
+from stream.labels import (
+    Naming,
+    check_range,
+    consecutive,
+    distinct,
+    first_difference,
+    no_class,
+    reordered,
+    require_classes,
+    unwrapped,
+)
 from stream.retry import in_threads
 
 
@@ -47,6 +57,7 @@ class LabelColumn:
 
         Raises DataError if a file has a class that is not among them, or if there is no label.
         """
+        self._check_footers()
         feature = label_feature(known[self._name])
         if isinstance(feature, ClassLabel) and feature.names:
             self.namings = self._compared(list(feature.names), from_card)
@@ -90,6 +101,20 @@ class LabelColumn:
             raise DataError(f"{self._chunks.files.names[file]} has no column {self._name}; mend or remove the file")
         return found[0]
 
+    def _check_footers(self) -> None:
+        """Refuse the labels of no class that the footers tell of: numbers below 0, and none at all beside others."""
+        for file, footer in enumerate(self._chunks.footers):
+            name, leaf = self._chunks.files.names[file], self.leaves[file]
+            numbers = footer.schema.column(leaf).physical_type in ("INT32", "INT64")
+            for group in range(footer.num_row_groups):
+                statistics = self._chunks.column(file, group, leaf).statistics
+                if statistics is None or not statistics.has_min_max:
+                    continue
+                if numbers:
+                    check_range(name, statistics.min)
+                if statistics.has_null_count and statistics.null_count:
+                    raise no_class(name, None)
+
     def _counted(self) -> Naming | None:
         """Classes for whole numbers that count from 0 or 1, if the footers tell that these do."""
         low, high, rows = [], [], 0
@@ -107,13 +132,18 @@ class LabelColumn:
         return consecutive(min(low), max(high), rows, f"column {self._name}") if low else None
 
     def _collected(self) -> Naming:
-        """Classes for the distinct labels of all files."""
+        """Classes for the distinct labels of all files. Raises DataError for one that is no class."""
         footers, what = self._chunks.footers, f"column {self._name}"
-        parts = in_threads(self.stored, range(len(footers)), FOOTER_THREADS)
-        found = {value for part in parts for value in pc.unique(part).to_pylist() if value is not None}
+        parts = list(in_threads(self.stored, range(len(footers)), FOOTER_THREADS))
+        values = [pc.unique(part).to_pylist() for part in parts]
+        found = {value for part in values for value in part if value is not None}
         rows = sum(footer.num_rows for footer in footers)
         if rows and not found:
             raise DataError(f"{self._source} has no labels in {what}, as the Hub's test splits; give another split")
+        for name, part in zip(self._chunks.files.names, values, strict=True):
+            check_range(name, *part)
+            if None in part:
+                raise no_class(name, None)
         naming = distinct(found, what)
         if not self._chosen and not LABEL_NAME.search(self._name):
             require_classes(naming, rows, f"{what} of {self._source}", "choose another with --label_column")

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from errors import DataError
+from stream.source import ImageDataset
 
 MANY = 50  # distinct texts: so many in fewer than twice as many rows are captions or names of files rather than classes
+
+
+CLASSES_TOLD = "classes are the "  # in the note of a naming
+NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")  # the text of a whole number; 007 and 1.0 are names
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def unwrapped(column: Any) -> Any:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         lengths = pc.list_value_length(column)
         if pc.any(pc.not_equal(lengths, 1)).as_py():
-            raise ValueError(f"a row has {pc.max(lengths).as_py()} labels, and one is needed")
+            raise ValueError(f"a row has {lengths.filter(pc.not_equal(lengths, 1))[0]} labels, and one is needed")
         return unwrapped(pc.list_element(column, 0))
     if pa.types.is_dictionary(kind):
         return unwrapped(column.cast(kind.value_type))
@@ -62,37 +68,51 @@ def unwrapped(column: Any) -> Any:
     return column
 
 
-def consecutive(low: int, high: int, rows: int, what: str) -> Naming | None:
-    """Classes for whole numbers from `low` to `high` in so many rows, if they count from 0 or from 1; else None.
+def no_class(where: str, label: int | str | None) -> DataError:
+    """The error for a label that is none."""
+    return DataError(
+        f"{where} has the label {label}, which is no class: a split without labels, such as the Hub's test split, is "
+        "of no use here; give another split"
+    )
 
-    With a label below 0, which is that of no class, there are none.
-    """
-    if low < 0:
-        return Naming([])
+
+def check_range(where: str, *labels: Any) -> None:
+    """Raise DataError for numbers that are not those of any class."""
+    for label in labels:
+        if isinstance(label, int) and not 0 <= label < 2**63:
+            raise no_class(where, label)
+
+
+def consecutive(low: int, high: int, rows: int, what: str) -> Naming | None:
+    """Classes for whole numbers from `low` to `high` in so many rows, if they count from 0 or from 1; else None."""
     if low == 0 and high < rows:
         names = [str(number) for number in range(high + 1)]
-        return Naming(names, note=f"classes are the numbers 0 to {high} of {what}")
+        return Naming(names, note=f"{CLASSES_TOLD}numbers 0 to {high} of {what}")
     if low == 1 and high <= rows:
         names = [str(number) for number in range(1, high + 1)]
-        return Naming(names, first=1, note=f"labels count from 1: classes are the numbers 1 to {high} of {what}")
+        return Naming(names, first=1, note=f"labels count from 1: {CLASSES_TOLD}numbers 1 to {high} of {what}")
     return None
 
 
 def distinct(values: Iterable[int | str], what: str) -> Naming:
-    """A class for each of these values, sorted: as numbers if all are, or are texts of, whole numbers.
-
-    With a number below 0, which is the label of no class, there are none.
-    """
+    """A class for each of these values, sorted: as numbers if all are, or are texts of, whole numbers."""
     found = set(values)
     if any(isinstance(value, str) for value in found):
         found = {str(value) for value in found}
-    elif any(value < 0 for value in found if isinstance(value, int)):
-        return Naming([])
     numeric = all(re.fullmatch("-?[0-9]+", str(value)) for value in found)
     order: list[Any] = sorted(found, key=lambda value: (int(value), str(value)) if numeric else value)
     kind = "strings" if any(isinstance(value, str) for value in found) else "numbers"
-    note = f"classes are the {len(order):,} distinct {kind} of {what}"
+    note = f"{CLASSES_TOLD}{len(order):,} distinct {kind} of {what}"
     return Naming([str(value) for value in order], pa.array(order), note=note)
+
+
+def without_images(dataset: ImageDataset) -> list[str]:
+    """The classes of which a set has no image; none where its labels cannot be read without its images."""
+    labels = dataset.all_labels()
+    if labels is None:
+        return []
+    there = np.bincount(labels, minlength=len(dataset.classes))
+    return [name for name, count in zip(dataset.classes, there.tolist(), strict=True) if not count]
 
 
 def require_classes(naming: Naming, rows: int, what: str, fix: str) -> None:
@@ -117,6 +137,12 @@ def first_difference(classes: Sequence[str], others: Sequence[str], renamed: boo
         if ours != theirs and (moved(ours) or not renamed):
             return f"class {number} is {ours or 'none'} there and {theirs or 'none'} here"
     return None
+
+
+def numbers_in(classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """The number (int64) in `classes` of each name, -1 for one that is not there."""
+    found = {name: number for number, name in enumerate(classes)}
+    return np.array([found.get(name, -1) for name in names], np.int64)
 
 
 def reordered(classes: Sequence[str], others: Sequence[str]) -> Naming | None:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from errors import DataError
 from stream.files import read_small
 from stream.images import EncodedImage, UnreadableImage
-from stream.picks import places
+from stream.labels import numbers_in
 
 FILES_READ = 256
 
@@ -56,8 +56,8 @@ class LocalDataset:
         return LocalDataset(images, self.all_labels()[ids], self.classes, self.root, self.notes)
 
     def with_classes(self, classes: Sequence[str]) -> "LocalDataset":
-        """The same samples, whose labels count the classes in this order; it has all of their names."""
-        numbers = places(classes, self.classes)
+        """The same samples, whose labels count the classes in this order; those that have a sample are among them."""
+        numbers = numbers_in(classes, self.classes)
         return LocalDataset(self.images, numbers[self.all_labels()], classes, self.root, self.notes)
 
     def name(self, sample_id: int) -> str:

@@ -17,7 +17,7 @@ from stream.columns import find_image_column, find_label_column
 from stream.explain import one_line_errors
 from stream.footers import Keep
 from stream.label_column import LabelColumn, features_of
-from stream.labels import unwrapped
+from stream.labels import no_class, unwrapped
 from stream.outside import USUAL_BYTES, OutsideImages, as_binary, find_leaves, may_lie_outside, part, rows_outside
 from stream.ranges import Files
 
@@ -119,13 +119,15 @@ class ParquetShards:
         return found
 
     def labels(self, block: Block) -> np.ndarray:
-        """The labels of a block (int64), -1 where there is none. Of a file, the labels alone are fetched, once.
+        """The labels of a block (int64). Of a file, the labels alone are fetched, once.
 
-        Raises DataError.
+        Raises DataError, also where a row has none.
         """
         stored = self._labels.stored(block.file).slice(self._first_row(block), block.rows)
         with one_line_errors(self._source, self._files.names[block.file]):
-            return np.asarray(self._labels.namings[block.file].numbers(stored).fill_null(-1), np.int64)
+            if stored.null_count:
+                raise no_class(self._files.names[block.file], None)
+            return np.asarray(self._labels.namings[block.file].numbers(stored), np.int64)
 
     def name(self, block: Block, row: int) -> str:
         """A row of a block in words: its file, and its number in that from 0 on."""

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream.clutter import is_clutter
-from stream.folders import IMAGES, class_of, suffix_of
+from stream.folders import IMAGES, class_name, suffix_of
+from stream.labels import NUMBER
 
 TEXTS = ("cls", "class", "label", "target")
 LABELS = (*TEXTS, "json", "txt")
@@ -45,7 +45,7 @@ class Sample:
     key: str
     image: tarfile.TarInfo
     labels: tuple[tarfile.TarInfo, ...]
-    folder: str | None = None  # its name is the label where nothing else tells one
+    folder: str | None = None  # that it lies in, if that is what tells its class
 
 
 def uncompressed(data: bytes | memoryview) -> bytes | memoryview:
@@ -80,7 +80,7 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
 
     As in webdataset, members of one name up to its first dot are one sample. Where that would give a sample several
     images of different names (keys may have dots), what is behind the key is the known suffixes at the end. Where no
-    member tells labels, and the images lie in several folders, these are their classes.
+    member tells the label of an image, their folders may.
     """
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     passed = []
@@ -90,9 +90,7 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
             passed.append(member.name)
         else:
             groups.setdefault(f"{folder}{slash}{base.partition('.')[0]}", {})[member.name] = member
-    if samples := _in_folders([member for group in groups.values() for member in group.values()]):
-        used = {sample.image.name for sample in samples}
-        return samples, [member.name for member in members if member.name not in used]
+    samples: list[Sample] = []
     for stem, group in groups.items():
         parts = {stem: group}
         if sum(suffix_of(name) in IMAGES for name in group) > 1:
@@ -103,19 +101,21 @@ def samples_of(members: Sequence[tarfile.TarInfo]) -> tuple[list[Sample], list[s
                 passed += part
             else:
                 samples.append(sample)
+    if not samples:
+        samples = _in_folders([member for group in groups.values() for member in group.values()])
+        used = {sample.image.name for sample in samples}
+        passed = [member.name for member in members if member.name not in used]
     return samples, passed
 
 
 def _in_folders(members: Sequence[tarfile.TarInfo]) -> list[Sample]:
-    """The samples of a shard of images in a folder for each class; none where it is no such shard."""
-    if any(suffix_of(member.name) in (*TEXTS, "json") for member in members):
-        return []
-    images = [member for member in members if suffix_of(member.name) in IMAGES]
-    classes = [class_of(member.name) for member in images]
-    if len({*classes} - {None}) < 2:
-        return []
-    found = zip(images, classes, strict=True)
-    return [Sample(image.name.rpartition(".")[0], image, (), name) for image, name in found if name is not None]
+    """The images that lie in folders. Raises DataError for a folder whose name is no text."""
+    images = [
+        member for member in members if suffix_of(member.name) in IMAGES and "/" in member.name.removeprefix("./")
+    ]
+    return [
+        Sample(image.name.rpartition(".")[0], image, (), class_name(image.name.rpartition("/")[0])) for image in images
+    ]
 
 
 def _by_key(members: dict[str, tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
@@ -178,12 +178,12 @@ def _told(value: Any) -> Any:
 
 
 def _checked(value: Any) -> int | str | None:
-    """A label that may be a list of one or a number in text. Raises ValueError."""
+    """A label that may be a list of one, a number in text or, as 1.0, a whole number. Raises ValueError."""
     if isinstance(value, list) and len(value) == 1:
         return _checked(value[0])
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,19}", value):
+    if (isinstance(value, str) and NUMBER.fullmatch(value)) or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     if isinstance(value, str) and len(value) > LARGEST_NAME:
         raise ValueError(f"{value[:40]!r}... is longer than a class's name")
@@ -192,6 +192,11 @@ def _checked(value: Any) -> int | str | None:
     if isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**63):
         return value
     raise ValueError(f"{str(value)[:40]} is no number or name of a class")
+
+
+def as_text(name: str) -> str:
+    """A member's name, of which bytes that are no UTF-8 are replaced."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def described(names: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ class ImageDataset(Protocol):
         """The samples with these sorted ids (int64)."""
 
     def with_classes(self, classes: Sequence[str]) -> "ImageDataset":
-        """The same samples, whose labels count these classes; all of their own are among them."""
+        """The same samples, whose labels count these classes; all that have a sample are among them."""
 
     def reader(self, ids: np.ndarray) -> Reader:
         """A reader for these samples (int64), given in the order in which they will be used."""

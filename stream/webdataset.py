@@ -3,25 +3,27 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from tqdm import tqdm
 
 import distributed
 from errors import DataError
 from stream.explain import one_line_errors
-from stream.folders import IMAGES
+from stream.folders import IMAGES, Layout, layout_of
 from stream.footers import Keep
-from stream.labels import Naming, consecutive, distinct, require_classes
+from stream.labels import Naming, check_range, consecutive, distinct, require_classes
 from stream.parquet import Block
 from stream.ranges import Files
 from stream.retry import in_threads
-from stream.samples import Sample, content, described, label_of, members_of, samples_of, uncompressed
+from stream.samples import Sample, as_text, content, described, label_of, members_of, samples_of, uncompressed
 
 INDEX_THREADS = 4
 HEAD = 4  # bytes of the length of what is kept of a shard first
@@ -32,6 +34,8 @@ EXAMPLES = 3  # names of members that are told
 class Shard:
     """A tar file's size in bytes, its number of samples and, if it was read, their smallest and largest label or their
     distinct names, how many members were passed over with some of their names, and what these have for suffixes.
+
+    Where nothing but the folders of images tells classes, `folders` has the number of samples in each.
     """
 
     size: int
@@ -42,6 +46,7 @@ class Shard:
     passed: int = 0
     examples: list[str] = field(default_factory=list)
     suffixes: str = ""
+    folders: dict[str, int] = field(default_factory=dict)
 
 
 class TarShards:
@@ -62,10 +67,14 @@ class TarShards:
         self.tells_labels = not self._unread  # without reading whole shards
         self._made: dict[int, bytes] = {}  # what was indexed just now
         self._shards = self._index(lengths)
+        self._layout = self._lay_out()
         self._naming = self._name_classes(num_classes)
         self._numbers = {name: number for number, name in enumerate(self._naming.names)}
         self.classes = self._naming.names
         self.notes = [self._naming.note] if self._naming.note else []
+        if self._layout is not None:
+            folder = next(folder for shard in self._shards for folder in shard.folders if self._class_of(folder))
+            self.notes = [f"{self._naming.note}, as {self._class_of(folder)} in {folder}"]
         passed = sum(shard.passed for shard in self._shards)
         if passed:
             some = ", ".join([name for shard in self._shards for name in shard.examples][:EXAMPLES])
@@ -76,7 +85,7 @@ class TarShards:
         suffix = "" if self._naming.is_plain else f".{xxhash.xxh3_64_hexdigest(repr(self.classes).encode())}"
         numbered = zip(self._files.names, range(len(self._shards)), self._shards, strict=True)
         return [
-            Block(f"{name}.samples{suffix}", number, (), shard.rows, shard.size)
+            Block(f"{name}.members{suffix}", number, (), shard.rows, shard.size)
             for name, number, shard in numbered
             if shard.rows
         ]
@@ -84,7 +93,7 @@ class TarShards:
     def read(self, block: Block) -> pa.Table:
         """The columns `image`, encoded, and `label` (int64) of a shard. Raises DataError."""
         with self._opened(block.file) as (archive, samples, _):
-            labelled = [(sample, label_of(archive, sample)) for sample in samples]
+            labelled = [(sample, self._class_of(label_of(archive, sample))) for sample in samples]
             found = [(content(archive, sample.image), label) for sample, label in labelled if label is not None]
         if len(found) != block.rows:
             name = self._files.names[block.file]
@@ -128,14 +137,19 @@ class TarShards:
         passed = passed + [sample.image.name for sample, label in zip(samples, labels, strict=True) if label is None]
         known = [label for label in labels if label is not None]
         numbers = [label for label in known if isinstance(label, int)]
+        folders = dict(Counter(sample.folder for sample in samples if sample.folder is not None))
         names = sorted({str(label) for label in known}) if len(numbers) < len(known) else []
         if numbers and not names:
             values, low, high = pa.array(numbers, pa.int64()), min(numbers), max(numbers)
         else:
             values, low, high = pa.array(map(str, known), pa.string()), None, None
-        keys = [sample.key for sample, label in zip(samples, labels, strict=True) if label is not None]
-        size, examples, suffixes = self._files.size(number), passed[:EXAMPLES], "" if known else described(passed)
-        shard = Shard(size, len(known), low, high, names, len(passed), examples, suffixes)
+        keys = [as_text(sample.key) for sample, label in zip(samples, labels, strict=True) if label is not None]
+        size, examples, suffixes = (
+            self._files.size(number),
+            list(map(as_text, passed[:EXAMPLES])),
+            "" if known else described(passed),
+        )
+        shard = Shard(size, len(known), low, high, names, len(passed), examples, suffixes, folders)
         return shard, pa.table({"key": pa.array(keys, pa.string()), "label": values})
 
     def _index(self, lengths: dict[str, int]) -> list[Shard]:
@@ -169,7 +183,7 @@ class TarShards:
             self._made[number] = len(head).to_bytes(HEAD, "little") + head + bytes(sink.getvalue())
             return self._made[number]
 
-        kept = self._made.get(number) or self._keep(f"{name}.samples", make)
+        kept = self._made.get(number) or self._keep(f"{name}.members", make)
         with one_line_errors(self._source, name):
             end = HEAD + int.from_bytes(kept[:HEAD], "little")
             return Shard(**json.loads(bytes(kept[HEAD:end]))), kept[end:]
@@ -178,7 +192,37 @@ class TarShards:
         """The columns `key` and `label` of the samples of a shard."""
         _, samples = self._indexed(number)
         with one_line_errors(self._source, self._files.names[number]):
-            return pa.ipc.open_stream(samples).read_all()
+            table = pa.ipc.open_stream(samples).read_all()
+        if self._layout is None:
+            return table
+        classes = pa.array([self._class_of(folder) for folder in table["label"].to_pylist()], pa.string())
+        return table.set_column(1, "label", classes).filter(pc.is_valid(classes))
+
+    def _lay_out(self) -> Layout | None:
+        """Where the folders of images tell their classes, if nothing else does: as in one set of all shards."""
+        in_folders = {folder for shard in self._shards for folder in shard.folders}
+        if not in_folders:
+            return None
+        for name, shard in zip(self._files.names, self._shards, strict=True):
+            if shard.rows and not shard.folders:
+                raise DataError(f"{name} tells labels by its members, and other shards by folders; make them the same")
+        layout = layout_of(f"{folder}/" for folder in in_folders)
+        splits = sorted({split for folder in in_folders if (split := layout.split_of(f"{folder}/"))})
+        if len(splits) > 1:
+            raise DataError(
+                f"{self._files.names[0]} has folders for the splits {', '.join(splits)}; a tar shard is of one split"
+            )
+        for number, shard in enumerate(self._shards):
+            used = sum(rows for folder, rows in shard.folders.items() if layout.class_of(f"{folder}/"))
+            outside = [folder for folder in shard.folders if not layout.class_of(f"{folder}/")]
+            self._shards[number] = replace(
+                shard, rows=used, passed=shard.passed + shard.rows - used, examples=[*outside, *shard.examples]
+            )
+        return layout
+
+    def _class_of(self, label: int | str | None) -> int | str | None:
+        """The class that a label tells, which may be a folder; None where it tells none."""
+        return label if self._layout is None or not isinstance(label, str) else self._layout.class_of(f"{label}/")
 
     def _name_classes(self, num_classes: int | None) -> Naming:
         rows, what = sum(shard.rows for shard in self._shards), "the shards' labels"
@@ -188,6 +232,8 @@ class TarShards:
             if num_classes is not None and len(naming.names) > num_classes:
                 raise DataError(f"{self._source} has {len(naming.names):,} classes; give no --num_classes")
             return naming
+        for name, shard in zip(self._files.names, self._shards, strict=True):
+            check_range(name, shard.low)
         known = [(shard.low, shard.high) for shard in self._shards if shard.low is not None and shard.high is not None]
         low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
         if num_classes is not None:

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from program import run, train
-from shards import class_names, make_imagenet_like
+from shards import class_names, encode, make_imagenet_like
 from test_image_folders import make_classes, put
+from test_samples import write
 from test_webdataset import CLASSES, ROWS, make_set, make_shard
 
 from config import resolve
+from errors import DataError
 from preprocess import _seated, get_data_loaders
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.labels import first_difference
@@ -224,3 +226,80 @@ def test_a_snapshot_is_not_evaluated_on_classes_that_it_does_not_know(tmp_path: 
     done = run("--resume_from", tmp_path / "run", "--evaluate")
     assert (done.status, done.err.count("\n")) == (2, 1), done.err
     assert "class 9 is class 9 there and unknown here" in done.err
+
+
+# ---- numbers as classes ----------------------------------------------------------------------------------------------
+
+
+def numbered(folder: Path, form: str, train: list[int], val: list[int]) -> Path:
+    """A set whose labels are these numbers."""
+    folder.mkdir()
+    images = [encode(np.full((9, 9, 3), number, np.uint8)) for number in range(max(len(train), len(val)))]
+    for split, labels in (("train", train), ("validation", val)):
+        if form == "tar":
+            make_numbered_shard(folder / f"{split}-0.tar", labels, images)
+        elif form == "csv":
+            for number, image in enumerate(images):
+                (folder / f"{number}.jpg").write_bytes(image)
+            lines = [f"{number}.jpg,{label}" for number, label in enumerate(labels)]
+            (folder / f"{split}.csv").write_text("\n".join(["file,label", *lines]))
+        else:
+            table = pa.table({"image": images[: len(labels)], "label": labels})
+            pq.write_table(table, folder / f"{split}.parquet", write_statistics=form == "parquet")
+    return folder
+
+
+def make_numbered_shard(path: Path, labels: list[int], images: list[bytes]) -> None:
+    write(
+        path.parent,
+        *(
+            member
+            for number, label in enumerate(labels)
+            for member in ((f"{number}.jpg", images[number]), (f"{number}.cls", str(label).encode()))
+        ),
+        name=path.name,
+    )
+
+
+NUMBERS: dict[str, tuple[list[int], list[int], str]] = {
+    "gaps, and more rows in validation": ([0, 1, 50, 50], [0, 1, 50] * 20, ""),
+    "gaps, and fewer rows in validation": ([0, 1, 50] * 20, [50, 1, 0], "48"),
+    "the last of those in training": ([0, 1, 2, 2], [1, 2, 2], ""),
+    "the last of those from 1": ([1, 2, 3, 3], [2, 3], ""),
+    "from 1 in both": ([1, 2, 3, 3], [1, 2, 3], ""),
+    "from 1 in validation, with a gap": ([0, 1, 2, 4] * 2, [1, 4, 4, 4], "1"),
+}
+
+
+@pytest.mark.parametrize("form", ["parquet", "no statistics", "csv", "tar"])
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_are_the_names_of_classes_in_training_and_validation(tmp_path: Path, form: str, kind: str) -> None:
+    train, val, absent = NUMBERS[kind]
+    folder = numbered(tmp_path / "set", form, train, val)
+    data = get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 2}), CPU)
+    for part, labels in ((data.train.dataset, train), (data.val.dataset, val)):
+        reader = part.reader(np.arange(len(part)))
+        assert [part.classes[reader.read(number)[1]] for number in range(len(part))] == [*map(str, labels)]
+        assert [part.classes[label] for label in part.all_labels()] == [*map(str, labels)]  # type: ignore[union-attr]
+        reader.close()
+    notes = "\n".join(data.notes)
+    assert ("labels count from 1" in notes) == (min(train) == 1 and form != "no statistics")
+    assert notes.count("classes are the") == 1
+    if form != "no statistics" and absent:
+        assert f"note      no image of {absent} of the {max(train) + 1} classes: " in notes
+    else:
+        assert "no image of" not in notes
+
+
+def test_a_number_that_only_validation_has_is_refused(tmp_path: Path) -> None:
+    folder = numbered(tmp_path / "set", "parquet", [0, 1, 2, 2], [0, 3, 1, 1])
+    with pytest.raises(DataError, match="has the class 3, which training has not"):
+        get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 2}), CPU)
+
+
+def test_classes_of_a_list_without_an_image_in_training_are_told(tmp_path: Path) -> None:
+    folder = make_parquet(tmp_path)
+    for path in folder.glob("data/*"):
+        rename(LONGER)(path)
+    data = get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 8}), CPU)
+    assert "note      no image of 1 of the 11 classes: class 10" in data.notes

@@ -252,3 +252,51 @@ def test_files_that_are_no_data_are_not_read(tmp_path: Path) -> None:
     for number in range(9):
         (folder / "@eaDir" / f"train-{number}.jpg").write_bytes(b"no data")
     check(open_set(folder), SORTED, NAMES)
+
+
+LARGE = 2**63 + 1
+NO_CLASSES: dict[str, tuple[pa.Array, list[str] | None, str]] = {
+    "below 0": (pa.array([0, 1, -1, 2] * 6), None, "label -1"),
+    "below 0, small": (pa.array([0, 1, -3, 2] * 6, pa.int8()), None, "label -3"),
+    "below 0, in lists": (pa.array([[0], [1], [-1], [2]] * 6), None, "label -1"),
+    "below 0, coded": (pa.array([5, 7, -1, 7] * 6).dictionary_encode(), None, "label -1"),
+    "below 0 beside names": (pa.array([0, 1, -1, 2] * 6), ["a", "b", "c"], "label -1"),
+    "beyond the names": (pa.array([0, 1, 7, 2] * 6), ["a", "b", "c"], "label 7"),
+    "too large": (pa.array([0, 1, LARGE, 2] * 6, pa.uint64()), None, f"label {LARGE}"),
+    "too large beside names": (pa.array([0, 1, LARGE, 2] * 6, pa.uint64()), ["a", "b", "c"], f"label {LARGE}"),
+    "none": (pa.array([0, 1, None, 2] * 6), None, "label None"),
+    "none beside names": (pa.array([0, 1, None, 2] * 6), ["a", "b", "c"], "label None"),
+    "no text": (pa.array(["a", "b", None, "c"] * 6), None, "label None"),
+    "no truth": (pa.array([True, False, None, True] * 6), None, "label None"),
+    "empty lists": (pa.array([[0], [1], [], [2]] * 6), None, ""),
+    "no lists": (pa.array([[0], [1], None, [2]] * 6), None, "label None"),
+    "several": (pa.array([[0], [1], [1, 2], [2]] * 6), None, "a row has 2 labels"),
+    "numbers that are not whole": (pa.array([0.0, 1.0, float("nan"), 2.0] * 6), None, "label (float64)"),
+}
+
+
+@pytest.mark.parametrize("form", ["parquet", "no statistics", "arrow"])
+@pytest.mark.parametrize("kind", NO_CLASSES)
+def test_a_label_of_no_class_is_refused_in_one_line_with_its_file(tmp_path: Path, kind: str, form: str) -> None:
+    """Whether footers tell it or not, when the set is opened or when the block is read; all labels alone, too."""
+    column, names, told = NO_CLASSES[kind]
+    folder = write(tmp_path / "set", files=1, label=column)
+    label = {"_type": "ClassLabel", "names": names}
+    metadata = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}})}
+    table = pq.read_table(folder / "train-0.parquet").replace_schema_metadata(metadata if names else None)
+    (folder / "train-0.parquet").unlink()
+    if form == "arrow":
+        with pa.ipc.new_stream(folder / "train-0.arrow", table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, folder / "train-0.parquet", row_group_size=4, write_statistics=form == "parquet")
+    reads: list[Callable[[Any], Any]] = [
+        lambda data: data.reader(np.arange(ROWS)).read(2),
+        lambda data: data.all_labels(),
+    ]
+    for read in reads:
+        with pytest.raises(DataError) as caught:
+            read(open_set(folder))
+        assert "\n" not in str(caught.value)
+        assert told in str(caught.value)
+        assert "train-0" in str(caught.value) or "a row has" in str(caught.value) or "float64" in told

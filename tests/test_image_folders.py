@@ -262,6 +262,16 @@ def test_a_file_of_labels_that_leaves_open_which_image_or_class_it_means_is_refu
         opened(tmp_path / "set", whole=False, labels=tmp_path / "labels.csv")
 
 
+def test_a_line_may_quote_its_label(tmp_path: Path) -> None:
+    names = ["a.png", "b.png", "c.png"]
+    (tmp_path / "labels.txt").write_text('"cat"\n"dog, large"\nant\n')
+    assert read_labels(tmp_path / "labels.txt", names) == {"a.png": "cat", "b.png": "dog, large", "c.png": "ant"}
+    for text in ('"cat\ndog\nant\n', '"cat"\n""\nant\n'):
+        (tmp_path / "labels.txt").write_text(text)
+        with pytest.raises(DataError, match="has a quote that does not end, or an empty label"):
+            read_labels(tmp_path / "labels.txt", names)
+
+
 @pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train_set", "VAL")])
 def test_folders_of_splits_are_not_taken_for_classes(tmp_path: Path, names: tuple[str, str]) -> None:
     for name in names:

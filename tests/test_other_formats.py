@@ -244,7 +244,7 @@ def test_a_table_without_labels_or_with_paths_outside_is_refused(tmp_path: Path)
     path.write_text("file,species\nimages/00.jpg,NA\nimages/01.jpg,None\n")
     assert open_set(tmp_path / "set").classes == ["NA", "None"]
     path.write_text("file,species\nimages/00.jpg,cat\nimages/01.jpg,\n")
-    assert "rows without a label" in refusal(tmp_path / "set")
+    assert "train.csv row 1 has the label None" in refusal(tmp_path / "set")
 
 
 def test_an_image_that_is_missing_or_damaged_is_counted_and_not_waited_for(tmp_path: Path) -> None:
@@ -260,3 +260,93 @@ def test_an_image_that_is_missing_or_damaged_is_counted_and_not_waited_for(tmp_p
     assert images.count(b"") <= 1, first
     path.write_bytes(data[:100])
     assert "is not a zip file" in refusal(tmp_path / "b")
+
+
+# ---- labels as they are written --------------------------------------------------------------------------------------
+
+
+def labelled(folder: Path, *tables: list[str], suffix: str = "csv") -> Path:
+    """A set of tables of these labels."""
+    in_a_folder(folder)
+    for number, labels in enumerate(tables):
+        rows = [(f"images/{row:02d}.jpg", label) for row, label in enumerate(labels)]
+        with open(folder / f"train-{number}.{suffix}", "w", newline="") as file:
+            csv.writer(file, delimiter="," if suffix == "csv" else "\t").writerows([("file", "label"), *rows])
+    return folder
+
+
+TEXTS: dict[str, tuple[list[list[str]], list[str]]] = {
+    "zeros": ([["007", "7", "07"]], ["007", "07", "7"]),
+    "zeros in one file": ([["1", "2"], ["3", "01"]], ["01", "1", "2", "3"]),
+    "what pandas takes for other types": (
+        [["1.0", "1e5", "true", "NA"], ["nan", "+1", " x", "1_0"]],
+        [" x", "+1", "1.0", "1_0", "1e5", "NA", "nan", "true"],
+    ),
+    "floats": ([["1.0", "2.0"]], ["1.0", "2.0"]),
+    "truth": ([["true", "false"]], ["false", "true"]),
+    "numbers": ([["0", "2"], ["1", "0"]], ["0", "1", "2"]),
+    "numbers too large for any": ([["18446744073709551616", "1"]], ["1", "18446744073709551616"]),
+    "dates": ([["2020-01-01", "2021-01-01"]], ["2020-01-01", "2021-01-01"]),
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_labels_in_a_table_of_text_are_names_as_they_are_written(tmp_path: Path, kind: str, suffix: str) -> None:
+    tables, classes = TEXTS[kind]
+    dataset = open_set(labelled(tmp_path / "set", *tables, suffix=suffix))
+    assert sorted(dataset.classes) == classes
+    expected = [label for table in tables for label in table]
+    assert [dataset.classes[label] for label in dataset.all_labels()] == expected
+    assert dataset.read(1)[0] == IMAGES["01"]
+
+
+def test_other_columns_of_numbers_are_no_labels_and_one_without_a_name_is_none(tmp_path: Path) -> None:
+    in_a_folder(tmp_path)
+    (tmp_path / "train.csv").write_text(
+        "\ufeff,file,width,score,species,empty\n0,images/00.jpg,20,1.5,cat,\n1,images/01.jpg,20,2,ant,,\n"
+    )
+    assert "species (string)" in refusal(tmp_path)  # width may be one
+    assert "score" not in refusal(tmp_path)
+    assert open_set(tmp_path, label_column="species").classes == ["ant", "cat"]
+    assert open_set(tmp_path, label_column="score").classes == ["1.5", "2"]
+    assert open_set(tmp_path, label_column="width").classes == ["20"]
+
+
+def test_a_table_that_leaves_open_which_field_is_which_is_refused(tmp_path: Path) -> None:
+    in_a_folder(tmp_path)
+    path = tmp_path / "train.csv"
+    path.write_text("file,label\nimages/00.jpg,cat, big\nimages/01.jpg,dog\n")
+    assert "train.csv: its line 2 has 3 fields, and the first 2" in refusal(tmp_path)
+    path.write_text("file,label,label\nimages/00.jpg,cat,dog\n")
+    assert "train.csv: it has two columns of one name" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "images/"])
+def test_a_table_of_one_row_beside_one_image_is_read(tmp_path: Path, where: str) -> None:
+    for split, count in (("train", 8), ("val", 1)):
+        (tmp_path / split / where).mkdir(parents=True)
+        rows = [f"{split}/{where}{row:02d}.jpg,{NAMES[row]}" for row in range(count)]
+        (tmp_path / split / "labels.csv").write_text("\n".join(["file,label", *rows]))
+        for row in range(count):
+            (tmp_path / split / where / f"{row:02d}.jpg").write_bytes(IMAGES[f"{row:02d}"])
+    for split, classes in (("train", SORTED), ("validation", ["cat"])):
+        dataset = open_set(tmp_path, split)
+        assert dataset.classes == classes
+        assert dataset.read(0)[0] == IMAGES["00"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([1.0, 0.0, 1], ["0", "1"]), ([1.5, 0, 1], None), ([1.0, None, 0.0], None)]
+)
+def test_a_whole_number_in_json_may_be_written_with_a_point(
+    tmp_path: Path, labels: list[Any], classes: list[str] | None
+) -> None:
+    in_a_folder(tmp_path)
+    lines = [json.dumps({"image": f"images/0{row}.jpg", "label": label}) for row, label in enumerate(labels)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    if classes is None:
+        assert refusal(tmp_path)
+    else:
+        dataset = open_set(tmp_path)
+        assert (dataset.classes, dataset.all_labels().tolist()) == (classes, labels)

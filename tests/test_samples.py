@@ -118,6 +118,15 @@ LABELS: dict[str, tuple[str, list[Any], list[str], list[str]]] = {
     "numbers with a line's end": ("cls", ["2\n", "0\n", "1\n"], ["0", "1", "2"], ["2", "0", "1"]),
     "numbers from 1": ("cls", [3, 1, 2], ["1", "2", "3"], ["3", "1", "2"]),
     "numbers far apart": ("txt", [7, 1000, 12], ["7", "12", "1000"], ["7", "1000", "12"]),
+    "text with zeros": ("cls", ["007", "7", "00"], ["00", "007", "7"], ["007", "7", "00"]),
+    "text of numbers that are not whole": ("txt", ["1.0", "1e5", "-0"], ["-0", "1.0", "1e5"], ["1.0", "1e5", "-0"]),
+    "text too long for a number": ("cls", ["9" * 19, "1", "1"], ["1", "9" * 19], ["9" * 19, "1", "1"]),
+    "whole numbers as json writes them": (
+        "json",
+        [{"label": 1.0}, {"label": 0.0}, {"label": 0}],
+        ["0", "1"],
+        ["1", "0", "0"],
+    ),
     "names": ("txt", NAMES, SORTED, NAMES),
     "names and numbers": ("cls", ["ant", 3, "cat"], ["3", "ant", "cat"], ["ant", "3", "cat"]),
     "json": ("json", [{"label": 2}, {"label": 0}, {"label": 1}], ["0", "1", "2"], ["2", "0", "1"]),
@@ -193,6 +202,15 @@ def test_a_shard_of_images_in_folders_has_these_for_classes(tmp_path: Path) -> N
     dataset = open_set(write(tmp_path / "set", ("LICENSE.txt", b"free"), *members))
     check(dataset, SORTED, NAMES)
     assert dataset._shards.name(dataset.blocks[0], 0) == "train-0.tar key ./train/cat/0"
+
+
+def test_names_that_are_no_utf_8_are_refused_as_classes_and_shown_as_they_can_be_otherwise(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", *pairs("\udce9{}.jpg", "\udce9{}.cls"))
+    dataset = open_set(folder)
+    check(dataset, SORTED, NAMES)
+    assert dataset._shards.name(dataset.blocks[0], 1) == "train-0.tar key \ufffd1"
+    write(folder, ("caf\udce9/1.jpg", JPEGS[0]), ("tea/1.jpg", JPEGS[1]))
+    assert "the name of the folder b'caf\\xe9' is not UTF-8; rename it" in refusal(folder)
 
 
 def test_a_set_without_samples_is_told_by_a_member_and_the_suffixes(tmp_path: Path) -> None:
