@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 from torchvision.transforms import v2
+from waiting import nothing_waits
 
 from training.mixing import Mix, Mixing, cut_mix, partners
 
@@ -32,7 +33,8 @@ def batch(height: int, width: int, count: int = 6) -> tuple[torch.Tensor, torch.
 
 def mixed(mix: Mix, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = partners(len(labels), len(labels))
-    return mix.apply(images, images[pairs]), mix.targets(labels, labels[pairs], CLASSES)
+    with nothing_waits():
+        return mix.apply(images, images[pairs]), mix.targets(labels, labels[pairs], CLASSES)
 
 
 @pytest.mark.parametrize("size", SIZES)
