@@ -44,8 +44,9 @@ class AutoAugment:
         """`ta_wide`, `ra` or `ra-n2-m9` as in torchvision; `rand-m7-n2-mstd0.5-inc1` (p and mmax too) as in timm.
 
         Sources: Müller and Hutter 2021, TrivialAugment; Cubuk et al. 2020, RandAugment; Wightman et al. 2021, ResNet
-        strikes back. `interpolation` is nearest (torchvision's default) or bilinear; timm's is always bicubic here, as
-        in the recipes of ResNet strikes back, and fills with ImageNet's mean colour. Raises ValueError.
+        strikes back. `interpolation` is nearest (torchvision's default) or bilinear. timm's is always bicubic, filling
+        with ImageNet's mean colour, as its create_transform does for a bicubic training interpolation; without one it
+        takes bilinear or bicubic at random. Raises ValueError.
         """
         return cls(seed, _policy(policy, interpolation))
 

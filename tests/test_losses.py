@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from waiting import nothing_waits
 
 from training.losses import build_loss
 from training.mixing import Mix
@@ -88,6 +89,8 @@ def test_a_loss_has_no_state_but_its_weights_and_works_in_mixed_precision() -> N
             value = loss(logits().bfloat16(), LABELS)
         assert value.dtype == torch.float32
         assert torch.isfinite(value)
+        with nothing_waits():
+            loss(logits(), LABELS).backward()
 
 
 def test_what_is_no_loss_is_refused() -> None:

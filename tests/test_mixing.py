@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 from torchvision.transforms import v2
+from waiting import nothing_waits
 
 from training.mixing import Mix, Mixing, cut_mix, partners
 
@@ -31,8 +32,9 @@ def batch(height: int, width: int, count: int = 6) -> tuple[torch.Tensor, torch.
 
 
 def mixed(mix: Mix, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = partners(torch.arange(len(labels)), len(labels))
-    return mix.apply(images, images[pairs]), mix.targets(labels, labels[pairs], CLASSES)
+    with nothing_waits():
+        others = partners(images, len(labels)), partners(labels, len(labels))
+        return mix.apply(images, others[0]), mix.targets(labels, others[1], CLASSES)
 
 
 @pytest.mark.parametrize("size", SIZES)
