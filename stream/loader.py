@@ -120,8 +120,8 @@ class StreamingDataLoader(Loader):
     """A `Loader` that reads, decodes and transforms images in the background.
 
     It has `num_workers` reading threads, each with a worker process that decodes for it; without workers the calling
-    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream; in
-    evaluation an unreadable image gets label -1. `read_seconds` is the time that the threads have spent waiting for
+    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream, or where
+    there is none of the other streams; in evaluation an unreadable image gets label -1. `read_seconds` is the time that the threads have spent waiting for
     encoded images since the iteration began. `report` is called with the name of each image that cannot be read, and
     why. Raises DataError when these are more than `max_bad_fraction` of the dataset and more than FEW_BAD (with a
     fraction of 0: when there is one), or when a label is no class; and Cancelled when it has to wait while
@@ -257,16 +257,21 @@ class _EpochReader:
     def _fill_with_next(
         self, image: np.ndarray, label: np.ndarray, sample_id: np.ndarray, stream: int, position: int
     ) -> None:
-        """Fill a row with the next readable sample of the stream after this position."""
-        order = self._streams[stream]
-        for offset in range(1, len(order)):
-            sample_id[0] = order[(position + offset) % len(order)]
-            encoded, label[0] = self._read(int(sample_id[0]))
+        """Fill a row with the next readable sample after a place: of its stream, or else of the streams behind it."""
+        for candidate in self._after(stream, position):
+            sample_id[0] = candidate
+            encoded, label[0] = self._read(candidate)
             (error,) = self._decode([encoded], sample_id, image)
             if error is None:
                 return
-            self._count_bad(int(sample_id[0]), error)
-        raise DataError("not one image of a stream can be read; check the dataset")
+            self._count_bad(candidate, error)
+        raise DataError("not one image can be read; check the dataset")
+
+    def _after(self, stream: int, position: int) -> Iterator[int]:
+        """The samples after a place: those of its stream, then those from the same position on of each other one."""
+        for number, order in enumerate((*self._streams[stream:], *self._streams[:stream])):
+            yield from order[position + (number == 0) :].tolist()
+            yield from order[:position].tolist()
 
     def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
         """A sample, or the reason why it cannot be read, with a label of no use."""
