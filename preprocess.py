@@ -159,9 +159,11 @@ def get_data_loaders(
         augment=batch_augment(config),
     )
     if not len(train_loader):
-        raise UsageError(
-            f"--batch_size {config.batch_size} is larger than the training set of {len(train)} images; use less"
-        )
+        batch = f"--batch_size {config.batch_size}"
+        if "batch_size" in derived:
+            batch = f"a batch of {config.batch_size} (for --streams {config.streams}, --accumulate_steps "
+            batch += f"{config.accumulate_steps} and {world} ranks)"
+        raise UsageError(f"{batch} is larger than the training set of {len(train)} images; use less")
     val_loader = make(
         val,
         eval_transform(config),

@@ -120,12 +120,12 @@ class StreamingDataLoader(Loader):
     """A `Loader` that reads, decodes and transforms images in the background.
 
     It has `num_workers` reading threads, each with a worker process that decodes for it; without workers the calling
-    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream, or where
-    there is none of the other streams; in evaluation an unreadable image gets label -1. `read_seconds` is the time that the threads have spent waiting for
-    encoded images since the iteration began. `report` is called with the name of each image that cannot be read, and
-    why. Raises DataError when these are more than `max_bad_fraction` of the dataset and more than FEW_BAD (with a
-    fraction of 0: when there is one), or when a label is no class; and Cancelled when it has to wait while
-    `should_stop()` is true.
+    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream, or
+    of another one where it has none; in evaluation an unreadable image gets label -1. `read_seconds` is the time that
+    the threads have spent waiting for encoded images since the iteration began. `report` is called with the name of
+    each image that cannot be read, and why. Raises DataError when these are more than `max_bad_fraction` of the dataset
+    and more than FEW_BAD (with a fraction of 0: when there is one), when no image is left, or when a label is no class;
+    and Cancelled when it has to wait while `should_stop()` is true.
     """
 
     def __init__(
