@@ -158,7 +158,7 @@ def get_data_loaders(
         ranks=world,
         augment=batch_augment(config),
     )
-    if not len(train_loader):
+    if not len(train_loader) and not config.evaluate:
         batch = f"--batch_size {config.batch_size}"
         if "batch_size" in derived:
             batch = f"a batch of {config.batch_size} (for --streams {config.streams}, --accumulate_steps "
@@ -203,11 +203,11 @@ def _agree(
 
     Raises DataError for a class that these do not have, and if there is but one.
     """
+    if classes is not None:
+        train = _renumbered(train, _seated(train.classes, classes))
     if len(train.classes) < 2:
         why = f"{where} has one class, {train.classes[0]}, but a classifier needs two"
         raise DataError("; ".join([why, *train.notes]))
-    if classes is not None:
-        train = _renumbered(train, _seated(train.classes, classes))
     trained, validated = {*train.classes}, {*val.classes}
     lacking = [name for name in train.classes if name not in validated]
     unknown = [name for name in val.classes if name not in trained]
