@@ -241,25 +241,22 @@ def _few(names: Sequence[str]) -> str:
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
     """The two datasets, and the shuffle window to use over the first."""
     limit, share = config.max_samples, config.val_share
-    at_first = int(limit / (1 - share)) if limit and share else limit
     val_splits = [config.val_split] if config.val_split else VAL_SPLITS
-    train: ImageDataset
     if config.dataset in ("imagenet1k", "hf"):
         open_split = _opener(config, revision)
-        train = open_split(split=[config.train_split], max_samples=at_first)
+        at_first = int(limit / (1 - share)) if limit and share else limit
+        streamed = open_split(split=[config.train_split], max_samples=at_first)
         if share:
-            return *_held_out(train, share, config), config.shuffle_window
-        return (
-            train,
-            open_split(split=val_splits, max_samples=limit, like=_sampled(train, limit)),
-            config.shuffle_window,
-        )
-    whole, val = _open_local(config, val_splits)
-    train = whole.take(fair_sample(whole.all_labels(), at_first))
-    if val is None or share:
-        return *_held_out(train, share or 0.0, config), len(train)
-    wanted = places(val.classes, _sampled(train, limit))
-    return train, val.take(fair_sample(val.all_labels(), limit, wanted)), len(train)
+            return *_held_out(streamed, share, config), config.shuffle_window
+        val = open_split(split=val_splits, max_samples=limit, like=_sampled(streamed, limit))
+        return streamed, val, config.shuffle_window
+    whole, other = _open_local(config, val_splits)
+    if other is None or share:
+        parts = _held_out(whole, share or 0.0, config)
+        return *parts, len(parts[0])
+    train = whole.take(fair_sample(whole.all_labels(), limit))
+    wanted = places(other.classes, _sampled(train, limit))
+    return train, other.take(fair_sample(other.all_labels(), limit, wanted)), len(train)
 
 
 def _sampled(train: ImageDataset, limit: int | None) -> list[str] | None:
@@ -270,12 +267,20 @@ def _sampled(train: ImageDataset, limit: int | None) -> list[str] | None:
 
 def _held_out(whole: ImageDataset, share: float, config: Config) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation from one set. Raises DataError."""
-    labels = whole.all_labels()
+    labels, limit = whole.all_labels(), config.max_samples
     if labels is None:
         raise DataError(f"{config.dataset_id} tells its labels only with the images; give --val_split, not --val_share")
     train_ids, val_ids = hold_out(labels, share, config.seed)
     if not len(val_ids):
-        raise DataError(f"--val_share {share:g} of {len(labels)} images is none; give a larger share")
+        more = " or more --max_samples" if limit else ""
+        raise DataError(f"--val_share {share:g} of {len(labels)} images is none; give a larger share{more}")
+    if limit is None:
+        return whole.take(train_ids), whole.take(val_ids)
+    validated = np.unique(labels[val_ids])  # a sample of fewer images than classes is of some that can be validated
+    wanted = validated if limit < len(np.unique(labels[train_ids])) else None
+    train_ids = train_ids[fair_sample(labels[train_ids], limit, wanted)]
+    val_limit = max(1, min(limit, int(limit / (1 - share)) - limit))
+    val_ids = val_ids[fair_sample(labels[val_ids], val_limit, np.unique(labels[train_ids]))]
     return whole.take(train_ids), whole.take(val_ids)
 
 

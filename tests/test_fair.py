@@ -9,12 +9,14 @@ from program import run, train
 from shards import make_imagenet_like
 from test_image_folders import make_classes
 
+import preprocess
 from config import FITTED, resolve
 from defaults import PRESETS, Preset, fit_to, streams_for
-from errors import UsageError
+from errors import DataError, UsageError
 from preflight import mixing
 from preprocess import get_data_loaders
 from stream.dataset import HuggingFaceImageNetDataset
+from stream.local import LocalDataset
 from stream.order import epoch_order
 from stream.picks import classes_within, fair_sample, hold_out
 
@@ -145,6 +147,36 @@ def test_mixing_is_never_more_than_a_uniform_shuffles(images: int, batch: int) -
     for seed in range(5):
         order = epoch_order(np.ones(images, np.int64), 0, seed, 8 if batch % 8 == 0 else 1, images)
         assert 0.9 <= mixing(labels, order, batch // len(order)) <= 1.0
+
+
+@pytest.mark.parametrize("layout", ["folder", "parquet"])
+@pytest.mark.parametrize(("limit", "share"), [(20, 0.5), (20, 0.9), (40, 0.2), (10, 0.1), (500, 0.5)])
+def test_a_limit_holds_for_both_parts_of_a_set_of_many_classes(
+    tmp_path: Path, limit: int, share: float, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layout == "folder":
+        part = LocalDataset(np.zeros((120, 8, 8, 3), np.uint8), np.arange(120) % 30, [f"{n:02d}" for n in range(30)])
+        monkeypatch.setattr(preprocess, "open_image_folder", lambda *given, **options: (part, None))
+        given: dict[str, object] = {"dataset": "imagefolder", "data_dir": "x"}
+    else:
+        folder = make_imagenet_like(tmp_path, train=120, validation=1, test=0, size=(9, 12), classes=30)
+        given = {"dataset": "hf", "dataset_name": str(folder)}
+    given |= {"max_samples": limit, "val_share": share, "num_workers": 0}
+    if (layout, limit) == ("parquet", 10):  # 11 images of as many classes
+        with pytest.raises(
+            DataError, match=r"--val_share 0.1 of 11 images is none; give a larger share or more --max_samples"
+        ):
+            get_data_loaders(resolve(given), CPU, derived=FITTED)
+        return
+    data = get_data_loaders(resolve(given), CPU, derived=FITTED)
+    trained, validated = (part.dataset.all_labels() for part in (data.train, data.val))
+    assert max(len(trained), len(validated)) <= limit
+    assert {*validated.tolist()} <= {*trained.tolist()}
+    assert len(validated) > 0
+    if layout == "folder":
+        assert (len(trained), len(validated)) == {20: (20, 20), 40: (40, 10), 10: (10, 1), 500: (60, 60)}[limit]
+    told = f"note      a sample of {len(trained)} training images, of {len({*trained.tolist()})} of the 30 classes"
+    assert told in data.notes
 
 
 # ---- a small set -----------------------------------------------------------------------------------------------------
