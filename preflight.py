@@ -6,6 +6,7 @@ import numpy as np
 
 import distributed
 from config import Config
+from errors import printable
 from preprocess import Data
 from stream import allowance
 from stream.block_reader import blocks_ahead, fetch_threads
@@ -32,7 +33,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
     lines = [
         f"images    {config.dataset_id}: {len(train):,} for training, {len(val):,} for validation; "
         f"{len(data.train):,} steps an epoch",
-        f"classes   {len(data.classes):,}: {data.classes[0]} ... {data.classes[-1]}",
+        f"classes   {len(data.classes):,}: {printable(data.classes[0])} ... {printable(data.classes[-1])}",
         *data.notes,
     ]
     if not isinstance(train, HuggingFaceImageNetDataset) or not isinstance(val, HuggingFaceImageNetDataset):

@@ -17,7 +17,7 @@ import torch
 
 import distributed
 from config import Config
-from errors import DataError, UsageError
+from errors import DataError, UsageError, printable
 from stream import inventory
 from stream.augment import Augment
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
@@ -206,15 +206,15 @@ def _agree(
     if classes is not None:
         train = _renumbered(train, _seated(train.classes, classes))
     if len(train.classes) < 2:
-        why = f"{where} has one class, {train.classes[0]}, but a classifier needs two"
+        why = f"{where} has one class, {printable(train.classes[0])}, but a classifier needs two"
         raise DataError("; ".join([why, *train.notes]))
     trained, validated = {*train.classes}, {*val.classes}
     lacking = [name for name in train.classes if name not in validated]
     unknown = [name for name in val.classes if name not in trained]
     if unknown:
         raise DataError(
-            f"validation in {where} has the class {unknown[0]}, which training has not (it has {_few(train.classes)}); "
-            "make their names the same"
+            f"validation in {where} has the class {printable(unknown[0])}, which training has not (it has "
+            f"{_few(train.classes)}); make their names the same"
         )
     notes = [f"validation lacks {len(lacking)} of the {len(train.classes)} classes: {_few(lacking)}"] if lacking else []
     return train, _renumbered(val, train.classes), notes
@@ -235,7 +235,7 @@ def _renumbered(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
@@ -290,7 +290,11 @@ def _open_local(config: Config, val_splits: list[str]) -> tuple[LocalDataset, Lo
         return load_digits()
     if config.dataset == "imagefolder":
         labels = Path(config.val_labels) if config.val_labels else None
-        return open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
+        parts = open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
+        for part in parts:
+            if part is not None and part.root is not None and part.root.is_relative_to(folder):
+                part.root = folder  # that an image of one split is told from its namesake in the other
+        return parts
     return load_cifar(config.dataset, folder)
 
 

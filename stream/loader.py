@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from errors import DataError
+from errors import DataError, printable
 from stream.augment import Augment
 from stream.decode_pool import WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
@@ -313,10 +313,11 @@ class _EpochReader:
                 return
             self._bad.add(sample_id)
             name, total = self._loader.dataset.name(sample_id), len(self._loader.dataset)
-            log.warning("%s cannot be read (%s); %d so far of %d", name, error, len(self._bad), total)
+            shown, bad = printable(name), len(self._bad)
+            log.warning("%s cannot be read (%s); %d so far of %d", shown, error, bad, total)
             self._loader.report(name, str(error))
-            if len(self._bad) > self._loader.max_bad:
+            if bad > self._loader.max_bad:
                 raise DataError(
-                    f"{len(self._bad)} of {total} images cannot be read, the last one {name}; mend them, or raise "
+                    f"{bad} of {total} images cannot be read, the last one {shown}; mend them, or raise "
                     "--max_bad_fraction"
                 )
