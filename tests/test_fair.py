@@ -7,14 +7,14 @@ import pytest
 import torch
 from program import run, train
 from shards import make_imagenet_like
-from test_image_folders import make_classes
+from test_image_folders import make_classes, put
 
 import preprocess
 from config import FITTED, resolve
 from defaults import PRESETS, Preset, fit_to, streams_for
 from errors import DataError, UsageError
 from preflight import mixing
-from preprocess import get_data_loaders
+from preprocess import Data, get_data_loaders
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.local import LocalDataset
 from stream.order import epoch_order
@@ -22,6 +22,7 @@ from stream.picks import classes_within, fair_sample, hold_out
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
+NAMES = [f"image {number}" for number in range(1000)]
 SKEWED = RNG.choice(20, 1000, p=np.arange(1, 21) / 210)
 
 
@@ -54,19 +55,63 @@ def test_a_sample_may_be_of_some_classes_only() -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
 def test_what_is_held_out_is_that_share_of_each_class_and_depends_on_the_seed_alone(share: float) -> None:
-    kept, held = hold_out(SKEWED, share, 3)
+    kept, held = hold_out(SKEWED, NAMES, share, 3)
     assert sorted([*kept, *held]) == list(range(1000))
     assert len(held) == round(share * 1000)
     counts = np.bincount(SKEWED)
     assert np.abs(np.bincount(SKEWED[held], minlength=20) - share * counts).max() <= 1
-    assert np.array_equal(hold_out(SKEWED, share, 3)[1], held)
-    assert not np.array_equal(hold_out(SKEWED, share, 4)[1], held)
+    assert np.array_equal(hold_out(SKEWED, NAMES, share, 3)[1], held)
+    assert not np.array_equal(hold_out(SKEWED, NAMES, share, 4)[1], held)
 
 
 def test_a_class_of_one_image_is_trained_on() -> None:
     labels = np.array([0] * 9 + [1])
     for share in (0.1, 0.5, 0.9):
-        assert 9 in hold_out(labels, share, 0)[0]
+        assert 9 in hold_out(labels, NAMES[:10], share, 0)[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_images_change_places_when_some_are_added_or_removed(seed: int) -> None:
+    """Each that is added may take the place of one other, in its class or where a class is rounded up."""
+    rng = np.random.default_rng(seed)
+    added = np.sort(rng.choice(1000, 20, replace=False))
+    before = np.setdiff1d(np.arange(1000), added)
+    names = np.array(NAMES)
+    held = {*names[hold_out(SKEWED, NAMES, 0.2, seed)[1]]}
+    held_before = {*names[before][hold_out(SKEWED[before], names[before].tolist(), 0.2, seed)[1]]}
+    assert len((held ^ held_before) - {*names[added]}) <= 2 * len(added)
+    shuffled = rng.permutation(1000)
+    assert {*names[shuffled][hold_out(SKEWED[shuffled], names[shuffled].tolist(), 0.2, seed)[1]]} == held
+
+
+def test_images_added_to_a_folder_are_those_that_a_resume_is_told_of(tmp_path: Path) -> None:
+    folder = make_classes(tmp_path / "set", each=150)
+
+    def opened(where: Path) -> Data:
+        given = {"dataset": "imagefolder", "data_dir": str(where), "val_share": 0.2, "batch_size": 8, "num_workers": 0}
+        return get_data_loaders(resolve(given), CPU)
+
+    def parts(data: Data) -> list[set[str]]:
+        return [{loader.dataset.name(i) for i in range(len(loader.dataset))} for loader in (data.train, data.val)]
+
+    before = opened(folder)
+    (tmp_path / "run").mkdir()
+    before.keep_inventory(tmp_path / "run")
+    saved, split = {"classes": before.classes, "data": before.fingerprint}, parts(before)
+    folder = folder.rename(tmp_path / "moved")
+    assert parts(opened(folder)) == split
+    assert opened(folder).changes(saved, tmp_path / "run") == []
+    new = {f"{name}/new {number}.png" for name, count in (("ant", 3), ("bee", 2)) for number in range(count)}
+    for name in new:
+        put(folder / name)
+    after = opened(folder)
+    trained, validated = parts(after)
+    moved = (split[0] & validated) | (split[1] & trained)
+    assert len(moved) <= 5
+    assert trained | validated == split[0] | split[1] | new
+    words = [f"{len(now - then)} added" for now, then in zip((trained, validated), split, strict=True) if now - then]
+    told = after.changes(saved, tmp_path / "run")
+    assert [line for line, added in zip(told, words, strict=True) if added not in line] == []
 
 
 def test_ranges_of_labels_tell_the_classes_that_groups_may_have() -> None:
