@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
-from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, fit_to, streams_for
+from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
 from flags import FROM_PRESET, check_bounds, flag, parser_of
 
@@ -217,8 +217,9 @@ class Config:
         share = self.batch_size // world
         # fmt: off
         for wrong, message in (
+            (self.batch_size % world, f"--batch_size {self.batch_size} is not divisible by {world} ranks; give a multiple of {world}, or use other ranks"),
             (self.streams % world, f"--streams {self.streams} is not divisible by {world} ranks; give --streams a multiple of {world}"),
-            (share % self.accumulate_steps, f"a rank's share of {share} images is not divisible by --accumulate_steps {self.accumulate_steps}"),
+            (share % self.accumulate_steps, f"a rank's share of {share} images is not divisible by --accumulate_steps {self.accumulate_steps}; change this or --batch_size"),
             (share // self.accumulate_steps < 2, "BatchNorm needs two images in a pass; use a larger --batch_size or fewer --accumulate_steps"),
         ):
             if wrong:
@@ -249,11 +250,10 @@ def resolve(given: Mapping[str, Any]) -> Config:
     """A complete `Config`: the given flags, and the dataset's defaults for the rest. Raises UsageError."""
     values = dict(given)
     preset = PRESETS[values.get("dataset", "digits")]
-    for name in ("image_size", "batch_size", "epochs", "weight_decay", "streams"):
+    for name in ("image_size", "weight_decay"):
         values.setdefault(name, getattr(preset, name))
-    if "batch_size" in given and "streams" not in given:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        values["streams"] = streams_for(values["batch_size"], ranks, preset.streams)
+    values.setdefault("accumulate_steps", 1)
+    values |= first_guess(preset, values, int(os.environ.get("WORLD_SIZE", "1")))
     values.setdefault("eval_size", values["image_size"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

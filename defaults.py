@@ -1,5 +1,6 @@
 """The defaults of each dataset, and what a small set makes of them."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ LINEAR_SCALING_BATCH = 256
 CONSTANT_SHARE = 0.25  # of OneCycle's peak, for the schedules that start at their highest rate
 FEWEST_STEPS = 8  # in an epoch
 SMALLEST_BATCH = 4  # images of a rank, that BatchNorm has something to average
+FEWEST_IN_A_PASS = 2  # images, or BatchNorm has no variance
 WANTED_STEPS = 2000  # of a run on a small set
 MOST_EPOCHS = 200
 SMALL_SET = 100_000  # images
@@ -41,9 +43,23 @@ PRESETS = {
 
 
 def streams_for(batch: int, ranks: int, most: int) -> int:
-    """The largest number of streams up to `most` that divides a batch and that the ranks can share; `most` if none."""
-    fitting = [streams for streams in range(1, most + 1) if batch % streams == 0 and streams % ranks == 0]
-    return max(fitting, default=most)
+    """The largest number of streams, up to `most` or the ranks, that divides a batch and that the ranks can share.
+
+    Where the ranks cannot even share the batch, it only divides the batch.
+    """
+    shared = ranks if batch % ranks == 0 else 1
+    return max(n for n in range(1, max(most, ranks) + 1) if batch % n == 0 and n % shared == 0)
+
+
+def first_guess(preset: Preset, given: Mapping[str, Any], ranks: int) -> dict[str, int]:
+    """What to go by for batch_size, streams and epochs while the set is unknown: those `given`, or what fits these.
+
+    A warm-up that only a small set has the epochs for is not refused yet.
+    """
+    batch, streams = _batch_and_streams(preset, given, ranks)
+    long = preset is IMAGENET and preset.epochs <= given.get("warmup_epochs", 0.0) < MOST_EPOCHS
+    epochs = given.get("epochs", MOST_EPOCHS if long else preset.epochs)
+    return {"batch_size": batch, "streams": streams, "epochs": epochs}
 
 
 def fit_to(
@@ -51,15 +67,11 @@ def fit_to(
 ) -> tuple[dict[str, int], list[str]]:
     """The `derived` ones of batch_size, streams and epochs, so that they suit this number of training images.
 
-    Also a line for each that is not as in the `settings`.
+    They fit the other `settings`, accumulate_steps among them. Also a line for each that is not the preset's.
     """
-    batch, streams, epochs = (settings[name] for name in ("batch_size", "streams", "epochs"))
-    if "batch_size" in derived and images < preset.batch_size * FEWEST_STEPS:
-        unit = ranks if "streams" in derived else streams
-        batch = _batch_for(images, preset.batch_size, unit, SMALLEST_BATCH * ranks)
-    if "streams" in derived:
-        streams = streams_for(batch, ranks, preset.streams)
-    steps = images // batch
+    given = {name: value for name, value in settings.items() if name not in derived}
+    batch, streams = _batch_and_streams(preset, given, ranks, images)
+    epochs, steps = given.get("epochs", preset.epochs), images // batch
     if "epochs" in derived and steps and preset is IMAGENET and images < SMALL_SET:
         epochs = max(epochs, min(MOST_EPOCHS, -(-WANTED_STEPS // steps)))
     values = {"batch_size": batch, "streams": streams, "epochs": epochs}
@@ -71,13 +83,37 @@ def fit_to(
     return values, [
         f"{name.removesuffix('_size'):<9} {value}: {whys[name]}; --{name} sets another number"
         for name, value in values.items()
-        if value != settings[name]
+        if name in derived and value != getattr(preset, name)
     ]
 
 
-def _batch_for(images: int, most: int, unit: int, least: int) -> int:
-    """The largest `unit` times a power of two of which FEWEST_STEPS fit into the images, within these bounds."""
+def _batch_and_streams(
+    preset: Preset, given: Mapping[str, Any], ranks: int, images: int | None = None
+) -> tuple[int, int]:
+    """A batch and its streams, such as are not `given`, that streams, ranks and their passes share evenly.
+
+    Of a small set, FEWEST_STEPS such batches make an epoch if they can.
+    """
+    batch, streams = given.get("batch_size"), given.get("streams")
+    passes = ranks * max(1, given["accumulate_steps"])
+    if batch is None and images is not None and images < preset.batch_size * FEWEST_STEPS:
+        batch = _small_batch(images, preset.batch_size, math.lcm(streams or ranks, passes), passes, ranks)
+    elif batch is None:
+        unit = math.lcm(streams or max(1, preset.streams // ranks) * ranks, passes)
+        if unit > preset.batch_size and not streams:
+            unit = passes
+        batch = max(preset.batch_size // unit, -(-FEWEST_IN_A_PASS * passes // unit)) * unit
+    return batch, streams_for(batch, ranks, preset.streams) if streams is None else streams
+
+
+def _small_batch(images: int, most: int, unit: int, passes: int, ranks: int) -> int:
+    """The largest `unit` times a power of two of which FEWEST_STEPS fit into the images, up to `most`.
+
+    More where a rank would have fewer than SMALLEST_BATCH images, if the set has that many.
+    """
     batch = unit
-    while 2 * batch <= most and (batch < least or 2 * batch * FEWEST_STEPS <= images):
+    while batch < FEWEST_IN_A_PASS * passes:
+        batch *= 2
+    while 2 * batch <= min(most, images) and (batch < SMALLEST_BATCH * ranks or 2 * batch * FEWEST_STEPS <= images):
         batch *= 2
     return batch

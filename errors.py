@@ -1,6 +1,7 @@
 """Errors a user can cause: each is shown as one line, without a traceback, and has an exit status."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -57,6 +58,11 @@ def redact(text: str) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
+def printable(text: str) -> str:
+    """The text with escapes for line ends and for what is no character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def complain(line: str) -> None:
     """Write a line to stderr with one call, because several ranks may write at once."""
     sys.stderr.write(f"{line}\n")
@@ -70,6 +76,8 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every name that is printed is UTF-8, nor every terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, _leave)

@@ -189,7 +189,7 @@ def _fit(
     from training.logs import UnreadableLog
     from training.optim import build_schedule, describe_schedule
     from training.signals import StopRequest
-    from visualization import RunPictures, plot_schedule
+    from visualization import RunPictures, drawn, plot_schedule
 
     stop, steps = StopRequest.listening(data.train, data.val), len(data.train)
     if snapshot is None and config.lr == "auto":
@@ -200,7 +200,9 @@ def _fit(
     print0(f"schedule  {describe_schedule(config, config.epochs * steps)}")
     on_rank0 = distributed.rank() == 0
     if config.plot_schedule and on_rank0:
-        print0(f"schedule  {plot_schedule(config, progress.lr, steps, folder / 'plots' / 'schedule.png')}")
+        path = folder / "plots" / "schedule.png"
+        if drawn(lambda: plot_schedule(config, progress.lr, steps, path), path.parent):
+            print0(f"schedule  {path}")
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
     record |= {"data": data.fingerprint, "steps_per_epoch": steps}
     pictures = RunPictures(folder, data.classes) if on_rank0 else None

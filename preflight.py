@@ -6,6 +6,7 @@ import numpy as np
 
 import distributed
 from config import Config
+from errors import printable
 from preprocess import Data
 from stream import allowance
 from stream.block_reader import blocks_ahead, fetch_threads
@@ -32,7 +33,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
     lines = [
         f"images    {config.dataset_id}: {len(train):,} for training, {len(val):,} for validation; "
         f"{len(data.train):,} steps an epoch",
-        f"classes   {len(data.classes):,}: {data.classes[0]} ... {data.classes[-1]}",
+        f"classes   {len(data.classes):,}: {printable(data.classes[0])} ... {printable(data.classes[-1])}",
         *data.notes,
     ]
     if not isinstance(train, HuggingFaceImageNetDataset) or not isinstance(val, HuggingFaceImageNetDataset):
@@ -46,7 +47,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"blocks    {len(sizes):,} for training, {len(val.blocks):,} for validation, of {_size(sizes.max())} at most",
         f"bytes     {_size(sizes.sum())} for training, {_size(val_bytes)} for validation, in each epoch",
         f"streams   {config.streams}, {config.streams // ranks} for each of {ranks} ranks",
-        f"mixing    {_mixing_line(config, train)}",
+        *([f"mixing    {_mixing_line(config, train)}"] if len(data.train) else []),
         f"memory    about {_size(memory_bytes(config, data))} a rank (and {_size(LARGEST_PICTURE)} while one of "
         f"{LARGEST_PIXELS / 1e6:.0f} megapixels, the largest that are read, is decoded) for {_holders(config, data)}",
         f"cache     {_cache_line(train)}",

@@ -17,7 +17,7 @@ import torch
 
 import distributed
 from config import Config
-from errors import DataError, UsageError
+from errors import DataError, UsageError, printable
 from stream import inventory
 from stream.augment import Augment, BatchAugment, Chain
 from stream.auto_augment import AutoAugment
@@ -175,10 +175,12 @@ def get_data_loaders(
         ranks=world,
         augment=batch_augment(config),
     )
-    if not len(train_loader):
-        raise UsageError(
-            f"--batch_size {config.batch_size} is larger than the training set of {len(train)} images; use less"
-        )
+    if not len(train_loader) and not config.evaluate:
+        batch = f"--batch_size {config.batch_size}"
+        if "batch_size" in derived:
+            batch = f"a batch of {config.batch_size} (for --streams {config.streams}, --accumulate_steps "
+            batch += f"{config.accumulate_steps} and {world} ranks)"
+        raise UsageError(f"{batch} is larger than the training set of {len(train)} images; use less")
     val_loader = make(
         val,
         eval_transform(config),
@@ -221,11 +223,11 @@ def _agree(
 
     Raises DataError for a class that these do not have, and if there is but one.
     """
-    if len(train.classes) < 2:
-        why = f"{where} has one class, {train.classes[0]}, but a classifier needs two"
-        raise DataError("; ".join([why, *train.notes]))
     if classes is not None:
         train = _renumbered(train, _seated(train.classes, classes))
+    if len(train.classes) < 2:
+        why = f"{where} has one class, {printable(train.classes[0])}, but a classifier needs two"
+        raise DataError("; ".join([why, *train.notes]))
     trained, validated = {*train.classes}, {*val.classes}
     lacking = [name for name in train.classes if name not in validated]
     unknown = [name for name in val.classes if name not in trained]
@@ -234,8 +236,8 @@ def _agree(
         unknown = [name for name in unknown if name not in absent]
     if unknown:
         raise DataError(
-            f"validation in {where} has the class {unknown[0]}, which training has not (it has {_few(train.classes)}); "
-            "make their names the same"
+            f"validation in {where} has the class {printable(unknown[0])}, which training has not (it has "
+            f"{_few(train.classes)}); make their names the same"
         )
     notes = [f"validation lacks {len(lacking)} of the {len(train.classes)} classes: {_few(lacking)}"] if lacking else []
     return train, _renumbered(val, train.classes), notes
@@ -256,31 +258,28 @@ def _renumbered(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
     """The two datasets, and the shuffle window to use over the first."""
     limit, share = config.max_samples, config.val_share
-    at_first = int(limit / (1 - share)) if limit and share else limit
     val_splits = [config.val_split] if config.val_split else VAL_SPLITS
-    train: ImageDataset
     if config.dataset in ("imagenet1k", "hf"):
         open_split = _opener(config, revision)
-        train = open_split(split=[config.train_split], max_samples=at_first)
+        at_first = int(limit / (1 - share)) if limit and share else limit
+        streamed = open_split(split=[config.train_split], max_samples=at_first)
         if share:
-            return *_held_out(train, share, config), config.shuffle_window
-        return (
-            train,
-            open_split(split=val_splits, max_samples=limit, like=_sampled(train, limit)),
-            config.shuffle_window,
-        )
-    whole, val = _open_local(config, val_splits)
-    train = whole.take(fair_sample(whole.all_labels(), at_first))
-    if val is None or share:
-        return *_held_out(train, share or 0.0, config), len(train)
-    wanted = places(val.classes, _sampled(train, limit))
-    return train, val.take(fair_sample(val.all_labels(), limit, wanted)), len(train)
+            return *_held_out(streamed, share, config), config.shuffle_window
+        val = open_split(split=val_splits, max_samples=limit, like=_sampled(streamed, limit))
+        return streamed, val, config.shuffle_window
+    whole, other = _open_local(config, val_splits)
+    if other is None or share:
+        parts = _held_out(whole, share or 0.0, config)
+        return *parts, len(parts[0])
+    train = whole.take(fair_sample(whole.all_labels(), limit))
+    wanted = places(other.classes, _sampled(train, limit))
+    return train, other.take(fair_sample(other.all_labels(), limit, wanted)), len(train)
 
 
 def _sampled(train: ImageDataset, limit: int | None) -> list[str] | None:
@@ -291,12 +290,20 @@ def _sampled(train: ImageDataset, limit: int | None) -> list[str] | None:
 
 def _held_out(whole: ImageDataset, share: float, config: Config) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation from one set. Raises DataError."""
-    labels = whole.all_labels()
+    labels, limit = whole.all_labels(), config.max_samples
     if labels is None:
         raise DataError(f"{config.dataset_id} tells its labels only with the images; give --val_split, not --val_share")
-    train_ids, val_ids = hold_out(labels, share, config.seed)
+    train_ids, val_ids = hold_out(labels, map(whole.name, range(len(whole))), share, config.seed)
     if not len(val_ids):
-        raise DataError(f"--val_share {share:g} of {len(labels)} images is none; give a larger share")
+        more = " or more --max_samples" if limit else ""
+        raise DataError(f"--val_share {share:g} of {len(labels)} images is none; give a larger share{more}")
+    if limit is None:
+        return whole.take(train_ids), whole.take(val_ids)
+    validated = np.unique(labels[val_ids])  # a sample of fewer images than classes is of some that can be validated
+    wanted = validated if limit < len(np.unique(labels[train_ids])) else None
+    train_ids = train_ids[fair_sample(labels[train_ids], limit, wanted)]
+    val_limit = max(1, min(limit, int(limit / (1 - share)) - limit))
+    val_ids = val_ids[fair_sample(labels[val_ids], val_limit, np.unique(labels[train_ids]))]
     return whole.take(train_ids), whole.take(val_ids)
 
 
@@ -306,7 +313,11 @@ def _open_local(config: Config, val_splits: list[str]) -> tuple[LocalDataset, Lo
         return load_digits()
     if config.dataset == "imagefolder":
         labels = Path(config.val_labels) if config.val_labels else None
-        return open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
+        parts = open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
+        for part in parts:
+            if part is not None and part.root is not None and part.root.is_relative_to(folder):
+                part.root = folder  # that an image of one split is told from its namesake in the other
+        return parts
     return (load_mnist if config.dataset.endswith("mnist") else load_cifar)(config.dataset, folder)
 
 

@@ -122,11 +122,12 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
 
 def _write(result: "RangeTest", config: Config, folder: Path) -> None:
     import lr_finder
-    from visualization import plot_lr_finder
+    from visualization import drawn, plot_lr_finder
 
     lr_finder.save(result, folder, asdict(config))
     picture = folder / "lr_finder.png"
-    plot_lr_finder(result.lr, result.loss, result.smoothed_loss, result.suggestions, result.stopped, picture)
+    curves = result.lr, result.loss, result.smoothed_loss
+    drawn(lambda: plot_lr_finder(*curves, result.suggestions, result.stopped, picture), folder)
 
 
 if __name__ == "__main__":

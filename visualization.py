@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from config import Config
-from errors import complain
+from errors import complain, printable
 from stream.files import write_durably
 from stream.loader import Batch
 from training.optim import describe_schedule, schedule_at
+
+warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a name is drawn with boxes then
 
 DPI = 110
 SCHEDULE_POINTS = 500
@@ -84,12 +87,18 @@ class RunPictures:
         self._thread.shutdown()
 
     def _try(self, draw: Callable[[], object]) -> None:
-        try:
-            draw()
-        except Exception as error:
-            if not self._warned:
-                complain(f"warning: a picture in {self._run_dir / 'plots'} cannot be drawn ({error}); training goes on")
-            self._warned = True
+        self._warned |= not drawn(draw, self._run_dir / "plots", quiet=self._warned)
+
+
+def drawn(draw: Callable[[], object], folder: Path, quiet: bool = False) -> bool:
+    """Whether a picture could be drawn; if not, one line warns of it, unless `quiet`, and all else goes on."""
+    try:
+        draw()
+    except Exception as error:
+        if not quiet:
+            complain(f"warning: a picture in {folder} cannot be drawn ({printable(str(error))[:200]}); the run goes on")
+        return False
+    return True
 
 
 def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -> Path:
@@ -123,7 +132,8 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
         axes.axis("off")
     for axes, image, label in zip(grid.flat, images[:count], labels, strict=False):
         axes.imshow(image)
-        axes.set_title(classes[label].split(",")[0][:18], fontsize=8)
+        name = printable(classes[label].split(",")[0])[:18]
+        axes.set_title(name, fontsize=8, parse_math=False)
     return _save(figure, path)
 
 

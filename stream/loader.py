@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from errors import DataError
+from errors import DataError, printable
 from stream.augment import BatchAugment
 from stream.decode_pool import WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
@@ -120,12 +120,12 @@ class StreamingDataLoader(Loader):
     """A `Loader` that reads, decodes and transforms images in the background.
 
     It has `num_workers` reading threads, each with a worker process that decodes for it; without workers the calling
-    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream; in
-    evaluation an unreadable image gets label -1. `read_seconds` is the time that the threads have spent waiting for
-    encoded images since the iteration began. `report` is called with the name of each image that cannot be read, and
-    why. Raises DataError when these are more than `max_bad_fraction` of the dataset and more than FEW_BAD (with a
-    fraction of 0: when there is one), or when a label is no class; and Cancelled when it has to wait while
-    `should_stop()` is true.
+    thread does everything. A training sample that cannot be read is replaced by the next readable one of its stream, or
+    of another one where it has none; in evaluation an unreadable image gets label -1. `read_seconds` is the time that
+    the threads have spent waiting for encoded images since the iteration began. `report` is called with the name of
+    each image that cannot be read, and why. Raises DataError when these are more than `max_bad_fraction` of the dataset
+    and more than FEW_BAD (with a fraction of 0: when there is one), when no image is left, or when a label is no class;
+    and Cancelled when it has to wait while `should_stop()` is true.
     """
 
     def __init__(
@@ -257,16 +257,21 @@ class _EpochReader:
     def _fill_with_next(
         self, image: np.ndarray, label: np.ndarray, sample_id: np.ndarray, stream: int, position: int
     ) -> None:
-        """Fill a row with the next readable sample of the stream after this position."""
-        order = self._streams[stream]
-        for offset in range(1, len(order)):
-            sample_id[0] = order[(position + offset) % len(order)]
-            encoded, label[0] = self._read(int(sample_id[0]))
+        """Fill a row with the next readable sample after a place: of its stream, or else of the streams behind it."""
+        for candidate in self._after(stream, position):
+            sample_id[0] = candidate
+            encoded, label[0] = self._read(candidate)
             (error,) = self._decode([encoded], sample_id, image)
             if error is None:
                 return
-            self._count_bad(int(sample_id[0]), error)
-        raise DataError("not one image of a stream can be read; check the dataset")
+            self._count_bad(candidate, error)
+        raise DataError("not one image can be read; check the dataset")
+
+    def _after(self, stream: int, position: int) -> Iterator[int]:
+        """The samples after a place: those of its stream, then those from the same position on of each other one."""
+        for number, order in enumerate((*self._streams[stream:], *self._streams[:stream])):
+            yield from order[position + (number == 0) :].tolist()
+            yield from order[:position].tolist()
 
     def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
         """A sample, or the reason why it cannot be read, with a label of no use."""
@@ -308,10 +313,11 @@ class _EpochReader:
                 return
             self._bad.add(sample_id)
             name, total = self._loader.dataset.name(sample_id), len(self._loader.dataset)
-            log.warning("%s cannot be read (%s); %d so far of %d", name, error, len(self._bad), total)
+            shown, bad = printable(name), len(self._bad)
+            log.warning("%s cannot be read (%s); %d so far of %d", shown, error, bad, total)
             self._loader.report(name, str(error))
-            if len(self._bad) > self._loader.max_bad:
+            if bad > self._loader.max_bad:
                 raise DataError(
-                    f"{len(self._bad)} of {total} images cannot be read, the last one {name}; mend them, or raise "
+                    f"{bad} of {total} images cannot be read, the last one {shown}; mend them, or raise "
                     "--max_bad_fraction"
                 )

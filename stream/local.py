@@ -63,7 +63,9 @@ class LocalDataset:
     def name(self, sample_id: int) -> str:
         """The path of an image, or its number in memory."""
         image = self.images[sample_id]
-        return str(image.relative_to(self.root) if self.root else image) if isinstance(image, Path) else f"{sample_id}"
+        if not isinstance(image, Path):
+            return f"{sample_id}"
+        return os.sep.join(image.parts[len(self.root.parts) :]) if self.root else str(image)
 
     def fingerprint(self) -> str:
         """A digest of labels and pixels; for files, of the names and the contents of FILES_READ evenly spread ones."""

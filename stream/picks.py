@@ -1,8 +1,10 @@
 """Which images of a set are used: a fair sample of it, and the share that is held out for validation."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import xxhash
 
 from stream.seeds import Use, seeded
 
@@ -24,14 +26,23 @@ def fair_sample(labels: np.ndarray, limit: int | None, wanted: np.ndarray | None
     return np.sort(np.concatenate([of[spread(quota, len(of))] for quota, of in zip(quotas, members, strict=True)]))
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sorted ids to train on and the others, which are about `share` of each class; training keeps one at least."""
+def hold_out(labels: np.ndarray, names: Iterable[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted ids to train on and the others, which are about `share` of each class; training keeps one at least.
+
+    An image's place follows from its name, so that more images or fewer move only few of the others.
+    """
+    start = int(seeded(seed, Use.HOLD_OUT).generate_state(1, np.uint64)[0])
+    hashes = np.array([xxhash.xxh3_64_intdigest(os.fsencode(name), start) for name in names], np.uint64)
     counts = np.unique(labels, return_counts=True)[1]
-    quotas = np.minimum(_shares(counts, round(share * len(labels))), counts - 1)
-    shuffled = np.argsort(np.random.Philox(seeded(seed, Use.HOLD_OUT)).random_raw(len(labels)), kind="stable")
-    members = np.split(shuffled[np.argsort(labels[shuffled], kind="stable")], np.cumsum(counts)[:-1])
-    held = np.sort(np.concatenate([of[:quota] for quota, of in zip(quotas, members, strict=True)]))
-    return np.setdiff1d(np.arange(len(labels)), held), held
+    order = np.lexsort((hashes, labels))
+    first = np.cumsum(counts) - counts
+    rest, quotas = np.modf(share * counts)
+    fullest = np.lexsort((hashes[order[first]], -rest))  # the classes that lose most where all are rounded down
+    quotas[fullest[: round(share * len(labels)) - int(quotas.sum())]] += 1
+    quotas = np.minimum(quotas.astype(np.int64), counts - 1)
+    held = np.zeros(len(labels), bool)
+    held[order] = np.arange(len(labels)) - np.repeat(first, counts) < np.repeat(quotas, counts)
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def places(names: Sequence[str], of: Sequence[str] | None) -> np.ndarray:

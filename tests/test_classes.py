@@ -1,6 +1,8 @@
 """No image has one label in training and another in validation, in another file or in a model."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -303,3 +305,57 @@ def test_classes_of_a_list_without_an_image_in_training_are_told(tmp_path: Path)
         rename(LONGER)(path)
     data = get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 8}), CPU)
     assert "note      no image of 1 of the 11 classes: class 10" in data.notes
+
+
+def correct(*arguments: object) -> tuple[int, int]:
+    """How many images an evaluation gets right, and of how many."""
+    done = train(*arguments, "--evaluate", "--override", "data=changed")
+    told = re.search(r"top1 .*?\((\d+) of (\d+)\)", done.out)
+    assert told is not None
+    return int(told[1]), int(told[2])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_snapshot_is_evaluated_on_a_few_images_of_one_class(tmp_path: Path, whole: bool) -> None:
+    """Of two classes the model says one, so what is wrong of the one is right of the other."""
+    make_classes(tmp_path / "set" / "train", each=8)
+    make_classes(tmp_path / "set" / "val", each=2)
+    flags = ("--dataset", "imagefolder", "--data_dir", tmp_path / "set", *FLAGS)
+    train(*flags, "--run_dir", tmp_path / "run")
+    right = 0
+    for name in ("ant", "bee"):
+        few = tmp_path / name
+        make_classes(few / "val", each=3, names=("ant",))
+        (few / "val" / "ant").rename(few / "val" / name)
+        make_classes(few / "train", each=1, names=(name,) if whole else ("ant", "bee"))
+        hits, images = correct("--resume_from", tmp_path / "run", "--data_dir", few)
+        assert images == 3
+        right += hits
+    assert right == 3
+
+
+def test_a_snapshot_is_evaluated_on_a_few_rows_of_one_class(tmp_path: Path) -> None:
+    made = make_imagenet_like(tmp_path, train=32, validation=8, test=0, size=(20, 30), classes=2)
+    folder, right = (tmp_path / "set"), 0
+    shutil.copytree(made, folder)
+    train("--dataset", "hf", "--dataset_name", folder, *FLAGS, "--run_dir", tmp_path / "run")
+    few = make_imagenet_like(tmp_path / "few", train=6, validation=3, test=0, size=(20, 30), classes=1)
+    for name in class_names(2):
+        shutil.rmtree(folder)
+        shutil.copytree(few, folder)
+        (folder / "README.md").unlink()
+        for path in folder.glob("data/*"):
+            rename([name])(path)
+        hits, images = correct("--resume_from", tmp_path / "run")
+        assert images == 3
+        right += hits
+    assert right == 3
+
+
+def test_what_is_trained_on_has_two_classes_and_a_batch(tmp_path: Path) -> None:
+    make_classes(tmp_path / "set", each=5, names=("ant",))
+    flags = ("--dataset", "imagefolder", "--data_dir", tmp_path / "set", "--val_share", 0.2, *FLAGS)
+    for more in ((), ("--model", "auto", "--evaluate", "--use_pretrained")):
+        done = run(*flags, *more, "--run_dir", tmp_path / "run")
+        assert (done.status, done.err.count("\n")) == (3, 1), done.err
+        assert "has one class, ant, but a classifier needs two" in done.err

@@ -186,10 +186,11 @@ def test_what_is_wrong_with_the_flags_is_refused_in_one_line_that_names_them() -
 @pytest.mark.parametrize(
     ("argv", "world", "named"),
     [
-        ([], 3, ["8", "3"]),
+        ([], 3, ["64", "3"]),
+        (["--batch_size", "60"], 4, ["6", "4"]),
         ([], 16, ["8", "16"]),
-        (["--accumulate_steps", "5"], 1, ["64", "5"]),
-        (["--accumulate_steps", "64"], 1, ["BatchNorm"]),
+        (["--batch_size", "64", "--accumulate_steps", "5"], 1, ["64", "5"]),
+        (["--batch_size", "64", "--accumulate_steps", "64"], 1, ["BatchNorm"]),
         (["--batch_size", "8"], 8, ["BatchNorm"]),
     ],
 )

@@ -262,10 +262,23 @@ def test_a_label_that_is_no_class_never_reaches_the_loss() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_without_one_readable_image_is_an_error_not_a_hang(workers: int) -> None:
-    paths = [b""] * 8
-    dataset = LocalDataset(paths, [0, 1] * 4, ["a", "b"])  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="not one image"):
+def test_a_stream_without_one_readable_image_is_filled_from_the_others(workers: int) -> None:
+    """From the same position of the next one on; which that is depends on neither threads nor where one starts."""
+    bad = {*range(5, 10), 15}
+    images: list[Any] = [b"" if number in bad else np.full((9, 9, 3), number, np.uint8) for number in range(20)]
+    dataset = LocalDataset(images, [0, 1] * 10, ["a", "b"])
+    loader = make(dataset, batch_size=8, num_workers=workers)
+    loader.order = lambda epoch: [np.arange(first, first + 5) for first in (0, 5, 10, 15)]
+    expected = [[0, 1, 10, 11, 10, 11, 16, 16], [2, 3, 12, 13, 12, 13, 17, 18]]
+    assert [batch.ids.tolist() for batch in run(loader)] == expected
+    loader.set_epoch(0, start=1)
+    assert [batch.ids.tolist() for batch in loader] == expected[1:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_without_one_readable_image_is_an_error_not_a_hang(workers: int) -> None:
+    dataset = LocalDataset([b""] * 8, [0, 1] * 4, ["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="not one image can be read"):
         run(make(dataset, batch_size=4, num_workers=workers, max_bad_fraction=1.0))
 
 

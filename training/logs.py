@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
-from errors import UsageError, complain, redact
+from errors import UsageError, complain, printable, redact
 from stream.files import open_plain, read_small, write_durably
 from training.state import Progress
 
@@ -222,8 +222,7 @@ class UnreadableLog:
                 self._append(kept)
 
     def __call__(self, image: str, reason: str) -> None:
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in image)
-        row = [name, " ".join(reason.split()), str(self._progress.epoch + 1)]
+        row = [printable(image), " ".join(reason.split()), str(self._progress.epoch + 1)]
         if (row[0], row[2]) not in self._known:
             self._known.add((row[0], row[2]))
             with contextlib.suppress(OSError, ValueError):
