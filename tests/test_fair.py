@@ -9,7 +9,7 @@ from program import run, train
 from shards import make_imagenet_like
 from test_image_folders import make_classes, put
 
-import preprocess
+import open_data
 from config import FITTED, resolve
 from defaults import PRESETS, Preset, fit_to, streams_for
 from errors import DataError, UsageError
@@ -201,7 +201,7 @@ def test_a_limit_holds_for_both_parts_of_a_set_of_many_classes(
 ) -> None:
     if layout == "folder":
         part = LocalDataset(np.zeros((120, 8, 8, 3), np.uint8), np.arange(120) % 30, [f"{n:02d}" for n in range(30)])
-        monkeypatch.setattr(preprocess, "open_image_folder", lambda *given, **options: (part, None))
+        monkeypatch.setattr(open_data, "open_image_folder", lambda *given, **options: (part, None))
         given: dict[str, object] = {"dataset": "imagefolder", "data_dir": "x"}
     else:
         folder = make_imagenet_like(tmp_path, train=120, validation=1, test=0, size=(9, 12), classes=30)

@@ -71,10 +71,9 @@ def test_waiting_is_noticed(no_waiting: None) -> None:
 def test_batches_are_those_of_the_cpu(
     given: dict[str, Any], image_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import preprocess
 
     digits, _ = load_digits()
-    monkeypatch.setattr(preprocess, "load_cifar", lambda *_: (digits, digits))
+    monkeypatch.setattr(open_data, "load_cifar", lambda *_: (digits, digits))
     given = given or {"dataset": "hf", "dataset_name": str(image_set), "image_size": 48}
     config = settings(max_samples=96, **given)
     on_gpu, on_cpu = (get_data_loaders(config, device).train for device in (GPU, CPU))

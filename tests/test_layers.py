@@ -12,6 +12,7 @@ LAYERS = (
     {"train"},
     {"preflight", "lr_finder", "visualization"},
     {"preprocess", "training"},
+    {"open_data"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
     {"flags", "model_zoo", "recipe"},

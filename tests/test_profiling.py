@@ -13,6 +13,7 @@ from program import train
 from purity import shrink
 from slow import SlowTransform
 
+import open_data
 import preprocess
 from config import Config, resolve
 from preprocess import get_data_loaders
@@ -117,7 +118,7 @@ def resident(**given: Any) -> tuple[Config, Loader]:
 def streaming(monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[Config, StreamingDataLoader]:
     """A loader of images from a folder, which took nothing yet."""
     part = LocalDataset(np.zeros((32, 8, 8, 3), np.uint8), [0, 1] * 16, ["a", "b"])
-    monkeypatch.setattr(preprocess, "open_image_folder", lambda *given, **options: (part, part))
+    monkeypatch.setattr(open_data, "open_image_folder", lambda *given, **options: (part, part))
     config = resolve({"dataset": "imagefolder", "data_dir": "x", "batch_size": 16, "num_workers": 2} | given)
     loader = get_data_loaders(config, CPU).train
     assert isinstance(loader, StreamingDataLoader)
@@ -208,7 +209,7 @@ def times_of(folder: Path, read: float, transform: float, epochs: int) -> list[s
     build_model = step.build_model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "build_model", lambda *arguments: shrink(build_model(*arguments)))
-        patch.setattr(preprocess, "open_image_folder", lambda *given, **options: (slow, val))
+        patch.setattr(open_data, "open_image_folder", lambda *given, **options: (slow, val))
         patch.setattr(preprocess, "train_transform", lambda config: SlowTransform(transform))
         data = ("--dataset", "imagefolder", "--data_dir", folder, "--image_size", 32)
         flags = ("--num_workers", 2, "--model", "resnet18", "--batch_size", 16, "--epochs", epochs, "--lr", 0.01)
