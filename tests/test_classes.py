@@ -19,7 +19,8 @@ from test_webdataset import CLASSES, ROWS, make_set, make_shard
 
 from config import resolve
 from errors import DataError
-from preprocess import _seated, get_data_loaders
+from open_data import _seated
+from preprocess import get_data_loaders
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.labels import first_difference
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from program import ledger, results, run, train
 
+import open_data
 from config import Config, resolve
 from preprocess import get_data_loaders
 from stream.local import load_digits
