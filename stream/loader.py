@@ -72,6 +72,7 @@ class Loader(ABC):
         self.augment = augment
         self.should_stop: Callable[[], bool] = lambda: False
         self.report: Callable[[str, str], None] = lambda name, reason: None
+        self.of_epoch: Callable[[int], tuple[int, Transform]] | None = None  # size and transform, where these change
         self.epoch = 0
         self.start = 0
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -85,6 +86,10 @@ class Loader(ABC):
         """Set the epoch (from 0) that the next iteration yields, and the step to start from."""
         self.epoch = epoch
         self.start = start
+
+    def real(self, ids: Any) -> Any:
+        """The ids in the dataset of ids that may be those of copies, see `stream.order.repeated`."""
+        return ids % len(self.dataset)
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...
@@ -153,6 +158,9 @@ class StreamingDataLoader(Loader):
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
         spans = self._spans(streams) if streams else []
+        if self.of_epoch is not None:
+            self.image_size, self.transform = self.of_epoch(epoch)
+            self.packed = pack(self.transform) if self.num_workers else b""
         if spans:
             self.read_seconds = 0.0
             with contextlib.closing(_EpochReader(self, epoch, streams, spans)) as reader:
@@ -181,7 +189,7 @@ class _EpochReader:
         self._epoch = epoch
         self._streams = streams
         self._spans = spans
-        self._reader = loader.dataset.reader(np.concatenate([ids_of(streams, parts) for parts in spans]))
+        self._reader = loader.dataset.reader(loader.real(np.concatenate([ids_of(streams, parts) for parts in spans])))
         self._reader.should_stop = lambda: loader.should_stop()
         self._threads = ThreadPoolExecutor(loader.num_workers, "decode") if loader.num_workers else None
         self._closed = False
@@ -233,7 +241,7 @@ class _EpochReader:
                 if self._loader.should_stop():
                     raise Cancelled
             task.result()
-        self._reader.release(begun.scheduled)
+        self._reader.release(self._loader.real(begun.scheduled))
         return begun.batch
 
     def _fill(self, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, places: list[tuple[int, int]]) -> None:
@@ -277,7 +285,7 @@ class _EpochReader:
         """A sample, or the reason why it cannot be read, with a label of no use."""
         asked = perf_counter()
         try:
-            image, label = self._reader.read(sample_id)
+            image, label = self._reader.read(self._loader.real(sample_id))
         except UnreadableImage as error:
             return error, 0
         with self._lock:
