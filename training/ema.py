@@ -9,11 +9,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 class EMA:
     """The average of a model's parameters and buffers, updated after the first of every `every` steps of an epoch.
 
-    Each update is average = decay * average + (1 - decay) * model (Polyak and Juditsky 1992). With a `warmup`, in steps,
-    the updates are those of torchvision's reference: they copy the model while the rate warms up and once more after
-    it, and then have the whole `decay`. Without one the decay grows as (1 + n) / (10 + n) with the number n of updates,
-    up to `decay`, as in TensorFlow's ExponentialMovingAverage: the first weights are soon forgotten. It is a function of
-    the step alone, so nothing but the averaged model needs to be kept.
+    Each update is average = decay * average + (1 - decay) * model (Polyak and Juditsky 1992). With a `warmup`, in
+    steps, updates are those of torchvision's reference: they copy the model while the rate warms up and once more
+    after it, and then have the whole `decay`. Without one the decay grows as (1 + n) / (10 + n) with the number n of
+    updates, up to `decay`, as in TensorFlow's ExponentialMovingAverage: the first weights are soon forgotten. It is a
+    function of the step alone, so nothing but the averaged model needs to be kept.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int, steps_per_epoch: int, warmup: int = 0) -> None:
