@@ -22,17 +22,17 @@ def moved(model: nn.Module) -> None:
         tensor.copy_(torch.randn_like(tensor) if tensor.is_floating_point() else tensor + 7)
 
 
-def test_the_average_is_that_of_its_formula_after_every_step() -> None:
+def test_without_a_warm_up_the_average_is_that_of_its_formula_after_every_step() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    ema = EMA(model, decay=0.3, every=2, warmup=4)
-    expected = copy.deepcopy(model.state_dict())
-    for step in range(1, 25):
+    ema = EMA(model, decay=0.3, every=2, steps_per_epoch=5)
+    expected, updates = copy.deepcopy(model.state_dict()), 0
+    for step in range(24):
         moved(model)
-        ema.update(model, step)
-        if step % 2 == 0:
-            updates = (step - 4) // 2
-            decay = min(0.3, (1 + updates) / (10 + updates)) if step > 4 else 0.0
+        ema.update(model, step + 1)
+        if step % 5 in (0, 2, 4):
+            updates += 1
+            decay = min(0.3, (1 + updates) / (10 + updates))
             for name, value in model.state_dict().items():
                 averaged = decay * expected[name] + (1 - decay) * value
                 expected[name] = averaged.to(value.dtype)
@@ -40,17 +40,22 @@ def test_the_average_is_that_of_its_formula_after_every_step() -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=f"{name} after step {step}")
 
 
-def test_with_a_constant_decay_the_average_is_torchs_own_to_the_bit() -> None:
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_with_a_warm_up_the_average_is_that_of_torchvisions_loop_to_the_bit(every: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True)  # type: ignore[no-untyped-call]
-    ema = EMA(model, decay=0.1, every=1, warmup=1)
-    for step in range(1, 9):
-        moved(model)
-        theirs.update_parameters(model)
-        ema.update(model, step)
-    for name, value in ema.module.state_dict().items():
-        assert torch.equal(value, theirs.module.state_dict()[name]), name
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)  # type: ignore[no-untyped-call]
+    ema = EMA(model, decay=0.7, every=every, steps_per_epoch=3, warmup=6)
+    for epoch in range(5):
+        for step in range(3):
+            moved(model)
+            ema.update(model, 3 * epoch + step + 1)
+            if step % every == 0:
+                theirs.update_parameters(model)
+                if epoch < 2:
+                    theirs.n_averaged.fill_(0)
+            for name, value in ema.module.state_dict().items():
+                assert torch.equal(value, theirs.module.state_dict()[name]), (name, epoch, step)
 
 
 @pytest.mark.usefixtures("small_model")

@@ -7,16 +7,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class EMA:
-    """The average of a model's parameters and buffers after every `every` steps.
+    """The average of a model's parameters and buffers, updated after the first of every `every` steps of an epoch.
 
-    Each update is average = decay * average + (1 - decay) * model (Polyak and Juditsky 1992). For `warmup` steps the
-    model is copied, as in torchvision's reference while the rate warms up. Then the decay grows as (1 + n) / (10 + n)
-    with the n updates since, up to `decay`, as in TensorFlow's ExponentialMovingAverage: the first weights are soon
-    forgotten. It is a function of the step alone, so nothing but the averaged model needs to be kept.
+    Each update is average = decay * average + (1 - decay) * model (Polyak and Juditsky 1992). With a `warmup`, in
+    steps, updates are those of torchvision's reference: they copy the model while the rate warms up and once more
+    after it, and then have the whole `decay`. Without one the decay grows as (1 + n) / (10 + n) with the number n of
+    updates, up to `decay`, as in TensorFlow's ExponentialMovingAverage: the first weights are soon forgotten. It is a
+    function of the step alone, so nothing but the averaged model needs to be kept.
     """
 
-    def __init__(self, model: nn.Module, decay: float, every: int, warmup: int = 0) -> None:
-        self.decay, self.every, self.warmup = decay, every, warmup
+    def __init__(self, model: nn.Module, decay: float, every: int, steps_per_epoch: int, warmup: int = 0) -> None:
+        self.decay, self.every, self.steps_per_epoch, self.warmup = decay, every, steps_per_epoch, warmup
         self._decay = 0.0  # of the update at hand
         self._average = AveragedModel(model, multi_avg_fn=self._update, use_buffers=True)
 
@@ -27,15 +28,22 @@ class EMA:
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after this step, 0 while it copies."""
-        updates = step // self.every - self.warmup // self.every
-        return min(self.decay, (1 + updates) / (10 + updates)) if updates > 0 else 0.0
+        updates = self._updates(step) - self._updates(self.warmup)
+        if self.warmup:
+            return self.decay if updates > 1 else 0.0
+        return min(self.decay, (1 + updates) / (10 + updates))
 
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the model after `step` steps, if its turn has come. Nothing waits for the device."""
-        if step % self.every == 0:
+        if (step - 1) % self.steps_per_epoch % self.every == 0:
             self._decay = self.decay_at(step)
             self._average.n_averaged.fill_(int(self._decay > 0))  # on the host; with 0 the model is copied
             self._average.update_parameters(model)
+
+    def _updates(self, step: int) -> int:
+        """The number of updates after so many steps."""
+        epochs, rest = divmod(step - 1, self.steps_per_epoch)
+        return epochs * -(-self.steps_per_epoch // self.every) + rest // self.every + 1
 
     def _update(self, average: Any, model: Any, updates: Any) -> None:
         get_ema_multi_avg_fn(self._decay)(average, model, updates)  # type: ignore[no-untyped-call]

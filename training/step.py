@@ -110,7 +110,8 @@ def build_training(
     normalize = Normalize().to(device)
     ema = None
     if config.ema_decay:
-        ema = EMA(model, config.ema_decay, config.ema_every, round(config.warmup_epochs * steps_per_epoch))
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+        ema = EMA(model, config.ema_decay, config.ema_every, steps_per_epoch, warmup)
     if config.compile:
         for module in (model, normalize, *([ema.module] if ema else [])):
             module.compile(dynamic=False if config.progressive_size else None, **COMPILE_OPTIONS)
