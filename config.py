@@ -120,6 +120,7 @@ class Config:
     onecycle_max_momentum: float = flag("schedule", "momentum at both ends", 0.95, least=0, most=1)
     onecycle_fixed_momentum: bool = flag("schedule", "do not cycle the momentum: keep --momentum", False)
     plot_schedule: bool = flag("schedule", "draw learning rate and momentum over the run into plots/schedule.png before it starts", False, on_resume="forgotten")
+    extend_epochs: int | None = flag("schedule", "trapezoid: with --resume_from RUN, go on from the start of its cooldown in a new folder, as if this many more epochs had been planned", None, on_resume="forgotten", least=1)
 
     find_lr: bool = flag("finder", "run the learning rate finder, then stop", False, on_resume="forgotten")
     lr_start: float = flag("finder", "first learning rate of the sweep", 1e-5, on_resume="kept", above=0)
@@ -279,6 +280,8 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     kept = {name: value for name, value in saved.items() if name in _names("fixed", "kept")}
     new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
     try:
+        if "extend_epochs" in given:
+            kept["epochs"] += given["extend_epochs"]
         return resolve(kept | new | overrides)
     except (LookupError, TypeError, ValueError) as error:
         raise SnapshotError("the snapshot holds no settings of this program; give another") from error
