@@ -289,6 +289,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
             "num_workers",
             "find_lr",
             "plot_schedule",
+            "extend_epochs",
             "run_dir",
             "resume_from",
             "override",
