@@ -16,7 +16,7 @@ import torch
 
 from errors import DataError, printable
 from stream.augment import BatchAugment
-from stream.decode_pool import WorkerDied, pack, shared_pool
+from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 from stream.source import ImageDataset
 
@@ -149,6 +149,7 @@ class StreamingDataLoader(Loader):
         self.packed = pack(transform) if num_workers else b""
         self.max_bad = max(FEW_BAD, int(max_bad_fraction * len(dataset))) if max_bad_fraction else 0
         self.read_seconds = 0.0
+        self.sound = np.zeros(len(dataset), bool)  # the samples that were read without complaint
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
@@ -293,19 +294,24 @@ class _EpochReader:
         loader = self._loader
         encoded = [b"" if isinstance(image, UnreadableImage) else image for image in found]
         seeds = [(loader.seed, self._epoch, sample_id) for sample_id in ids.tolist()]
+        jobs = list(map(Job, encoded, seeds, loader.sound[ids].tolist()))
         reasons: list[Exception | None]
         try:
             if loader.pool is None:
-                rows = zip(out, encoded, seeds, strict=True)
-                reasons = [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
+                reasons = [
+                    decode_into(row, job.image, loader.transform, job.seed, job.sound)
+                    for row, job in zip(out, jobs, strict=True)
+                ]
             else:
-                reasons = loader.pool.run(loader.packed, encoded, seeds, out)
-            pairs = zip(found, reasons, strict=True)
-            return [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
+                reasons = loader.pool.run(loader.packed, jobs, out)
         except WorkerDied as error:
             if loader.should_stop():
                 raise Cancelled from error
             raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
+        pairs = zip(found, reasons, strict=True)
+        told = [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
+        loader.sound[ids] = [reason is None for reason in told]
+        return told
 
     def _count_bad(self, sample_id: int, error: Exception) -> None:
         with self._lock:
