@@ -72,11 +72,6 @@ class Config:
     eval_crop_pct: float | None = flag("augmentation", "evaluation: --eval_size over the short side that an image is resized to before its centre is cut", None, short="0.875", above=0, most=1)
     tta: str | None = flag("augmentation", "evaluation: flip averages the logits of an image and its mirror image", None, choices=("flip",))
 
-    auto_augment: str | None = flag("augmentation", "ta_wide (TrivialAugment), ra-n2-m9 (torchvision's RandAugment) or rand-m7-n2-mstd0.5-inc1 (timm's)", None)
-    random_erasing: float = flag("augmentation", "probability that a box of a training image is erased", 0.0, least=0, most=1)
-    color_jitter: str | None = flag("augmentation", "random brightness, contrast, saturation and hue: up to four shares such as 0.4,0.4,0.4,0.1", None, metavar="X,X,X,X")
-    mixup: float = flag("augmentation", "mix images of a step, with shares from Beta(X, X)", 0.0, least=0)
-    cutmix: float = flag("augmentation", "put boxes of other images of a step into each, with areas from Beta(X, X); with --mixup, one of both at random", 0.0, least=0)
 
     model: str = flag("model", "resnet18, resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
     use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")

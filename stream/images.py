@@ -24,13 +24,14 @@ LEAST_VARIANCE = 0.1  # square pixels: sizes that shrink by less than 1.26 are n
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 LEAST_SIGMA = 0.1  # pixels: a blur without effect
 
-Transform = Callable[[EncodedImage, tuple[int, ...]], np.ndarray]
+Transform = Callable[[EncodedImage, tuple[int, ...], bool], np.ndarray]
+"""`transform(image, seed, sound) -> image`; of an image that is `sound`, no more need be decoded than is used."""
 
 
 class AlbumentationsAdapter:
     """An albumentations pipeline as `transform(image, seed) -> image`, uint8 (H, W, 3). Raises UnreadableImage.
 
-    `seed` is (seed of the run, epoch, sample id).
+    `seed` is (seed of the run, epoch, sample id). `sound` tells that the image has been read before without complaint.
 
     The result depends on the image and the seed alone, whatever the thread and the order of calls: each thread has its
     own copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
@@ -44,7 +45,7 @@ class AlbumentationsAdapter:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(self._pipeline.transforms)
 
-    def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool = False) -> np.ndarray:
         result: np.ndarray = self._seeded(seed)(image=decode(image))["image"]
         return result
 
@@ -137,21 +138,20 @@ class RandomResizedCropAdapter(AlbumentationsAdapter):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (*self._pipeline.transforms, self._interpolation)
 
-    def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool = False) -> np.ndarray:
         picture = Picture(image)
         (crop,) = self._seeded(seed).transforms
-        coordinates = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
-        region = picture.region(*coordinates)
+        left, top, right, bottom = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
         height, width = crop.size
-        return resize(region, height, width, self._interpolation)
+        return resize(picture.region(left, top, right, bottom, sound), height, width, self._interpolation)
 
 
 def decode_into(
-    row: np.ndarray, image: EncodedImage, transform: Transform, seed: tuple[int, ...]
+    row: np.ndarray, image: EncodedImage, transform: Transform, seed: tuple[int, ...], sound: bool = False
 ) -> UnreadableImage | None:
     """Fill `row` and return None, or return the reason why the image cannot be read."""
     try:
-        row[:] = transform(image, seed)
+        row[:] = transform(image, seed, sound)
     except UnreadableImage as error:
         return UnreadableImage(*error.args)  # without the traceback, which holds on to the decoder's memory
     return None

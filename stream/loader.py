@@ -16,7 +16,7 @@ import torch
 
 from errors import DataError, printable
 from stream.augment import BatchAugment
-from stream.decode_pool import WorkerDied, pack, shared_pool
+from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 from stream.source import ImageDataset
 
@@ -154,6 +154,7 @@ class StreamingDataLoader(Loader):
         self.packed = pack(transform) if num_workers else b""
         self.max_bad = max(FEW_BAD, int(max_bad_fraction * len(dataset))) if max_bad_fraction else 0
         self.read_seconds = 0.0
+        self.sound = np.zeros(len(dataset), bool)  # the samples that were read without complaint
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
@@ -283,9 +284,9 @@ class _EpochReader:
 
     def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
         """A sample, or the reason why it cannot be read, with a label of no use."""
-        asked = perf_counter()
+        asked, sample_id = perf_counter(), self._loader.real(sample_id)
         try:
-            image, label = self._reader.read(self._loader.real(sample_id))
+            image, label = self._reader.read(sample_id)
         except UnreadableImage as error:
             return error, 0
         with self._lock:
@@ -301,21 +302,27 @@ class _EpochReader:
         loader = self._loader
         encoded = [b"" if isinstance(image, UnreadableImage) else image for image in found]
         seeds = [(loader.seed, self._epoch, sample_id) for sample_id in ids.tolist()]
+        jobs = list(map(Job, encoded, seeds, loader.sound[loader.real(ids)].tolist()))
         reasons: list[Exception | None]
         try:
             if loader.pool is None:
-                rows = zip(out, encoded, seeds, strict=True)
-                reasons = [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
+                reasons = [
+                    decode_into(row, job.image, loader.transform, job.seed, job.sound)
+                    for row, job in zip(out, jobs, strict=True)
+                ]
             else:
-                reasons = loader.pool.run(loader.packed, encoded, seeds, out)
-            pairs = zip(found, reasons, strict=True)
-            return [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
+                reasons = loader.pool.run(loader.packed, jobs, out)
         except WorkerDied as error:
             if loader.should_stop():
                 raise Cancelled from error
             raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
+        pairs = zip(found, reasons, strict=True)
+        told = [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
+        loader.sound[loader.real(ids)] = [reason is None for reason in told]
+        return told
 
     def _count_bad(self, sample_id: int, error: Exception) -> None:
+        sample_id = self._loader.real(sample_id)
         with self._lock:
             if sample_id in self._bad:
                 return
