@@ -73,7 +73,8 @@ def batch_augment(config: Config) -> Chain:
             amounts = [float(part) for part in config.color_jitter.split(",")]
             parts.append(ColorJitter(config.seed, *(amounts * 3 if len(amounts) == 1 else amounts)))
         if config.auto_augment:
-            parts.append(AutoAugment.parse(config.auto_augment, config.seed))
+            interpolation = None if config.auto_augment.startswith("rand") else "bilinear"  # as torchvision's reference
+            parts.append(AutoAugment.parse(config.auto_augment, config.seed, interpolation))
     except (TypeError, ValueError) as error:
         raise UsageError(f"--auto_augment or --color_jitter: {error}") from error
     if config.random_erasing:
