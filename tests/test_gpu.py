@@ -49,6 +49,8 @@ def settings(**given: Any) -> Config:
         {"amp": True, "amp_dtype": "fp16"},
         {"amp": True, "amp_dtype": "fp16", "max_grad_norm": 1.0, "accumulate_steps": 2},
         {"optimizer": "adamw", "max_grad_norm": 1.0},
+        {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "ta_wide", "random_erasing": 0.5, "ema_decay": 0.9},
+        {"loss": "bce", "auto_augment": "rand-m7-mstd0.5-inc1", "color_jitter": "0.4", "repeats": 2, "mixup": 0.1},
     ],
     ids=lambda given: " ".join(given) or "float32",
 )
@@ -57,10 +59,13 @@ def test_no_step_and_no_batch_waits_for_the_gpu(given: dict[str, Any], request: 
     data = get_data_loaders(config, GPU)
     training = build_training(config, 10, GPU)
     training.model.train()
-    train_step(training, *next(iter(data.train))[:2])
+    images, labels, _ = next(iter(data.train))
+    train_step(training, images, labels, training.mix(0, images))
     request.getfixturevalue("no_waiting")
-    for images, labels, _ in data.train:
-        train_step(training, images, labels)
+    for step, (images, labels, _) in enumerate(data.train):
+        train_step(training, images, labels, training.mix(step, images))
+        if training.ema is not None:
+            training.ema.update(training.model, step + 1)
 
 
 def test_waiting_is_noticed(no_waiting: None) -> None:
