@@ -1,9 +1,10 @@
 """Worker processes that decode and transform images, because threads would share one interpreter lock.
 
-`python -m stream.decode_pool` is such a process, and imports only what this module imports.
+`python -m stream.decode_pool` forks them, so that a new one starts at once, and imports only what this module imports.
 """
 
 import contextlib
+import ctypes
 import functools
 import mmap
 import os
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from tempfile import TemporaryFile
@@ -25,10 +26,16 @@ if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # albumentations imports it if it can, which takes seconds
 
 from errors import SIGNALS
-from stream.images import EncodedImage, Transform, decode_into
+from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 
 PROCESS_BYTES = 60 * 2**20  # memory that a decoding process does not share, as measured on Linux
 ARENA_BYTES = 4 * 2**20  # shared memory for the images of one task and their results; a large image gets more
+ANSWER_SECONDS = 300.0  # for one task, which takes less than a second
+GIVEN_UP_SECONDS = 2.0
+POLL_SECONDS = 0.2
+MOST_IN_VAIN = 5  # processes in a row that end without an answer; more are the machine's fault
+NUMBER_BYTES = 4
+PR_SET_PDEATHSIG = 1
 
 
 def pack(transform: Transform) -> bytes:
@@ -45,51 +52,61 @@ class Job(NamedTuple):
 
 
 class WorkerDied(Exception):
-    """A decoding process ended unexpectedly, or could not be started."""
+    """Decoding processes end whatever they are given, or cannot be started, or are not waited for any more."""
+
+
+class EndsProcess(UnreadableImage):
+    """An image that twice ended the process that was to decode it, or got no answer from it."""
+
+
+class _NoAnswer(Exception):
+    """A decoding process ended before it answered, or takes too long."""
 
 
 class DecodingPool:
     """Processes that decode and transform; each serves one thread of this process at a time.
 
-    They start in the background, and end with this object or this process, however that ends.
+    They start in the background, and end with this object or this process, however that ends. One that ends before, or
+    has no answer for ANSWER_SECONDS, is replaced.
     """
 
     def __init__(self, processes: int) -> None:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        descriptors = []
-        for _ in range(processes):
-            ours, theirs = socket.socketpair()
-            arena = _anonymous_file()
-            os.ftruncate(arena, ARENA_BYTES)
-            self._idle.put(_Worker(Connection(ours.detach()), arena))
-            descriptors += [theirs.detach(), arena]
-        if processes:
-            command = [sys.executable, "-m", "stream.decode_pool", *map(str, descriptors)]
-            path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-            subprocess.Popen(
-                command,
-                env=os.environ | path,
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        for descriptor in descriptors[::2]:
-            os.close(descriptor)
+        self._in_vain = 0  # processes that were replaced since the last answer
+        control = _start_nursery()
+        for number in range(processes):
+            self._idle.put(_Worker(control, number))
 
-    def run(self, transform: bytes, jobs: Sequence[Job], out: np.ndarray) -> list[Exception | None]:
+    def run(
+        self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool] = lambda: False
+    ) -> list[Exception | None]:
         """Decode images and apply a packed transform, into `out`, uint8 (N, H, W, 3).
 
-        Returns for each image None, or the reason it cannot be read; its row of `out` is then unchanged. Raises
-        WorkerDied.
+        Returns for each image None, or the reason it cannot be read; its row of `out` is then unchanged. Of images that
+        get no answer together each is tried alone, once. Raises WorkerDied, also GIVEN_UP_SECONDS after `given_up()`.
         """
         worker = self._idle.get()
+        found: list[Exception | None] = []
+        alone = False
         try:
-            found: list[Exception | None] = []
             while len(found) < len(jobs):
-                found += worker.run(transform, jobs[len(found) :], out[len(found) :])
-            return found
+                part = slice(len(found), len(found) + 1 if alone else None)
+                try:
+                    found += worker.run(transform, jobs[part], out[part], given_up)
+                    self._in_vain = 0
+                except _NoAnswer as error:
+                    worker.restart()
+                    self._in_vain += not given_up()
+                    if self._in_vain >= MOST_IN_VAIN or given_up():
+                        raise WorkerDied from error
+                    found += [EndsProcess(*error.args)] if alone else []
+                    alone = True
+        except OSError as error:  # of the process that forks them
+            _pool_of.cache_clear()
+            raise WorkerDied from error
         finally:
             self._idle.put(worker)
+        return found
 
 
 def shared_pool(processes: int) -> DecodingPool:
@@ -111,16 +128,44 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-class _Worker:
-    """A decoding process, seen from its parent. The arena holds the transformed images, then the encoded ones."""
+def _start_nursery() -> socket.socket:
+    """Start the process that forks the decoding ones; returns the socket at which it is asked to, see `main`."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, "-m", "stream.decode_pool", str(theirs.fileno())],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return ours
 
-    def __init__(self, connection: Connection, arena: int) -> None:
-        self._connection = connection
+
+class _Worker:
+    """A decoding process, seen from its user. The arena holds the transformed images, then the encoded ones."""
+
+    def __init__(self, control: socket.socket, number: int) -> None:
+        self._control = control
+        self._number = number
+        with contextlib.suppress(BrokenPipeError):  # noticed when there is something to decode
+            self.restart()
+
+    def restart(self) -> None:
+        """Have the process killed, if there is one, and another one forked. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        arena = _anonymous_file()
+        os.ftruncate(arena, ARENA_BYTES)
+        self._connection = Connection(ours.detach())
         self._arena = open(arena, "r+b", buffering=0)  # noqa: SIM115 (closed with this object)
         self._memory = mmap.mmap(arena, 0)
+        with theirs:
+            socket.send_fds(self._control, [self._number.to_bytes(NUMBER_BYTES, "big")], [theirs.fileno(), arena])
 
-    def run(self, transform: bytes, jobs: Sequence[Job], out: np.ndarray) -> list[Exception | None]:
-        """As `DecodingPool.run`, for the first images that fit into ARENA_BYTES, and at least one."""
+    def run(
+        self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool]
+    ) -> list[Exception | None]:
+        """As `DecodingPool.run`, for the first images that fit into ARENA_BYTES, and at least one. Raises _NoAnswer."""
         parts = [_bytes(job.image) for job in jobs]
         ends = np.cumsum([len(part) for part in parts]) + out[0].nbytes * np.arange(1, len(jobs) + 1)
         count = max(1, int(np.searchsorted(ends, ARENA_BYTES, side="right")))
@@ -132,10 +177,10 @@ class _Worker:
             at += len(part)
         try:
             self._connection.send((transform, out.shape[1:], places))
+            self._await_answer(given_up)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            _pool_of.cache_clear()
-            raise WorkerDied from error
+            raise _NoAnswer("it ended the decoding process") from error
         if isinstance(answer, str):
             raise RuntimeError(f"a decoding process failed:\n{answer}")
         found = np.frombuffer(self._memory, np.uint8, out[:count].nbytes).reshape(out[:count].shape)
@@ -146,6 +191,15 @@ class _Worker:
             out[:count][readable] = found[readable]
         return list(answer)
 
+    def _await_answer(self, given_up: Callable[[], bool]) -> None:
+        left = ANSWER_SECONDS  # counted in polls, so that the time of a stopped job is not
+        while not self._connection.poll(POLL_SECONDS):
+            left -= POLL_SECONDS
+            if given_up():
+                left = min(left, GIVEN_UP_SECONDS)
+            if left <= 0:
+                raise _NoAnswer(f"it was not decoded within {ANSWER_SECONDS:g} s")
+
     def _make_room(self, size: int) -> None:
         if size > len(self._memory):
             self._arena.truncate(size)
@@ -153,20 +207,44 @@ class _Worker:
 
 
 def main() -> None:
-    """Fork into one decoding process for each pair of descriptors, a socket and an arena, in the arguments."""
-    numbers = [int(argument) for argument in sys.argv[1:]]
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    mine = next((pair for pair in pairs[1:] if not os.fork()), pairs[0])
-    for number in {*numbers} - {*mine}:
-        os.close(number)
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent closed the socket
-        serve(Connection(mine[0]), mine[1])
+    """Fork a decoding process for each request at the socket in the arguments: a number, and a socket and an arena.
+
+    An earlier process of the same number is killed first, and all of them when the socket is closed. This process never
+    decodes, so that it can always answer.
+    """
+    control = socket.socket(fileno=int(sys.argv[1]))
+    processes: dict[bytes, int] = {}
+    parent = os.getpid()
+    for signum in SIGNALS:  # the user's to handle
+        signal.signal(signum, signal.SIG_IGN)
+    while True:
+        number, descriptors, *_ = socket.recv_fds(control, NUMBER_BYTES, 2)
+        for process in [processes[number]] if number in processes else [] if number else processes.values():
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        if not number:
+            return
+        processes[number] = os.fork()
+        if not processes[number]:
+            control.close()
+            _end_with(parent)
+            with contextlib.suppress(EOFError, ConnectionError):  # the user closed the socket
+                serve(Connection(descriptors[0]), descriptors[1])
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _end_with(parent: int) -> None:
+    """Have the system, where it can, end this process when its parent ends, even while a decoder hangs."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def serve(connection: Connection, arena: int) -> None:
-    """The loop of a decoding process. It ignores signals, which its parent handles."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    """The loop of a decoding process."""
     memory = memoryview(mmap.mmap(arena, 0))
     transforms: dict[bytes, Transform] = {}
     while True:

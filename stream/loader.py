@@ -16,7 +16,7 @@ import torch
 
 from errors import DataError, printable
 from stream.augment import BatchAugment
-from stream.decode_pool import Job, WorkerDied, pack, shared_pool
+from stream.decode_pool import EndsProcess, Job, WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 from stream.source import ImageDataset
 
@@ -155,6 +155,7 @@ class StreamingDataLoader(Loader):
         self.max_bad = max(FEW_BAD, int(max_bad_fraction * len(dataset))) if max_bad_fraction else 0
         self.read_seconds = 0.0
         self.sound = np.zeros(len(dataset), bool)  # the samples that were read without complaint
+        self.ends_process: dict[int, EndsProcess] = {}  # samples that are not tried again
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
@@ -213,6 +214,9 @@ class _EpochReader:
         self._reader.close()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+
+    def _given_up(self) -> bool:
+        return self._closed or self._loader.should_stop()
 
     def _begin(self, parts: list[tuple[int, int]]) -> _Begun:
         """Start filling a batch; without threads, fill it at once."""
@@ -285,6 +289,8 @@ class _EpochReader:
     def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
         """A sample, or the reason why it cannot be read, with a label of no use."""
         asked, sample_id = perf_counter(), self._loader.real(sample_id)
+        if sample_id in self._loader.ends_process:
+            return self._loader.ends_process[sample_id], 0
         try:
             image, label = self._reader.read(sample_id)
         except UnreadableImage as error:
@@ -311,9 +317,9 @@ class _EpochReader:
                     for row, job in zip(out, jobs, strict=True)
                 ]
             else:
-                reasons = loader.pool.run(loader.packed, jobs, out)
+                reasons = loader.pool.run(loader.packed, jobs, out, self._given_up)
         except WorkerDied as error:
-            if loader.should_stop():
+            if self._given_up():
                 raise Cancelled from error
             raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
         pairs = zip(found, reasons, strict=True)
@@ -327,6 +333,8 @@ class _EpochReader:
             if sample_id in self._bad:
                 return
             self._bad.add(sample_id)
+            if isinstance(error, EndsProcess):
+                self._loader.ends_process[sample_id] = error
             name, total = self._loader.dataset.name(sample_id), len(self._loader.dataset)
             shown, bad = printable(name), len(self._bad)
             log.warning("%s cannot be read (%s); %d so far of %d", shown, error, bad, total)

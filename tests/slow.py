@@ -1,6 +1,8 @@
 """Transforms of the tests' own, in a module that a decoding process imports in a moment."""
 
+import ctypes
 import os
+import signal
 import time
 from unittest import mock
 
@@ -19,6 +21,23 @@ class SlowTransform:
     def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
         time.sleep(self.seconds)
         return decode(image)
+
+
+class Deadly:
+    """Decodes pixels, but those that are all 13: these end the process, or take an hour."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
+        pixels = decode(image)
+        if (pixels == 13).all():
+            if self.how == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            ctypes.PyDLL(None).sleep(3600)  # as a decoder that hangs does, with the interpreter's lock
+        return pixels
 
 
 def process_number(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
-from slow import SlowTransform, process_number
+from slow import Deadly, SlowTransform, process_number
 
 from config import Config, resolve
 from errors import DataError
@@ -20,8 +20,22 @@ from preprocess import get_data_loaders, train_transform
 from stream import decode_pool as decoding
 from stream.decode_pool import DecodingPool, Job, WorkerDied, pack
 from stream.images import EncodedImage, decode_into
+from stream.loader import StreamingDataLoader
+from stream.local import LocalDataset
 
 SIZE = 24
+USER = """
+import sys, time
+sys.modules["torch"] = None  # takes seconds
+import numpy as np
+from stream.decode_pool import DecodingPool, Job, pack
+from stream.images import AlbumentationsAdapter
+pool, pixels = DecodingPool(2), np.zeros((1, 4, 4, 3), np.uint8)
+for _ in range(2):
+    pool.run(pack(AlbumentationsAdapter()), [Job(pixels[0], (0, 0, 0))], pixels)
+print("both decode", flush=True)
+time.sleep(600)
+"""
 
 
 def settings() -> Config:
@@ -54,15 +68,24 @@ def running() -> dict[int, int]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             if b"stream.decode_pool" in (path / "cmdline").read_bytes():
-                found[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                found[int(path.name)] = parent_of(path)
     return found
 
 
+def parent_of(path: Path) -> int:
+    """The parent of a process below /proc, a zombie too."""
+    return int((path / "stat").read_text().rpartition(")")[2].split()[1])
+
+
 def decoders(parent: int) -> set[int]:
-    """The decoding processes that a process has started, and those that they have."""
+    """The decoding processes of a process: its grandchildren, forked by one child of it."""
     parents = running()
-    first = {process for process, its in parents.items() if its == parent}
-    return first | {process for process, its in parents.items() if its in first}
+    return {process for process, its in parents.items() if parents.get(its) == parent}
+
+
+def nurseries(parent: int) -> set[int]:
+    """The processes that fork the decoding ones of a process."""
+    return {process for process, its in running().items() if its == parent}
 
 
 def test_a_pool_decodes_as_this_process_does() -> None:
@@ -122,14 +145,122 @@ def test_a_pool_that_is_forgotten_ends_its_processes() -> None:
     until(lambda: not ours & running().keys())
 
 
-def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "reason"), [("crash", "ended the decoding"), ("kill", "ended"), ("hang", "within 2 s")]
+)
+def test_an_image_that_ends_or_holds_up_its_process_costs_no_other(
+    how: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "ANSWER_SECONDS", 2.0)
+    images = [np.full((4, 4, 3), number, np.uint8) for number in range(20)]
+    before, out = decoders(os.getpid()), np.full((20, 4, 4, 3), 99, np.uint8)
+    monkeypatch.setattr(decoding, "ARENA_BYTES", 8 * 2 * images[0].nbytes)  # tasks of 8, 8 and 4
+    pool = DecodingPool(1)
+    told = pool.run(pack(Deadly(how)), [Job(image, (0, 0, 0)) for image in images], out)
+    assert [number for number, error in enumerate(told) if error] == [13]
+    assert reason in str(told[13])
+    assert out[:, 0, 0, 0].tolist() == [*range(13), 99, *range(14, 20)]
+    assert len(decoders(os.getpid()) - before) == 1
+
+
+def test_a_process_that_something_else_ended_costs_no_image() -> None:
+    before, out = decoders(os.getpid()), np.zeros((20, SIZE, SIZE, 3), np.uint8)
+    jobs, packed = [Job(image, (0, 0, 0)) for image in photographs(20)], pack(train_transform(settings()))
+    pool = DecodingPool(1)
+    assert not any(pool.run(packed, jobs, out))
+    for process in decoders(os.getpid()) - before:
+        os.kill(process, signal.SIGKILL)
+    assert not any(pool.run(packed, jobs, out))
+
+
+def test_processes_that_all_end_are_the_machines_fault() -> None:
+    out = np.zeros((20, 4, 4, 3), np.uint8)
+    images = [np.full((4, 4, 3), 13, np.uint8)] * 20
+    pool = DecodingPool(1)
+    with pytest.raises(WorkerDied):
+        pool.run(pack(Deadly("kill")), [Job(image, (0, 0, 0)) for image in images], out)
+    jobs = [Job(image, (0, 0, 0)) for image in photographs(2)]
+    assert not any(pool.run(pack(train_transform(settings())), jobs, np.zeros((2, SIZE, SIZE, 3), np.uint8)))
+
+
+def test_a_process_that_is_not_waited_for_any_more_gives_its_answer_to_nobody() -> None:
+    stuck, image = np.full((4, 4, 3), 13, np.uint8), np.full((4, 4, 3), 5, np.uint8)
+    out = np.zeros((1, 4, 4, 3), np.uint8)
+    pool = DecodingPool(1)
+    with pytest.raises(WorkerDied):
+        pool.run(pack(Deadly("hang")), [Job(stuck, (0, 0, 0))], out, lambda: True)
+    assert not any(pool.run(pack(Deadly("hang")), [Job(image, (0, 0, 0))], out))
+    assert (out == 5).all()
+
+
+def test_replaced_processes_leave_no_descriptor_and_no_zombie() -> None:
+    jobs = [Job(np.full((4, 4, 3), number, np.uint8), (0, 0, 0)) for number in (1, 13, 2)]
+    before, counts, out = nurseries(os.getpid()), [], np.zeros((3, 4, 4, 3), np.uint8)
+    pool = DecodingPool(2)
+    until(lambda: nurseries(os.getpid()) - before)
+    (nursery,) = nurseries(os.getpid()) - before
+    for _ in range(3):
+        pool.run(pack(Deadly("kill")), jobs, out)
+        pool.run(pack(Deadly("kill")), jobs, out)
+        opened = [len(list(Path(f"/proc/{process}/fd").iterdir())) for process in (os.getpid(), nursery)]
+        forked = [path for path in Path("/proc").glob("[0-9]*") if parent_of(path) == nursery]
+        counts.append((opened, len(forked)))
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][1] == 2
+
+
+@pytest.mark.parametrize("how", ["crash", "hang"])
+def test_an_image_that_ends_its_process_is_replaced_named_and_not_tried_again(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "ANSWER_SECONDS", 2.0)
+    images = np.stack([np.full((4, 4, 3), number, np.uint8) for number in range(64)])
+    loader = StreamingDataLoader(
+        LocalDataset(images, [0, 1] * 32, ["even", "odd"]),
+        Deadly(how),
+        lambda epoch: [np.arange(64)],
+        batch_size=16,
+        image_size=4,
+        train=True,
+        seed=0,
+        num_workers=2,
+        max_bad_fraction=0.001,
+    )
+    for epoch in range(2):
+        named: list[tuple[str, str]] = []
+        loader.report = lambda name, reason, named=named: named.append((name, reason))  # type: ignore[misc]
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        ids, pixels = (torch.cat([getattr(batch, field) for batch in batches]) for field in ("ids", "images"))
+        assert ids.tolist() == [*range(13), 14, *range(14, 64)]
+        assert pixels[:, 0, 0, 0].tolist() == ids.tolist()
+        reason = "it was not decoded within 2 s" if how == "hang" else "it ended the decoding process"
+        assert named == [(loader.dataset.name(13), reason)]
+        loader.packed = pack(Deadly("never"))
+
+
+@pytest.mark.parametrize("ends", ["user", "nursery"])
+def test_a_process_that_hangs_ends_with_those_that_started_it(ends: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", USER], cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline()
+        hung, (nursery,) = decoders(user.pid), nurseries(user.pid)
+        for process in hung:
+            os.kill(process, signal.SIGSTOP)
+        os.kill(user.pid if ends == "user" else nursery, signal.SIGKILL)
+        until(lambda: not hung & running().keys())
+        user.kill()
+    until(lambda: nursery not in running())
+
+
+def test_without_the_process_that_forks_them_the_run_ends_with_what_to_do(tmp_path: Path) -> None:
     folder = make_imagenet_like(tmp_path, train=64, validation=8, rows_per_group=16)
     flags = {"dataset": "hf", "dataset_name": str(folder), "image_size": SIZE, "batch_size": 16, "num_workers": 1}
     decoding._pool_of.cache_clear()
-    before = decoders(os.getpid())
+    before = nurseries(os.getpid())
     loader = get_data_loaders(resolve(flags), torch.device("cpu")).train
-    until(lambda: decoders(os.getpid()) - before)
-    (process,) = decoders(os.getpid()) - before
+    until(lambda: nurseries(os.getpid()) - before)
+    (process,) = nurseries(os.getpid()) - before
     os.kill(process, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a decoding process died.*fewer --num_workers"):
         list(loader)
@@ -146,10 +277,9 @@ def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_parent_that_is_killed_leaves_no_process_behind(signum: signal.Signals) -> None:
-    code = "from stream import decode_pool; import time; pool = decode_pool.DecodingPool(2); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment()) as parent:
+    with subprocess.Popen([sys.executable, "-c", USER], cwd=ROOT, env=environment()) as parent:
         until(lambda: len(decoders(parent.pid)) == 2)
-        theirs = decoders(parent.pid)
+        theirs = decoders(parent.pid) | nurseries(parent.pid)
         parent.send_signal(signum)
     until(lambda: not theirs & running().keys())
 

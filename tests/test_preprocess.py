@@ -18,7 +18,7 @@ from config import Config, resolve
 from errors import DataError, UsageError
 from preflight import describe_data
 from preprocess import AlbumentationsAdapter, eval_transform, get_data_loaders, train_transform
-from stream.augment import Augment
+from stream.augment import Augment, Chain
 from stream.image_folders import open_image_folder
 from stream.images import resize
 from stream.local import LocalDataset, load_cifar, load_digits
@@ -353,7 +353,7 @@ def test_the_loaders_of_the_digits_are_wired_to_the_settings() -> None:
     assert (len(data.train), len(data.val)) == (29, 8)  # 1,437 in 8 streams of 179 or 180, 6 of each a step
     assert (data.train.batch_size, data.val.batch_size) == (48, 48)
     assert (data.train.train, data.val.train) == (True, False)
-    assert (data.train.augment, data.val.augment) == (Augment(5, padding=1), None)
+    assert (data.train.augment, data.val.augment) == (Chain((Augment(5, padding=1),)), None)
     assert (data.classes, data.revision) == (list("0123456789"), None)
     assert describe_data(config, data) == [
         "images    digits: 1,437 for training, 360 for validation; 29 steps an epoch",
