@@ -35,13 +35,10 @@ def is_image(path: str) -> bool:
 
 
 def class_name(folder: str) -> str:
-    """A folder's name as that of a class: macOS decomposes accents, other systems do not. Raises DataError."""
-    try:
-        folder.encode()
-    except UnicodeEncodeError:
-        shown = folder.encode(errors="surrogateescape")
-        raise DataError(f"the name of the folder {shown!r} is not UTF-8; rename it") from None
-    return unicodedata.normalize("NFC", folder)
+    """A folder's name as that of a class: accents composed, which macOS does not do, and bytes written out that are not
+    UTF-8.
+    """
+    return unicodedata.normalize("NFC", folder.encode(errors="backslashreplace").decode())
 
 
 def split_of(folder: str) -> str | None:

@@ -112,9 +112,9 @@ def test_a_split_is_told_by_a_word(name: str, split: str | None) -> None:
     assert split_of(name) == split
 
 
-def test_a_folder_whose_name_is_not_utf_8_is_refused() -> None:
-    with pytest.raises(DataError, match=r"the name of the folder b'caf\\xe9' is not UTF-8; rename it"):
-        class_name("caf\udce9")
+def test_what_is_not_utf_8_in_the_name_of_a_folder_is_written_out() -> None:
+    assert class_name("caf\udce9") == r"caf\udce9"
+    assert class_name("cafe\u0301") == "caf\u00e9"
 
 
 # ---- the readers -----------------------------------------------------------------------------------------------------
