@@ -143,6 +143,7 @@ class Config:
     log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept", least=1)
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
     profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten", least=0)
+    early_stop: int = flag("run", "end after this many epochs without a better val_top1 (with --ema_decay ema_top1); 0: never", 0, on_resume="kept", least=0)
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 

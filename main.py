@@ -164,8 +164,8 @@ def _train(
         progress = restore(snapshot, training.model, training.optimizer, training.scaler, training.average)
         for line in _changes(snapshot, config, progress, len(data.train)):
             print0(line)
-    if progress.epoch >= config.epochs:
-        print0(f"nothing left to do: all {config.epochs} epochs are done")
+    if why := progress.why_over(config):
+        print0(f"nothing left to do: {why}")
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
         within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot))
