@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
-from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
+from defaults import LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
 from flags import FROM_PRESET, check_bounds, flag, parser_of
 
@@ -304,11 +304,10 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def default_lr(config: Config) -> tuple[float, str]:
-    """The learning rate by linear scaling (Goyal et al. 2017), and its derivation in words.
-
-    Cosine and step start at their highest rate, which OneCycle only peaks at, so they get a quarter of it: for ImageNet
-    0.1 per 256 images (Goyal et al.) against 0.4 (ffcv-imagenet trains at 1.7 for 1,024).
-    """
-    base = PRESETS[config.dataset].lr * (1.0 if config.scheduler == "onecycle" else CONSTANT_SHARE)
+    """The learning rate by linear scaling with the batch (Goyal et al. 2017), and its derivation and source in words."""
+    preset = PRESETS[config.dataset]
+    base, source = preset.constant_lr, preset.constant_lr_source
+    if config.scheduler == "onecycle":
+        base, source = preset.lr, preset.lr_source
     lr = base * config.batch_size / LINEAR_SCALING_BATCH
-    return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} (linear scaling of the batch)"
+    return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} ({source})"
