@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
-from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
+from defaults import LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
 from flags import (
     FROM_PRESET,
@@ -148,6 +148,7 @@ class Config:
     log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept", least=1)
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
     profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten", least=0)
+    early_stop: int = flag("run", "end after this many epochs without a better val_top1 (with --ema_decay ema_top1); 0: never", 0, on_resume="kept", least=0)
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 
@@ -323,11 +324,10 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def default_lr(config: Config) -> tuple[float, str]:
-    """The learning rate by linear scaling (Goyal et al. 2017), and its derivation in words.
-
-    Cosine and step start at their highest rate, which OneCycle only peaks at, so they get a quarter of it: for ImageNet
-    0.1 per 256 images (Goyal et al.) against 0.4 (ffcv-imagenet trains at 1.7 for 1,024).
-    """
-    base = PRESETS[config.dataset].lr * (1.0 if config.scheduler == "onecycle" else CONSTANT_SHARE)
+    """The learning rate by linear scaling with the batch (Goyal et al. 2017), and its derivation and source in words."""
+    preset = PRESETS[config.dataset]
+    base, source = preset.constant_lr, preset.constant_lr_source
+    if config.scheduler == "onecycle":
+        base, source = preset.lr, preset.lr_source
     lr = base * config.batch_size / LINEAR_SCALING_BATCH
-    return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} (linear scaling of the batch)"
+    return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} ({source})"

@@ -18,7 +18,7 @@ diverged; 5 no usable snapshot, or no room to write one; 128 + signal after a si
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +65,25 @@ def _run(argv: list[str]) -> None:
         _compare_data(snapshot, data, config)
     if config.evaluate:
         _evaluate(data, training, snapshot, config)
-    else:
-        _train(config, data, training, snapshot, argv)
+        return
+    if snapshot is None and "accumulate_steps" not in given:
+        config, data = _in_passes_that_fit(config, data, training)
+    _train(config, data, training, snapshot, argv)
+
+
+def _in_passes_that_fit(config: Config, data: "Data", training: "Training") -> "tuple[Config, Data]":
+    """The settings and data with as many passes as the memory asks for, which those of `training` become."""
+    from distributed import print0
+    from preprocess import get_data_loaders
+    from training.step import passes_that_fit
+
+    parts = passes_that_fit(training, config)
+    if parts == 1:
+        return config, data
+    print0(f"memory    a batch of {config.batch_size} does not fit in one pass; it takes --accumulate_steps {parts}")
+    config = replace(config, accumulate_steps=parts)
+    training.accumulate_steps = parts
+    return config, get_data_loaders(config, training.device, data.revision)
 
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
@@ -164,8 +181,8 @@ def _train(
         progress = restore(snapshot, training.model, training.optimizer, training.scaler, training.average)
         for line in _changes(snapshot, config, progress, len(data.train)):
             print0(line)
-    if progress.epoch >= config.epochs:
-        print0(f"nothing left to do: all {config.epochs} epochs are done")
+    if why := progress.why_over(config):
+        print0(f"nothing left to do: {why}")
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
         within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot))

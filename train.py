@@ -111,19 +111,23 @@ def _pad(images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.
 
 
 def fit(run: Run) -> None:
-    """Train to the last epoch. Each epoch ends with an evaluation, a row in results.csv and a snapshot.
+    """Train to the last epoch, or to where --early_stop ends the run.
+
+    Each epoch ends with an evaluation, a row in results.csv and a snapshot.
 
     Raises Interrupted after a signal and DataError when the data fails, both after writing a snapshot; also raises
     DivergedError and SnapshotError.
     """
     try:
-        while run.progress.epoch < run.epochs:
+        while not (why := run.progress.why_over(run.journal.config)):
             train_epoch(run)
             watch = Stopwatch()
             with run.journal.spent.part("evaluation"):
                 result = evaluate(run.training, run.data.val, run.stop)
                 result |= evaluate_average(run.training, run.data.val, run.stop)
             run.journal.end_epoch(result, watch.seconds())
+        if run.progress.epoch < run.epochs:
+            distributed.print0(f"stopped early: {why}")
     except (Interrupted, DataError) as stop:
         signum = stop.status - 128 if isinstance(stop, Interrupted) else None
         run.journal.save_before_stopping(signal.Signals(signum).name if signum else "a failure of the data")

@@ -1,5 +1,6 @@
-"""A batch that the memory of the device cannot hold ends with the setting that would hold it."""
+"""A batch that the memory of the device cannot hold is cut into passes; given passes end with what would fit."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import ROOT, Outcome, environment, metrics, wait
+from program import ROOT, Outcome, assert_same_run, cut, environment, metrics, run, train, wait
 
 from config import resolve
 from errors import UsageError
@@ -82,13 +83,83 @@ def test_only_a_lack_of_memory_makes_a_step_not_fit(monkeypatch: pytest.MonkeyPa
         step._fits(training, 4, 2, 8)
 
 
+MOST = 4  # images in a pass
+
+
+@pytest.fixture
+def limited(small_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are out of memory after the first statistics and random numbers of a larger pass."""
+    build = step.build_model
+
+    def check(layer: Any, inputs: Any) -> None:
+        if len(inputs[0]) > MOST:
+            torch.rand(7)
+            raise OUT_OF_MEMORY[0]
+
+    def built(*arguments: Any) -> Any:
+        model: Any = build(*arguments)
+        model.layer2.register_forward_pre_hook(check)
+        return model
+
+    monkeypatch.setattr(step, "build_model", built)
+
+
+SMALL = ("--max_samples", 48, "--batch_size", 16, "--epochs", 2, "--ledger", "--keep_snapshots", 9, "--num_workers", 0)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--optimizer", "adamw", "--ema_decay", 0.9),
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in (("--amp", "--amp_dtype", "fp16"), ("--mixup", 0.2), ("--lr", "auto"))
+        ),
+    ],
+    ids=str,
+)
+def test_a_batch_that_does_not_fit_is_the_run_that_was_told_its_passes(
+    flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = train(*SMALL, *flags, "--run_dir", tmp_path / "found")
+    assert [line for line in done.out.splitlines() if line.startswith("memory ")] == [
+        "memory    a batch of 16 does not fit in one pass; it takes --accumulate_steps 4"
+    ]
+    train(*SMALL, *flags, "--accumulate_steps", 4, "--run_dir", tmp_path / "told")
+    assert_same_run(tmp_path / "found", tmp_path / "told")
+    assert json.loads((tmp_path / "found" / "config.json").read_text())["config"]["accumulate_steps"] == 4
+    copy = cut(tmp_path / "found", 3, tmp_path / "cut")
+    assert "memory " not in train("--resume_from", copy).out
+    assert_same_run(copy, tmp_path / "told")
+
+
+@pytest.mark.usefixtures("limited")
+def test_passes_that_were_given_are_kept_and_what_would_fit_is_named(tmp_path: Path) -> None:
+    done = run(*SMALL, "--accumulate_steps", 2, "--run_dir", tmp_path / "run")
+    assert done.status == 2
+    assert "use --accumulate_steps 4, which keeps --batch_size 16" in done.err
+
+
+@pytest.mark.usefixtures("limited")
+def test_all_ranks_take_the_passes_of_the_one_that_needs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve({"batch_size": 16})
+    training = build_training(config, 10, torch.device("cpu"))
+    monkeypatch.setattr("distributed.largest_over_ranks", lambda parts: max(parts, 8))
+    assert step.passes_that_fit(training, config) == 8
+    monkeypatch.setattr("distributed.largest_over_ranks", lambda parts: 16)
+    with pytest.raises(UsageError, match="not even a pass of two images"):
+        step.passes_that_fit(training, config)
+
+
 LIMITED = """
 import resource, sys
 sys.path[:0] = ["tests"]
 import torch, preflight, train, sklearn.datasets, main
 from purity import shrink
 from training import step
-build, call = step.build_model, step.within_memory
+build, call = step.build_model, step.passes_that_fit
 step.build_model = lambda *arguments: shrink(build(*arguments))
 
 def limited(*arguments):
@@ -96,23 +167,22 @@ def limited(*arguments):
     resource.setrlimit(resource.RLIMIT_AS, (used + 650 * 2**20,) * 2)
     return call(*arguments)
 
-step.within_memory = limited
+step.passes_that_fit = limited
 sys.exit(main.main(sys.argv[1:]))
 """
 HUGE = ("--max_samples", 256, "--batch_size", 128, "--image_size", 128, "--eval_size", 8, "--epochs", 1)
 
 
 @pytest.mark.slow
-def test_a_batch_too_large_for_the_memory_ends_with_a_setting_that_trains(tmp_path: Path) -> None:
+def test_a_batch_too_large_for_the_memory_is_trained_on_in_passes(tmp_path: Path) -> None:
     def launch(*arguments: object) -> Outcome:
         command = [sys.executable, "-c", LIMITED, *map(str, (*HUGE, *arguments))]
         pipe = subprocess.PIPE
         return wait(subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
 
-    done = launch("--run_dir", tmp_path / "large")
-    assert done.status == 2, done.err
-    match = re.fullmatch(r"error: a pass of 128 images does not fit .* use --accumulate_steps (\d+), .*\n", done.err)
-    assert match, done.err
-    done = launch("--accumulate_steps", match[1], "--run_dir", tmp_path / "small")
+    done = launch("--run_dir", tmp_path / "run")
     assert done.status == 0, done.err
-    assert [row["step"] for row in metrics(tmp_path / "small")] == [1, 2]
+    assert re.search(
+        r"^memory    a batch of 128 does not fit in one pass; it takes --accumulate_steps \d+$", done.out, re.M
+    )
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]

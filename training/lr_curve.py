@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import CONSTANT_SHARE, FEWEST_LR_STEPS
+from config import FEWEST_LR_STEPS
+from defaults import CONSTANT_SHARE
 from errors import DivergedError
 
 SWEEP_STEPS = 50

@@ -72,6 +72,18 @@ def _lamb(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer
     return optimizer
 
 
+def restart(optimizer: Optimizer) -> None:
+    """Forget the steps taken: the state is again what `build_optimizer` left."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = torch.zeros(())
+    if isinstance(optimizer, SGD):
+        for state in optimizer.state.values():
+            state["momentum_buffer"].zero_()
+    else:
+        optimizer.state.clear()
+
+
 def momentum_of(group: Mapping[str, Any]) -> float:
     """The momentum of a parameter group; for Adam, its first beta."""
     return float(group["betas"][0] if "betas" in group else group["momentum"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import distributed
+from config import Config
 from errors import UsageError
 from stream.seeds import Use, seeded
 from training.snapshot import Snapshot
@@ -27,7 +28,8 @@ class Progress:
     """The progress of a run in completed epochs and optimiser steps, and the sums of the current epoch.
 
     `lr` is the learning rate that the schedule was built with, `last_lr` and `last_loss` are those of the last step.
-    `bad_steps` counts the latest consecutive steps whose loss was not finite or that the scaler skipped.
+    `bad_steps` counts the latest consecutive steps whose loss was not finite or that the scaler skipped. `best_top1` is
+    that of best.safetensors and is forgotten with the file; `stale_epochs` counts the epochs since `highest_top1`.
     """
 
     epoch: int = 0
@@ -42,6 +44,8 @@ class Progress:
     skipped_steps: int = 0
     bad_steps: int = 0
     best_top1: float = -1.0
+    highest_top1: float = -1.0
+    stale_epochs: int = 0
 
     def add(self, loss: float, correct: int, skipped: bool) -> None:
         """Count one step: its loss, its correct images on all ranks, and whether the scaler skipped it."""
@@ -57,8 +61,19 @@ class Progress:
     def end_epoch(self, top1: float) -> None:
         """Count the epoch, with this validation accuracy, as completed."""
         self.best_top1 = max(self.best_top1, top1)
+        self.stale_epochs = 0 if top1 > self.highest_top1 else self.stale_epochs + 1
+        self.highest_top1 = max(self.highest_top1, top1)
         self.epoch += 1
         self.loss_sum, self.losses, self.correct, self.train_seconds = 0.0, 0, 0, 0.0
+
+    def why_over(self, config: Config) -> str:
+        """Why nothing is left to do; empty while there is."""
+        if self.epoch >= config.epochs:
+            return f"all {config.epochs} epochs are done"
+        if 0 < config.early_stop <= self.stale_epochs:
+            better = f"no better {'ema' if config.ema_decay else 'val'}_top1 than {self.highest_top1:.2%}"
+            return f"{better} in {self.stale_epochs} epochs; a larger --early_stop goes on, --early_stop 0 to the end"
+        return ""
 
 
 def capture(

@@ -24,10 +24,12 @@ from stream.retry import Network, patiently
 from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
-from training.optim import build_optimizer, build_scaler
-from training.state import seed_everything
+from training.optim import build_optimizer, build_scaler, restart
+from training.snapshot import copy_to_host
+from training.state import rng_state, seed_everything, set_rng_state
 
 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
+NOTHING_FITS = "not even a pass of two images fits into the device's memory; use a smaller model or image"
 COMPILE_OPTIONS: dict[str, Any] = {}
 T = TypeVar("T")
 
@@ -247,15 +249,36 @@ def within_memory(training: Training, config: Config, run: Callable[[], T]) -> T
             raise
     share = config.batch_size // distributed.world_size()
     training.optimizer.zero_grad(set_to_none=True)  # the failed step itself is gone with its exception
-    for parts in range(training.accumulate_steps + 1, share // 2 + 1):
-        if share % parts == 0 and _fits(training, share, parts, config.image_size):
-            break
-    else:
-        raise UsageError("not even a pass of two images fits into the device's memory; use a smaller model or image")
+    parts = _fewest_passes(training, config, training.accumulate_steps + 1)
+    if parts == share:
+        raise UsageError(NOTHING_FITS)
     raise UsageError(
         f"a pass of {share // training.accumulate_steps} images does not fit into the device's memory, one of "
         f"{share // parts} does; use --accumulate_steps {parts}, which keeps --batch_size {config.batch_size}"
     )
+
+
+def passes_that_fit(training: Training, config: Config) -> int:
+    """The fewest passes in which a step fits into every rank's memory; found by trying, of which nothing stays.
+
+    Training must be as `build_training` left it. Raises UsageError, on all ranks, where not even two images fit.
+    """
+    weights, generators = copy_to_host(training.model.state_dict(), {}), rng_state()
+    parts = distributed.largest_over_ranks(_fewest_passes(training, config, 1))
+    training.model.load_state_dict(weights)
+    training.optimizer.zero_grad(set_to_none=True)
+    restart(training.optimizer)
+    set_rng_state(generators)
+    if parts == config.batch_size // distributed.world_size():
+        raise UsageError(NOTHING_FITS)
+    return parts
+
+
+def _fewest_passes(training: Training, config: Config, first: int) -> int:
+    """The fewest passes, from `first` on, of a step that fits; one for each image if none of two does."""
+    share = config.batch_size // distributed.world_size()
+    fewer = (parts for parts in range(first, share // 2 + 1) if share % parts == 0)
+    return next((parts for parts in fewer if _fits(training, share, parts, config.image_size)), share)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -265,10 +288,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def _fits(training: Training, share: int, parts: int, size: int) -> bool:
     """Whether a step on `share` images in `parts` passes fits. It changes the weights, but involves no other rank."""
-    alone = replace(training, ddp=training.model, accumulate_steps=parts)
+    scaler = build_scaler(training.device, training.amp_dtype)
+    alone = replace(training, ddp=training.model, accumulate_steps=parts, scaler=scaler)
     try:
         images = torch.zeros((share, size, size, 3), dtype=torch.uint8, device=training.device)
-        train_step(alone, images, torch.zeros(share, dtype=torch.int64, device=training.device))
+        labels = torch.zeros(share, dtype=torch.int64, device=training.device)
+        train_step(alone, images, labels, training.mix(0, images))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
