@@ -1,6 +1,5 @@
 """Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
-import argparse
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -10,21 +9,21 @@ from typing import Any
 import recipe
 from defaults import CONSTANT_SHARE, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
-from flags import FROM_PRESET, check_bounds, flag, parser_of
+from flags import (
+    FROM_PRESET,
+    SIZE_STEP,
+    check_bounds,
+    epochs_list,
+    flag,
+    learning_rate,
+    parser_of,
+    size_points,
+    sizes_list,
+)
 
 FEWEST_LR_STEPS = 16
 FITTED = frozenset({"batch_size", "streams", "epochs"})  # fitted to a small set where they are not given
 OTHER_DATA = "data=changed"  # what --override takes beside settings
-
-
-def _learning_rate(text: str) -> float | str:
-    return text if text == "auto" else float(text)
-
-
-def _epochs(text: str) -> str:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is no list of epochs such as 30,60")
-    return text
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class Config:
     eval_size: int = flag("data", "height and width of an evaluation image, pixels", FROM_PRESET, short="--image_size", least=1)
     crop: str = flag("data", "training crop of ImageNet-like images: RandomResizedCrop, or Resize(256) then RandomCrop(224)", "resized", choices=("resized", "fixed"))
     cutout: int = flag("data", "side of the grey square that is put into each training image, pixels", 0, least=0)
-    auto_augment: str | None = flag("augmentation", "ta_wide (TrivialAugment), ra-n2-m9 (torchvision's RandAugment) or rand-m7-n2-mstd0.5-inc1 (timm's)", None)
-    random_erasing: float = flag("augmentation", "probability that a box of a training image is erased", 0.0, least=0, most=1)
-    color_jitter: str | None = flag("augmentation", "random brightness, contrast, saturation and hue: up to four shares such as 0.4,0.4,0.4,0.1", None, metavar="X,X,X,X")
-    mixup: float = flag("augmentation", "mix images of a step, with shares from Beta(X, X)", 0.0, least=0)
-    cutmix: float = flag("augmentation", "put boxes of other images of a step into each, with areas from Beta(X, X); with --mixup, one of both at random", 0.0, least=0)
     dummy_data: bool = flag("data", "imagenet1k: try everything on generated images in its schema; no token needed", False)
     cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept")
     cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept", above=0)
@@ -66,6 +60,18 @@ class Config:
     block_mb: int = flag("data", "megabytes of a parquet file fetched with one request", 32, least=1)
     max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept", least=0, most=1)
     num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes", least=0)
+    auto_augment: str | None = flag("augmentation", "ta_wide (TrivialAugment), ra-n2-m9 (torchvision's RandAugment) or rand-m7-n2-mstd0.5-inc1 (timm's)", None)
+    random_erasing: float = flag("augmentation", "probability that a box of a training image is erased", 0.0, least=0, most=1)
+    color_jitter: str | None = flag("augmentation", "random brightness, contrast, saturation and hue: up to four shares such as 0.4,0.4,0.4,0.1", None, metavar="X,X,X,X")
+    mixup: float = flag("augmentation", "mix images of a step, with shares from Beta(X, X)", 0.0, least=0)
+    cutmix: float = flag("augmentation", "put boxes of other images of a step into each, with areas from Beta(X, X); with --mixup, one of both at random", 0.0, least=0)
+    repeats: int = flag("augmentation", "times that an image is seen in an epoch, each time changed otherwise; an epoch then has as many fewer images (Hoffer et al. 2020)", 1, least=1)
+    progressive_size: str | None = flag("augmentation", "training sizes in pixels at fractions of training, such as 128:0,192:0.6; linear between, in steps of 32", None, type=sizes_list, metavar="SIZE:X,...")
+    train_interpolation: str = flag("augmentation", "how crops are resized: fast is nearly bilinear; bilinear and bicubic are Pillow's, antialiased", "fast", choices=("fast", "bilinear", "bicubic"))
+    eval_interpolation: str = flag("augmentation", "the same in evaluation", "fast", choices=("fast", "bilinear", "bicubic"))
+    eval_crop_pct: float | None = flag("augmentation", "evaluation: --eval_size over the short side that an image is resized to before its centre is cut", None, short="0.875", above=0, most=1)
+    tta: str | None = flag("augmentation", "evaluation: flip averages the logits of an image and its mirror image", None, choices=("flip",))
+
 
     model: str = flag("model", "resnet18, resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
     use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")
@@ -78,7 +84,7 @@ class Config:
     epochs: int = flag("training", "passes over the training set", FROM_PRESET, least=1)
     batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=2)
     accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1, least=1)
-    lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=_learning_rate, metavar="X|auto", short="by linear scaling of the batch", above=0)
+    lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=learning_rate, metavar="X|auto", short="by linear scaling of the batch", above=0)
     lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None)
     optimizer: str = flag("training", "sgd, adamw, or timm's lamb", "sgd", choices=("sgd", "adamw", "lamb"))
     nesterov: bool = flag("training", "SGD: Nesterov's momentum", True)
@@ -109,7 +115,7 @@ class Config:
     min_lr: float = flag("schedule", "cosine, linear, trapezoid: learning rate at the end", 0.0, least=0)
     cooldown: float = flag("schedule", "trapezoid: share of the steps in which the rate falls, linearly", 0.2, above=0, most=1)
     step_size: int = flag("schedule", "step: epochs between decays", 30, least=1)
-    milestones: str | None = flag("schedule", "step: decay after these epochs, such as 30,60, and not every --step_size", None, type=_epochs, metavar="N,N")
+    milestones: str | None = flag("schedule", "step: decay after these epochs, such as 30,60, and not every --step_size", None, type=epochs_list, metavar="N,N")
     gamma: float = flag("schedule", "step: factor of each decay", 0.1, above=0)
     onecycle_pct_start: float = flag("schedule", "share of the steps spent rising", 0.3, least=0, most=1)
     onecycle_div_factor: float = flag("schedule", "peak over initial learning rate", 25.0, above=0)
@@ -120,6 +126,7 @@ class Config:
     onecycle_max_momentum: float = flag("schedule", "momentum at both ends", 0.95, least=0, most=1)
     onecycle_fixed_momentum: bool = flag("schedule", "do not cycle the momentum: keep --momentum", False)
     plot_schedule: bool = flag("schedule", "draw learning rate and momentum over the run into plots/schedule.png before it starts", False, on_resume="forgotten")
+    extend_epochs: int | None = flag("schedule", "trapezoid: with --resume_from RUN, go on from the start of its cooldown in a new folder, as if this many more epochs had been planned", None, on_resume="forgotten", least=1)
 
     find_lr: bool = flag("finder", "run the learning rate finder, then stop", False, on_resume="forgotten")
     lr_start: float = flag("finder", "first learning rate of the sweep", 1e-5, on_resume="kept", above=0)
@@ -161,6 +168,7 @@ class Config:
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
             (self.val_share and (self.val_split or self.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
+            (self.progressive_size and size_points(self.progressive_size)[-1][0] != self.image_size, f"--progressive_size {self.progressive_size} ends at another size than --image_size {self.image_size}; leave that out"),
             (self.loss == "bce" and self.class_weights, "--class_weights are for --loss ce; leave them out"),
             (self.loss == "ce" and self.bce_threshold is not None, "--bce_threshold goes with --loss bce"),
             (self.val_labels and self.dataset != "imagefolder", f"--val_labels goes with --dataset imagefolder, not with --dataset {self.dataset}"),
@@ -186,6 +194,18 @@ class Config:
         """The Hub id, folder or dataset name that the data comes from."""
         names = {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}
         return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
+
+    def size_at(self, epoch: int) -> int:
+        """The height and width of training images in an epoch, counted from 0."""
+        if self.progressive_size is None:
+            return self.image_size
+        points = [(fraction, size) for size, fraction in size_points(self.progressive_size)]
+        now = epoch / self.epochs
+        before = max((point for point in points if point[0] <= now), default=points[0])
+        after = min((point for point in points if point[0] > now), default=before)
+        slope = (after[1] - before[1]) / (after[0] - before[0]) if after > before else 0.0
+        size = before[1] + slope * max(0.0, now - before[0])
+        return round(size / SIZE_STEP) * SIZE_STEP
 
     def fixed(self) -> dict[str, Any]:
         """The flags, as `--name`, that change the result, with their values: those that a resume must not change."""
@@ -250,6 +270,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
     """A complete `Config`: the given flags, and the dataset's defaults for the rest. Raises UsageError."""
     values = dict(given)
     preset = PRESETS[values.get("dataset", "digits")]
+    if values.get("progressive_size"):
+        values.setdefault("image_size", size_points(values["progressive_size"])[-1][0])
     for name in ("image_size", "weight_decay"):
         values.setdefault(name, getattr(preset, name))
     values.setdefault("accumulate_steps", 1)
@@ -279,6 +301,8 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     kept = {name: value for name, value in saved.items() if name in _names("fixed", "kept")}
     new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
     try:
+        if "extend_epochs" in given:
+            kept["epochs"] += given["extend_epochs"]
         return resolve(kept | new | overrides)
     except (LookupError, TypeError, ValueError) as error:
         raise SnapshotError("the snapshot holds no settings of this program; give another") from error

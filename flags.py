@@ -10,6 +10,7 @@ from typing import Any
 from defaults import PRESETS
 from errors import UsageError
 
+SIZE_STEP = 32  # pixels between sizes that a run grows through
 FROM_PRESET: Any = object()  # the default of a flag whose value depends on the dataset
 
 
@@ -33,6 +34,36 @@ def flag(
     bounds = {"least": least, "above": above, "most": most}
     metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
     return field(default=default, metadata=metadata | {"argparse": argparse_options})
+
+
+def learning_rate(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def epochs_list(text: str) -> str:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is no list of epochs such as 30,60")
+    return text
+
+
+def sizes_list(text: str) -> str:
+    try:
+        sizes, fractions = zip(*size_points(text), strict=True)
+        if list(fractions) != sorted(set(fractions)) or not 0 <= fractions[0] <= fractions[-1] <= 1:
+            raise ValueError
+        if any(size < SIZE_STEP or size % SIZE_STEP for size in sizes):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no list such as 128:0,192:0.6, of multiples of {SIZE_STEP} at rising fractions of training"
+        ) from None
+    return text
+
+
+def size_points(text: str) -> list[tuple[int, float]]:
+    """The sizes of --progressive_size, pixels, and the fractions of training that they belong to. Raises ValueError."""
+    pairs = [part.split(":") for part in text.split(",")]
+    return [(int(size), float(fraction)) for size, fraction in pairs]
 
 
 def check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> None:

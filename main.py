@@ -8,6 +8,7 @@
     python main.py --resume_from runs/NAME                             # resume after a kill, as if nothing happened
     python main.py ... --run_dir runs/NAME --resume_from auto          # the same command starts or resumes the run
     python main.py --resume_from runs/NAME --evaluate                  # only evaluate
+    python main.py --resume_from runs/NAME --extend_epochs 5           # a trapezoid, as if it had been planned longer
     torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process per GPU
 
 A run writes config.json, results.csv, metrics.jsonl, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
@@ -70,6 +71,10 @@ def _run(argv: list[str]) -> None:
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
     """The settings of this run, and the snapshot it resumes from, if any."""
+    if "extend_epochs" in given:
+        from training.extension import extend
+
+        return extend(given)
     source = _resume_source(given)
     if source is None:
         if "override" in given:
@@ -216,6 +221,9 @@ def _fit(
         print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
         for name in dropped:
             print0(f"dropped   {name}, a later step of the same run")
+    if config.extend_epochs:
+        progress.best_top1 = -1.0  # whose file stays behind
+        journal.save()  # the copy of the run's past becomes a run, to be resumed like any other
     fit(Run(data, training, progress, schedule, config.epochs, stop, journal))
 
 

@@ -161,7 +161,7 @@ def _spans(
     """
     first, last = np.full(len(sizes), np.iinfo(np.int64).max), np.full(len(sizes), -1)
     for stream in order:
-        blocks, at = train.locate(stream)[0], np.arange(len(stream)) // share
+        blocks, at = train.locate(stream % len(train))[0], np.arange(len(stream)) // share
         np.minimum.at(first, blocks, at)
         np.maximum.at(last, blocks, at)
     queue = np.argsort(first, kind="stable")[: int((last >= 0).sum())]

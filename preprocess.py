@@ -24,11 +24,11 @@ from stream.augment import Augment, BatchAugment, Chain
 from stream.auto_augment import AutoAugment
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.erasing import RandomErasing
-from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
+from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, ResizedCentre, SquareOfStrip
 from stream.jitter import ColorJitter
 from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
-from stream.order import epoch_order
+from stream.order import epoch_order, repeated
 from stream.resident import ResidentLoader
 from stream.source import ImageDataset
 
@@ -38,18 +38,27 @@ EVAL_BATCH = 256
 RESIZE_RATIO = 256 / 224
 
 
-def train_transform(config: Config) -> AlbumentationsAdapter:
-    """A random crop to (image_size, image_size); flips happen on the device, see `batch_augment`."""
-    size = config.image_size
+def train_transform(config: Config, size: int | None = None) -> AlbumentationsAdapter:
+    """A random crop to a square of `size` pixels, image_size by default; `batch_augment` does the rest."""
+    size = size or config.image_size
     if config.crop == "fixed":
-        return AlbumentationsAdapter(SquareOfStrip(at_random=True), _resize_short_side(size), A.RandomCrop(size, size))
-    return RandomResizedCropAdapter(A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)))
+        short = round(size * RESIZE_RATIO)
+        return AlbumentationsAdapter(SquareOfStrip(at_random=True), _resize_short_side(short), A.RandomCrop(size, size))
+    crop = A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    return RandomResizedCropAdapter(crop, config.train_interpolation)
 
 
 def eval_transform(config: Config) -> AlbumentationsAdapter:
-    """Resize the short side to 256/224 of eval_size, with antialiasing, then crop the centre."""
-    size = config.eval_size
-    return AlbumentationsAdapter(SquareOfStrip(at_random=False), _resize_short_side(size), A.CenterCrop(size, size))
+    """Resize the short side to 256/224 of eval_size (or as eval_crop_pct says), with antialiasing, then cut the centre.
+
+    With Pillow's interpolations the sides and the place are torchvision's.
+    """
+    size, share = config.eval_size, config.eval_crop_pct
+    short = int(size / share) if share else round(size * RESIZE_RATIO)
+    strip = SquareOfStrip(at_random=False)
+    if config.eval_interpolation == "fast":
+        return AlbumentationsAdapter(strip, _resize_short_side(short), A.CenterCrop(size, size))
+    return AlbumentationsAdapter(strip, ResizedCentre(short, size, config.eval_interpolation))
 
 
 def batch_augment(config: Config) -> Chain:
@@ -64,7 +73,8 @@ def batch_augment(config: Config) -> Chain:
             amounts = [float(part) for part in config.color_jitter.split(",")]
             parts.append(ColorJitter(config.seed, *(amounts * 3 if len(amounts) == 1 else amounts)))
         if config.auto_augment:
-            parts.append(AutoAugment.parse(config.auto_augment, config.seed))
+            interpolation = None if config.auto_augment.startswith("rand") else "bilinear"  # as torchvision's reference
+            parts.append(AutoAugment.parse(config.auto_augment, config.seed, interpolation))
     except (TypeError, ValueError) as error:
         raise UsageError(f"--auto_augment or --color_jitter: {error}") from error
     if config.random_erasing:
@@ -72,8 +82,8 @@ def batch_augment(config: Config) -> Chain:
     return Chain(tuple(parts))
 
 
-def _resize_short_side(size: int) -> A.SmallestMaxSize:
-    return A.SmallestMaxSize(round(size * RESIZE_RATIO), interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
+def _resize_short_side(short: int) -> A.SmallestMaxSize:
+    return A.SmallestMaxSize(short, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
 
 
 @dataclass(frozen=True)
@@ -164,13 +174,15 @@ def get_data_loaders(
     train_loader = make(
         train,
         train_transform(config),
-        order=partial(_rank_order, train.block_rows, config.seed, config.streams, window),
+        order=partial(_rank_order, train.block_rows, config, window),
         batch_size=batch_size,
         image_size=config.image_size,
         train=True,
         ranks=world,
         augment=batch_augment(config),
     )
+    if config.progressive_size:
+        train_loader.of_epoch = partial(_of_epoch, config)
     if not len(train_loader) and not config.evaluate:
         batch = f"--batch_size {config.batch_size}"
         if "batch_size" in derived:
@@ -192,10 +204,20 @@ def get_data_loaders(
     return data
 
 
-def _rank_order(block_rows: np.ndarray, seed: int, streams: int, window: int, epoch: int) -> list[np.ndarray]:
-    share = streams // distributed.world_size()
-    first = distributed.rank() * share
-    return epoch_order(block_rows, epoch, seed, streams, window)[first : first + share]
+def _of_epoch(config: Config, epoch: int) -> tuple[int, AlbumentationsAdapter]:
+    """The size and the transform of an epoch's training images."""
+    size = config.size_at(epoch)
+    return size, train_transform(config, size)
+
+
+def _rank_order(block_rows: np.ndarray, config: Config, window: int, epoch: int) -> list[np.ndarray]:
+    share = config.streams // distributed.world_size()
+    first, images = distributed.rank() * share, int(block_rows.sum())
+    streams = epoch_order(block_rows, epoch, config.seed, config.streams, window)[first : first + share]
+    if config.repeats == 1:
+        return streams
+    apart = max(2, config.batch_size // config.streams // config.repeats)  # that images are not mixed with themselves
+    return [repeated(stream, config.repeats, apart, images) for stream in streams]
 
 
 def _rank_share(images: int, batch: int) -> np.ndarray:

@@ -71,7 +71,10 @@ def evaluate(
         most = max(most, len(images))
         x, y = _pad(images, labels, most)  # a compiled or autotuned model is made for one size
         with training.autocast():
-            logits = model(training.normalize(x))
+            inputs = training.normalize(x)
+            logits = model(inputs)
+            if training.mirrored:
+                logits = (logits + model(inputs.flip(3))) / 2
         loss = F.cross_entropy(logits.float(), y, reduction="sum", ignore_index=UNREADABLE)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         sums.append(torch.stack((loss, hits[:, 0].sum(), hits.sum(), (y != UNREADABLE).sum())))

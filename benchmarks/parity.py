@@ -1,12 +1,12 @@
 """The losses of our training step beside those of loops made of torchvision's and timm's own parts, step by step.
 
-    uv run python benchmarks/parity.py                                         # ResNet-50, 50 steps: about 20 minutes
-    uv run python benchmarks/parity.py --model resnet18 --steps 10 --epochs 5 --size 36   # the form that is a test
+    uv run python benchmarks/parity.py                                        # ResNet-50, 50 steps: about 20 minutes
+    uv run python benchmarks/parity.py --model resnet18 --steps 10 --epochs 5 --size 36  # the form that is a test
 
 Three recipes on the same batches of our loader with the same draws of mixup and cutmix, all in float64, where another
 order of summation costs nothing that a mistake could hide in. Network, loss, parameter groups, optimiser, schedule and
-average of the reference are the library's; only the first weights are ours. Epochs, warm-ups and the time until a decay
-are short, so that the schedule moves. The exit status is 1 when a loss differs by more than 1e-7.
+average of the reference are the library's; only the first weights are ours. Epochs, warm-ups and the time between
+decays are short, so that the schedule moves. The exit status is 1 when a loss differs by more than 1e-7.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,14 @@ ARENA_BYTES = 4 * 2**20  # shared memory for the images of one task and their re
 def pack(transform: Transform) -> bytes:
     """A transform, pickled for a decoding process. Pickles pass between a parent and its workers only."""
     return pickle.dumps(transform)
+
+
+class Job(NamedTuple):
+    """An image to be decoded, and what its transform is given, see `stream.images.Transform`."""
+
+    image: EncodedImage
+    seed: tuple[int, ...]
+    sound: bool = False
 
 
 class WorkerDied(Exception):
@@ -68,10 +76,8 @@ class DecodingPool:
         for descriptor in descriptors[::2]:
             os.close(descriptor)
 
-    def run(
-        self, transform: bytes, images: Sequence[EncodedImage], seeds: Sequence[tuple[int, ...]], out: np.ndarray
-    ) -> list[Exception | None]:
-        """Decode `images` and apply a packed transform, into `out`, uint8 (N, H, W, 3).
+    def run(self, transform: bytes, jobs: Sequence[Job], out: np.ndarray) -> list[Exception | None]:
+        """Decode images and apply a packed transform, into `out`, uint8 (N, H, W, 3).
 
         Returns for each image None, or the reason it cannot be read; its row of `out` is then unchanged. Raises
         WorkerDied.
@@ -79,9 +85,8 @@ class DecodingPool:
         worker = self._idle.get()
         try:
             found: list[Exception | None] = []
-            while len(found) < len(images):
-                done = len(found)
-                found += worker.run(transform, images[done:], seeds[done:], out[done:])
+            while len(found) < len(jobs):
+                found += worker.run(transform, jobs[len(found) :], out[len(found) :])
             return found
         finally:
             self._idle.put(worker)
@@ -114,21 +119,19 @@ class _Worker:
         self._arena = open(arena, "r+b", buffering=0)  # noqa: SIM115 (closed with this object)
         self._memory = mmap.mmap(arena, 0)
 
-    def run(
-        self, transform: bytes, images: Sequence[EncodedImage], seeds: Sequence[tuple[int, ...]], out: np.ndarray
-    ) -> list[Exception | None]:
+    def run(self, transform: bytes, jobs: Sequence[Job], out: np.ndarray) -> list[Exception | None]:
         """As `DecodingPool.run`, for the first images that fit into ARENA_BYTES, and at least one."""
-        parts = [_bytes(image) for image in images]
-        ends = np.cumsum([len(part) for part in parts]) + out[0].nbytes * np.arange(1, len(images) + 1)
+        parts = [_bytes(job.image) for job in jobs]
+        ends = np.cumsum([len(part) for part in parts]) + out[0].nbytes * np.arange(1, len(jobs) + 1)
         count = max(1, int(np.searchsorted(ends, ARENA_BYTES, side="right")))
         self._make_room(int(ends[count - 1]))
-        at, jobs = out[:count].nbytes, []
-        for image, part, seed in zip(images[:count], parts, seeds, strict=False):
+        at, places = out[:count].nbytes, []
+        for (image, *given), part in zip(jobs[:count], parts, strict=False):
             self._memory[at : at + len(part)] = part
-            jobs.append((at, len(part), image.shape if isinstance(image, np.ndarray) else None, seed))
+            places.append((at, len(part), image.shape if isinstance(image, np.ndarray) else None, *given))
             at += len(part)
         try:
-            self._connection.send((transform, out.shape[1:], jobs))
+            self._connection.send((transform, out.shape[1:], places))
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             _pool_of.cache_clear()
@@ -175,8 +178,8 @@ def serve(connection: Connection, arena: int) -> None:
                 transforms[pickled] = pickle.loads(pickled)
             out = np.frombuffer(memory, np.uint8, len(jobs) * int(np.prod(shape))).reshape(len(jobs), *shape)
             answer: Any = [
-                decode_into(row, _image(memory[at : at + size], pixels), transforms[pickled], seed)
-                for row, (at, size, pixels, seed) in zip(out, jobs, strict=True)
+                decode_into(row, _image(memory[at : at + size], pixels), transforms[pickled], *given)
+                for row, (at, size, pixels, *given) in zip(out, jobs, strict=True)
             ]
         except Exception:
             answer = traceback.format_exc()

@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from stream.formats import UnreadableImage
 from stream.pictures import EncodedImage, Picture, decode
@@ -20,15 +21,17 @@ import albumentations as A
 
 MOST_LONG = 32  # side over side: no photograph, nor most panoramas
 LEAST_VARIANCE = 0.1  # square pixels: sizes that shrink by less than 1.26 are not worth a blur
+PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 LEAST_SIGMA = 0.1  # pixels: a blur without effect
 
-Transform = Callable[[EncodedImage, tuple[int, ...]], np.ndarray]
+Transform = Callable[[EncodedImage, tuple[int, ...], bool], np.ndarray]
+"""`transform(image, seed, sound) -> image`; of an image that is `sound`, no more need be decoded than is used."""
 
 
 class AlbumentationsAdapter:
     """An albumentations pipeline as `transform(image, seed) -> image`, uint8 (H, W, 3). Raises UnreadableImage.
 
-    `seed` is (seed of the run, epoch, sample id).
+    `seed` is (seed of the run, epoch, sample id). `sound` tells that the image has been read before without complaint.
 
     The result depends on the image and the seed alone, whatever the thread and the order of calls: each thread has its
     own copy of the pipeline, and all steps draw from one generator (albumentations' own `set_random_seed` gives every
@@ -42,7 +45,7 @@ class AlbumentationsAdapter:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(self._pipeline.transforms)
 
-    def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool = False) -> np.ndarray:
         result: np.ndarray = self._seeded(seed)(image=decode(image))["image"]
         return result
 
@@ -78,13 +81,16 @@ class SquareOfStrip(A.ImageOnlyTransform):  # type: ignore[misc]
         return ("at_random",)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int, interpolation: str = "fast") -> np.ndarray:
     """Resize an image, uint8 (H, W, 3), with bilinear interpolation after a blur that prevents aliasing.
 
-    The antialiased bilinear filter of Pillow and torchvision is a triangle that reaches `scale` old pixels to either
-    side and has a variance of scale^2 / 6. This one has the same variance at a fraction of the cost: means over squares
-    of `factor` pixels, a blur over three pixels, and plain bilinear interpolation, each applied only as far as needed.
+    The antialiased bilinear filter of Pillow and torchvision, `bilinear` here, is a triangle that reaches `scale` old
+    pixels to either side and has a variance of scale^2 / 6. This one has the same variance at a fraction of the cost:
+    means over squares of `factor` pixels, a blur over three pixels, and plain bilinear interpolation, each applied only
+    as far as needed. `bicubic` is Pillow's too.
     """
+    if interpolation != "fast":
+        return np.asarray(Image.fromarray(image).resize((width, height), PILLOW[interpolation]))
     factors, sigmas = zip(*(_filters(image.shape[axis] / new) for axis, new in enumerate((height, width))), strict=True)
     if max(factors) > 1:
         rows, columns = (image.shape[axis] // factor for axis, factor in enumerate(factors))
@@ -105,26 +111,47 @@ def _filters(scale: float) -> tuple[int, float]:
     return factor, math.sqrt(-0.5 / math.log(outer / (1 - 2 * outer)))
 
 
+class ResizedCentre(A.ImageOnlyTransform):  # type: ignore[misc]
+    """Resizes the short side to `short` pixels and cuts a square of `size` from the middle, as torchvision does."""
+
+    def __init__(self, short: int, size: int, interpolation: str) -> None:
+        super().__init__(p=1)
+        self.short, self.size, self.interpolation = short, size, interpolation
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        least = min(img.shape[:2])
+        height, width = (int(self.short * side / least) for side in img.shape[:2])
+        top, left = (round((side - self.size) / 2.0) for side in (height, width))
+        return resize(img, height, width, self.interpolation)[top : top + self.size, left : left + self.size]
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return "short", "size", "interpolation"
+
+
 class RandomResizedCropAdapter(AlbumentationsAdapter):
     """One A.RandomResizedCrop that decodes only the cropped part of a JPEG and resizes without aliasing."""
 
-    def __init__(self, crop: A.RandomResizedCrop) -> None:
+    def __init__(self, crop: A.RandomResizedCrop, interpolation: str = "fast") -> None:
         super().__init__(crop)
+        self._interpolation = interpolation
 
-    def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self._pipeline.transforms, self._interpolation)
+
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool = False) -> np.ndarray:
         picture = Picture(image)
         (crop,) = self._seeded(seed).transforms
-        coordinates = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
-        region = picture.region(*coordinates)
-        return resize(region, *crop.size)
+        left, top, right, bottom = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
+        height, width = crop.size
+        return resize(picture.region(left, top, right, bottom, sound), height, width, self._interpolation)
 
 
 def decode_into(
-    row: np.ndarray, image: EncodedImage, transform: Transform, seed: tuple[int, ...]
+    row: np.ndarray, image: EncodedImage, transform: Transform, seed: tuple[int, ...], sound: bool = False
 ) -> UnreadableImage | None:
     """Fill `row` and return None, or return the reason why the image cannot be read."""
     try:
-        row[:] = transform(image, seed)
+        row[:] = transform(image, seed, sound)
     except UnreadableImage as error:
         return UnreadableImage(*error.args)  # without the traceback, which holds on to the decoder's memory
     return None

@@ -16,7 +16,7 @@ import torch
 
 from errors import DataError, printable
 from stream.augment import BatchAugment
-from stream.decode_pool import WorkerDied, pack, shared_pool
+from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 from stream.source import ImageDataset
 
@@ -72,6 +72,7 @@ class Loader(ABC):
         self.augment = augment
         self.should_stop: Callable[[], bool] = lambda: False
         self.report: Callable[[str, str], None] = lambda name, reason: None
+        self.of_epoch: Callable[[int], tuple[int, Transform]] | None = None  # size and transform, where these change
         self.epoch = 0
         self.start = 0
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -85,6 +86,10 @@ class Loader(ABC):
         """Set the epoch (from 0) that the next iteration yields, and the step to start from."""
         self.epoch = epoch
         self.start = start
+
+    def real(self, ids: Any) -> Any:
+        """The ids in the dataset of ids that may be those of copies, see `stream.order.repeated`."""
+        return ids % len(self.dataset)
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...
@@ -149,10 +154,14 @@ class StreamingDataLoader(Loader):
         self.packed = pack(transform) if num_workers else b""
         self.max_bad = max(FEW_BAD, int(max_bad_fraction * len(dataset))) if max_bad_fraction else 0
         self.read_seconds = 0.0
+        self.sound = np.zeros(len(dataset), bool)  # the samples that were read without complaint
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
         spans = self._spans(streams) if streams else []
+        if self.of_epoch is not None:
+            self.image_size, self.transform = self.of_epoch(epoch)
+            self.packed = pack(self.transform) if self.num_workers else b""
         if spans:
             self.read_seconds = 0.0
             with contextlib.closing(_EpochReader(self, epoch, streams, spans)) as reader:
@@ -181,7 +190,7 @@ class _EpochReader:
         self._epoch = epoch
         self._streams = streams
         self._spans = spans
-        self._reader = loader.dataset.reader(np.concatenate([ids_of(streams, parts) for parts in spans]))
+        self._reader = loader.dataset.reader(loader.real(np.concatenate([ids_of(streams, parts) for parts in spans])))
         self._reader.should_stop = lambda: loader.should_stop()
         self._threads = ThreadPoolExecutor(loader.num_workers, "decode") if loader.num_workers else None
         self._closed = False
@@ -233,7 +242,7 @@ class _EpochReader:
                 if self._loader.should_stop():
                     raise Cancelled
             task.result()
-        self._reader.release(begun.scheduled)
+        self._reader.release(self._loader.real(begun.scheduled))
         return begun.batch
 
     def _fill(self, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, places: list[tuple[int, int]]) -> None:
@@ -275,7 +284,7 @@ class _EpochReader:
 
     def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
         """A sample, or the reason why it cannot be read, with a label of no use."""
-        asked = perf_counter()
+        asked, sample_id = perf_counter(), self._loader.real(sample_id)
         try:
             image, label = self._reader.read(sample_id)
         except UnreadableImage as error:
@@ -293,21 +302,27 @@ class _EpochReader:
         loader = self._loader
         encoded = [b"" if isinstance(image, UnreadableImage) else image for image in found]
         seeds = [(loader.seed, self._epoch, sample_id) for sample_id in ids.tolist()]
+        jobs = list(map(Job, encoded, seeds, loader.sound[loader.real(ids)].tolist()))
         reasons: list[Exception | None]
         try:
             if loader.pool is None:
-                rows = zip(out, encoded, seeds, strict=True)
-                reasons = [decode_into(row, image, loader.transform, seed) for row, image, seed in rows]
+                reasons = [
+                    decode_into(row, job.image, loader.transform, job.seed, job.sound)
+                    for row, job in zip(out, jobs, strict=True)
+                ]
             else:
-                reasons = loader.pool.run(loader.packed, encoded, seeds, out)
-            pairs = zip(found, reasons, strict=True)
-            return [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
+                reasons = loader.pool.run(loader.packed, jobs, out)
         except WorkerDied as error:
             if loader.should_stop():
                 raise Cancelled from error
             raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
+        pairs = zip(found, reasons, strict=True)
+        told = [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
+        loader.sound[loader.real(ids)] = [reason is None for reason in told]
+        return told
 
     def _count_bad(self, sample_id: int, error: Exception) -> None:
+        sample_id = self._loader.real(sample_id)
         with self._lock:
             if sample_id in self._bad:
                 return

@@ -5,6 +5,20 @@ import numpy as np
 from stream.seeds import Use, seeded
 
 
+def repeated(ids: np.ndarray, repeats: int, window: int, images: int) -> np.ndarray:
+    """A stream of ids with `repeats` of each of its first ones, as many in all as before.
+
+    Source: Hoffer et al. 2020, Augment Your Batch; an epoch is as long as without, as in torchvision's RASampler. The
+    copies of a set of `images` have the ids of these plus multiples of `images`, so that what is drawn for an id
+    differs. They follow each other at a distance of `window`, within which all images differ.
+    """
+    first = ids[: -(-len(ids) // repeats)]
+    copies = images * np.arange(repeats)[:, None]
+    ends = range(window, len(first) + window, window)
+    parts = [(first[end - window : end] + copies).ravel() for end in ends]
+    return np.concatenate([first[:0], *parts])[: len(ids)]
+
+
 def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, window: int) -> list[np.ndarray]:
     """The sample ids (int64) of each stream in one epoch: a pure function of its arguments.
 

@@ -47,8 +47,7 @@ class Picture:
     those that are not finite are black.
 
     libjpeg-turbo or cv2 decode JPEG, cv2 plain PNG, and Pillow the rest; where one fails, the other is asked. A JPEG
-    whose data libjpeg-turbo finds corrupt is unreadable; of one that is cropped, only the data down to the crop are
-    looked at.
+    whose data libjpeg-turbo finds corrupt is unreadable, wherever in it the damage lies.
     """
 
     def __init__(self, image: EncodedImage) -> None:
@@ -79,12 +78,16 @@ class Picture:
         with _reasons():
             return self._decoded(image)
 
-    def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """`pixels[top:bottom, left:right]`; of a JPEG, only as much as that needs is decoded."""
+    def region(self, left: int, top: int, right: int, bottom: int, sound: bool = False) -> np.ndarray:
+        """`pixels[top:bottom, left:right]`; of a JPEG only these columns are decoded, down to its last row.
+
+        Of one that is known to be `sound`, only down to `bottom`: what lies below tells no more than that.
+        """
         if self._in_regions:
-            decoded = jpeg.decode_region(self._image, left, top, right, bottom)
+            last = bottom if sound else self.shape[0]
+            decoded = jpeg.decode_region(self._image, left, top, right, last)
             if decoded is not None:
-                return decoded
+                return decoded[: bottom - top]
         return self.pixels[top:bottom, left:right]
 
     def _decoded(self, image: bytes | memoryview) -> np.ndarray:

@@ -26,12 +26,14 @@ class ResidentLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
+        if self.of_epoch is not None:
+            self.image_size, _ = self.of_epoch(epoch)
         for parts in self._spans(streams):
             yield self._on_device(self._pick(torch.from_numpy(ids_of(streams, parts))), epoch)
 
     def _pick(self, ids: torch.Tensor) -> Batch:
         with torch.cuda.stream(self._copies):
-            places = ids.to(self.device, non_blocking=True)
+            places = self.real(ids).to(self.device, non_blocking=True)
             return Batch(_resize(self._images[places], self.image_size), self._labels[places], ids)
 
 

@@ -22,7 +22,10 @@ from shards import REPO_ID, make_imagenet_like
 
 DIGITS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 4, "--num_workers", 1, "--ledger")
 DIGITS = (*DIGITS, "--snapshot_steps", 3, "--keep_snapshots", 2, "--log_steps", 1)
-STREAMED = (*DIGITS, "--dataset", "hf", "--dataset_name", REPO_ID, "--model", "resnet18", "--image_size", 33)
+DIGITS = (*DIGITS, "--ema_decay", 0.9, "--ema_every", 2, "--mixup", 0.2, "--cutmix", 1, "--random_erasing", 0.5)
+DIGITS = (*DIGITS, "--auto_augment", "ta_wide", "--repeats", 2)
+STREAMED = (*DIGITS, "--dataset", "hf", "--dataset_name", REPO_ID, "--model", "resnet18")
+STREAMED = (*STREAMED, "--progressive_size", "32:0,64:0.5")
 STREAMED = (*STREAMED, "--block_mb", 1)
 LONGEST_LIFE = 1.5  # seconds before a random kill
 

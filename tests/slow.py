@@ -16,19 +16,25 @@ class SlowTransform:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def __call__(self, image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+    def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
         time.sleep(self.seconds)
         return decode(image)
 
 
-def process_number(image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+def process_number(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
     """A uint8 image (1, 4, 3) that starts with the number of the process that makes it."""
     made = np.zeros((1, 4, 3), np.uint8)
     made.reshape(-1)[:8].view("<u8")[:] = os.getpid()
     return made
 
 
-def out_of_memory(image: EncodedImage, seed: tuple[int, ...]) -> np.ndarray:
+def told_sound(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
+    """A uint8 image (1, 1, 3) of ones if the image is said to be sound, else of zeros."""
+    decode(image)
+    return np.full((1, 1, 3), sound, np.uint8)
+
+
+def out_of_memory(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
     """Decodes, and has no memory for it."""
     with mock.patch.object(TgaImageFile, "load", side_effect=MemoryError):
         return decode(image)

@@ -66,7 +66,7 @@ def test_help_is_grouped_and_no_group_is_split(capsys: pytest.CaptureFixture[str
     titles = re.findall(r"^([a-z]+):$", help_text(capsys), flags=re.MULTILINE)
     groups = list(dict.fromkeys(item.metadata["group"] for item in dataclasses.fields(Config)))
     assert titles == ["options", *groups]
-    assert groups == ["data", "model", "training", "schedule", "finder", "run"]
+    assert groups == ["data", "augmentation", "model", "training", "schedule", "finder", "run"]
 
 
 def test_no_name_that_other_programs_rely_on_is_missing() -> None:
@@ -289,6 +289,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
             "num_workers",
             "find_lr",
             "plot_schedule",
+            "extend_epochs",
             "run_dir",
             "resume_from",
             "override",

@@ -18,7 +18,7 @@ from config import Config, resolve
 from errors import DataError
 from preprocess import get_data_loaders, train_transform
 from stream import decode_pool as decoding
-from stream.decode_pool import DecodingPool, WorkerDied, pack
+from stream.decode_pool import DecodingPool, Job, WorkerDied, pack
 from stream.images import EncodedImage, decode_into
 
 SIZE = 24
@@ -40,7 +40,7 @@ def both_ways(images: list[EncodedImage]) -> list[tuple[np.ndarray, list[str | N
     for in_pool in (True, False):
         out = np.full((len(images), SIZE, SIZE, 3), 7, np.uint8)
         if in_pool:
-            errors = DecodingPool(1).run(pack(transform), images, seeds, out)
+            errors = DecodingPool(1).run(pack(transform), list(map(Job, images, seeds)), out)
         else:
             jobs = zip(out, images, seeds, strict=True)
             errors = [decode_into(row, image, transform, seed) for row, image, seed in jobs]
@@ -90,7 +90,7 @@ def test_images_that_a_process_has_no_room_for_are_decoded_all_the_same(
     transform, seeds = train_transform(settings()), [(0, 1, number) for number in range(len(images))]
     out = np.zeros((len(images), SIZE, SIZE, 3), np.uint8)
     expected = out.copy()
-    assert not any(DecodingPool(1).run(pack(transform), images, seeds, out))
+    assert not any(DecodingPool(1).run(pack(transform), list(map(Job, images, seeds)), out))
     for row, image, seed in zip(expected, images, seeds, strict=True):
         decode_into(row, image, transform, seed)
     assert np.array_equal(out, expected)
@@ -102,7 +102,7 @@ def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
     images: list[EncodedImage] = [b"small", large, np.zeros((50, 60, 3), np.uint8), large, b"small"]
     out, before = np.zeros((5, 1, 4, 3), np.uint8), decoders(os.getpid())
     pool = DecodingPool(1)
-    assert not any(pool.run(pack(process_number), images, [(0, 0, 0)] * 5, out))
+    assert not any(pool.run(pack(process_number), [Job(image, (0, 0, 0)) for image in images], out))
     numbers = {int(row.reshape(-1)[:8].view("<u8")[0]) for row in out}
     assert numbers == decoders(os.getpid()) - before
 
@@ -110,7 +110,7 @@ def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
 def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:
     out = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     with pytest.raises(RuntimeError, match="could not broadcast"):
-        DecodingPool(1).run(pack(SlowTransform(0.0)), photographs(1), [(0, 0, 0)], out)
+        DecodingPool(1).run(pack(SlowTransform(0.0)), [Job(photographs(1)[0], (0, 0, 0))], out)
 
 
 def test_a_pool_that_is_forgotten_ends_its_processes() -> None:
@@ -139,7 +139,9 @@ def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> Non
 def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(WorkerDied):
-        DecodingPool(1).run(pack(SlowTransform(0.0)), photographs(1), [(0, 0, 0)], np.zeros((1, 9, 9, 3), np.uint8))
+        DecodingPool(1).run(
+            pack(SlowTransform(0.0)), [Job(photographs(1)[0], (0, 0, 0))], np.zeros((1, 9, 9, 3), np.uint8)
+        )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
@@ -155,10 +157,11 @@ def test_a_parent_that_is_killed_leaves_no_process_behind(signum: signal.Signals
 def test_a_signal_to_the_processes_themselves_is_their_parents_to_act_on() -> None:
     before, out = decoders(os.getpid()), np.zeros((2, SIZE, SIZE, 3), np.uint8)
     pool, packed = DecodingPool(1), pack(train_transform(settings()))
-    pool.run(packed, photographs(2), [(0, 0, 0), (0, 0, 1)], out)
+    jobs = [Job(image, (0, 0, number)) for number, image in enumerate(photographs(2))]
+    pool.run(packed, jobs, out)
     ours = decoders(os.getpid()) - before
     assert len(ours) == 1
     for process in ours:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(process, signum)
-    assert not any(pool.run(packed, photographs(2), [(0, 0, 0), (0, 0, 1)], out))
+    assert not any(pool.run(packed, jobs, out))

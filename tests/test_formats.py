@@ -18,7 +18,7 @@ from shards import encode, photographs
 from slow import out_of_memory
 
 from stream import formats, jpeg
-from stream.decode_pool import DecodingPool, pack
+from stream.decode_pool import DecodingPool, Job, pack
 from stream.formats import IMAGE_SUFFIXES, LARGEST_PIXELS, SIGNATURE_BYTES, UnreadableImage, is_image
 from stream.images import AlbumentationsAdapter, decode_into
 from stream.pictures import Picture, decode
@@ -257,9 +257,9 @@ def test_a_process_survives_that_memory_runs_out() -> None:
     out, pool = np.zeros((2, 60, 90, 3), np.uint8), DecodingPool(1)
     data = saved(PHOTO, "TGA")
     for _ in range(2):
-        told = pool.run(pack(out_of_memory), [data] * 2, [(0, 0, 0)] * 2, out)
+        told = pool.run(pack(out_of_memory), [Job(data, (0, 0, 0))] * 2, out)
         assert [str(one) for one in told] == ["MemoryError"] * 2
-    assert pool.run(pack(AlbumentationsAdapter()), [data] * 2, [(0, 0, 0)] * 2, out) == [None, None]
+    assert pool.run(pack(AlbumentationsAdapter()), [Job(data, (0, 0, 0))] * 2, out) == [None, None]
     assert np.array_equal(out[1], by_rule(data))
 
 

@@ -262,25 +262,35 @@ def as_it_comes(data: bytes) -> tuple[np.ndarray | None, bool]:
 
 @needs_library
 def test_of_300_broken_photographs_none_is_read_to_which_the_decoder_objects() -> None:
-    """Nor does one end the run. A crop of one that it does not reach the end of is, at the worst, as in the whole."""
+    """Nor is any crop of one, nor does one end the run."""
     config, row = resolve({"dataset": "imagenet1k", "image_size": 64}), np.zeros((64, 64, 3), np.uint8)
+    crop, evaluated = train_transform(config), eval_transform(config)
     refused = 0
     for number in range(300):
         broken = flipped_or_cut(number)
         pixels, objects = as_it_comes(broken)
-        for transform in (train_transform(config), eval_transform(config)):
-            told = decode_into(row, broken, transform, (0, 0, number))
-        assert bool(told) == objects
+        assert bool(decode_into(row, broken, evaluated, (0, 0, number))) == objects
+        assert [bool(decode_into(row, broken, crop, (0, epoch, number))) for epoch in range(10)] == [objects] * 10
         refused += objects
-        try:
-            picture = Picture(broken)
-            height, width = picture.shape[:2]
-            region = picture.region(10, 20, width - 10, height - 30)
-        except UnreadableImage:
-            continue
-        assert pixels is not None
-        assert np.array_equal(region, pixels[20 : height - 30, 10 : width - 10])
-        if objects:
-            with pytest.raises(UnreadableImage):
-                Picture(broken).region(0, 0, width, height)
+        if not objects:
+            assert pixels is not None
+            height, width = pixels.shape[:2]
+            region = Picture(broken).region(10, 20, width - 10, height - 30)
+            assert np.array_equal(region, pixels[20 : height - 30, 10 : width - 10])
     assert 200 < refused < 290
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_known_to_be_sound_is_cropped_to_the_same_pixels(options: str) -> None:
+    transform = train_transform(resolve({"dataset": "imagenet1k"}))
+    data = encode(part_of_a_photograph(375, 500), *OPTIONS[options])
+    for epoch in range(20):
+        assert np.array_equal(transform(data, (0, epoch, 0), sound=True), transform(data, (0, epoch, 0)))
+
+
+@needs_library
+def test_of_what_is_known_to_be_sound_only_the_data_down_to_the_crop_are_looked_at() -> None:
+    data = DAMAGED["data left over"]
+    assert Picture(data).region(0, 0, 500, 100, sound=True).shape == (100, 500, 3)
+    with pytest.raises(UnreadableImage):
+        Picture(data).region(0, 0, 500, 100)

@@ -18,12 +18,14 @@ import pytest
 import torch
 from PIL import Image
 from shards import make_imagenet_like
+from slow import told_sound
 
 from config import Config, resolve
 from errors import DataError
 from preprocess import eval_transform, train_transform
 from stream.block_reader import BlockReader
 from stream.dataset import HuggingFaceImageNetDataset
+from stream.decode_pool import pack
 from stream.images import UnreadableImage, decode
 from stream.loader import UNREADABLE, Batch, StreamingDataLoader
 from stream.local import LocalDataset
@@ -192,6 +194,21 @@ def test_training_replaces_an_unreadable_image_by_the_next_of_its_stream(damaged
         assert batch.ids.tolist() == expected
         assert batch.labels.min() >= 0
     assert replaced > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_is_told_sound_once_it_was_read_without_complaint(damaged: Path, workers: int) -> None:
+    loader = make(open_split(damaged, "train"), num_workers=workers, image_size=1)
+    loader.transform, loader.packed = told_sound, pack(told_sound)
+    told, seen = np.zeros((2, TRAIN), int), np.zeros((2, TRAIN), int)
+    for epoch in range(2):
+        for images, _, ids in run(loader, epoch):
+            np.add.at(seen[epoch], ids, 1)
+            np.add.at(told[epoch], ids, images[:, 0, 0, 0])
+    assert not told[0][seen[0] == 1].any()
+    assert np.array_equal(told[1][seen[0] > 0], seen[1][seen[0] > 0])
+    assert np.array_equal(loader.sound, seen.any(axis=0))
+    assert not loader.sound[list(BAD)].any()
 
 
 def test_evaluation_marks_an_unreadable_image_and_counts_it_for_nothing(damaged: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from huggingface_hub import constants
-from pending import without_pending_keys as without_pending_keys
 from program import ROOT
 from torch import nn
 

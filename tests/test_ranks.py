@@ -59,6 +59,7 @@ class Case:
 
 
 MIXED = {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "ta_wide", "random_erasing": 0.5, "color_jitter": "0.4"}
+MIXED |= {"repeats": 2}
 CASES = {
     "plain": Case(),
     "float32": Case(dtype=torch.float32),

@@ -247,6 +247,28 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int) -> Non
     assert read(tmp_path / "snapshots" / "best.safetensors").state["step"] == 2
 
 
+def test_a_step_is_not_there_before_the_cooldown_that_begins_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on from the step would never write the other, one that goes on from before it does so again."""
+    store, replace = save_some(tmp_path, [1], keep=1), os.replace
+
+    def only_the_first(old: Path, new: Path) -> None:
+        if "cooldown.safetensors" in names(tmp_path):
+            raise OSError(errno.EIO, "killed")
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", only_the_first)
+        with pytest.raises(SnapshotError):
+            save(store, make_tensors(2), make_state(2), best=True, cooldown=True)
+    assert names(tmp_path) == ["cooldown.safetensors", "step-000000001.safetensors"]
+    assert store.rewind(1) == ["cooldown.safetensors"]
+    save(store, make_tensors(2), make_state(2), cooldown=True)
+    save(store, make_tensors(3), make_state(3))
+    assert names(tmp_path) == ["cooldown.safetensors", "step-000000003.safetensors"]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_failed_write_leaves_the_older_ones_and_no_half_file(

@@ -11,6 +11,7 @@ The step
 What is kept
     state        what the next step depends on: captured from a run and restored
     snapshot     the files that hold it: written in the background, verified, pruned
+    extension    a run planned longer after it ended
     logs         the run's folder, the console, results.csv, metrics.jsonl, the ledger
 
 Around it

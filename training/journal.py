@@ -15,7 +15,7 @@ from distributed import print0
 from errors import DivergedError
 from stream.loader import Batch, Loader
 from training.logs import Stopwatch, Tracker
-from training.optim import momentum_of
+from training.optim import cooldown_start, momentum_of
 from training.snapshot import BEST, SnapshotStore
 from training.state import Progress, all_finite, capture
 from training.step import StepNumbers, Training
@@ -61,6 +61,7 @@ class Journal:
         self.spent = TimeSpent(training.device)
         self.tracker = Tracker(folder, config.ledger)
         self.store = SnapshotStore(folder / "snapshots", config.keep_snapshots, self.tracker.logs) if folder else None
+        self.cooldown = cooldown_start(config, len(loader)) if config.scheduler == "trapezoid" else None
         self.profiler: StepProfiler | None = None
         if config.profile and folder:
             self.profiler = StepProfiler(config.profile, folder / "profile" / "trace.json", training.device)
@@ -109,7 +110,8 @@ class Journal:
         is_last = progress.step == (progress.epoch + 1) * len(self.loader)
         if progress.step % config.log_steps == 0 or is_last:
             self.flush()
-        if config.snapshot_steps and progress.step % config.snapshot_steps == 0 and not is_last:
+        is_due = config.snapshot_steps and progress.step % config.snapshot_steps == 0
+        if (is_due or progress.step == self.cooldown) and not is_last:
             self.save()
 
     def flush(self) -> None:
@@ -169,6 +171,7 @@ class Journal:
     def save(self, best: bool = False) -> Path | None:
         """Flush, then save everything the next step depends on. Rank 0 writes, and returns the path.
 
+        Where a cooldown begins, the snapshot is also kept for an extension of the run.
         Weights that are not finite are not saved: raises DivergedError on all ranks when one rank has them.
         """
         self.flush()
@@ -179,7 +182,9 @@ class Journal:
             )
             if distributed.largest_over_ranks(int(not all_finite(training.model))):
                 raise self._diverged(self.progress.step - max(0, self.progress.bad_steps - 1))
-            return self.store.save(tensors, self.record | state, best) if self.store else None
+            if self.store is None:
+                return None
+            return self.store.save(tensors, self.record | state, best, self.progress.step == self.cooldown)
 
     def save_before_stopping(self, cause: str) -> None:
         """Save a snapshot, wait until it is on disk, and print its path."""

@@ -37,6 +37,7 @@ EMA_COLUMNS = ("ema_loss", "ema_top1", "ema_top5")
 
 UNREADABLE_COLUMNS = ("image", "reason", "epoch")
 LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")
+PAST = ("config.json", *LOGS, "unreadable.csv", "data/*", "lr_finder/*", "plots/*")  # what a longer run takes along
 PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentations", "opencv-python-headless", "numpy")
 
 
@@ -44,10 +45,14 @@ PACKAGES = ("torch", "torchvision", "datasets", "huggingface_hub", "albumentatio
 def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -> Iterator[Path]:
     """Lock and yield the folder of a new run, or of the `resumed` one; records this launch in its config.json.
 
+    A run that extends the `resumed` one is a new run, with a copy of the other's past.
     Raises UsageError when the folder cannot be written, is in use by another process, or holds another run.
     """
-    name = f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(distributed.from_rank0(lambda: config.run_dir or str(resumed or Path("runs") / name)))
+    new = Path("runs") / f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    extended = resumed if config.extend_epochs else None
+    if extended:
+        resumed, new = None, extended.with_name(f"{extended.name}-{config.epochs}_epochs")
+    folder = Path(distributed.from_rank0(lambda: config.run_dir or str(resumed or new)))
     if distributed.rank():
         yield folder
         return
@@ -61,6 +66,8 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
     with lock:
         _claim(lock, folder)
         try:
+            if extended:
+                _copy_past(extended, folder)
             _note_launch(folder / "config.json", config, argv)
         except OSError as error:
             raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
@@ -84,6 +91,13 @@ def _claim(lock: IO[str], folder: Path) -> None:
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}\n")
     lock.flush()
+
+
+def _copy_past(source: Path, target: Path) -> None:
+    for path in (path for pattern in PAST for path in source.glob(pattern)):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        write_durably(copy, read_small(path, most=2**32))
 
 
 def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from stream.files import sync, write_durably
 
 FORMAT = "imagenet1k-snapshot-3"
 BEST = "best.safetensors"
+COOLDOWN = "cooldown.safetensors"  # before the first step of a trapezoid that is cooled
 SPARE_BYTES = 2**20
 _NO_DIGEST = "0" * 64
 _FIRST = b'{"__metadata__":{"sha256":"'
@@ -156,28 +157,31 @@ class SnapshotStore:
         self._writing: Future[None] | None = None
 
     def rewind(self, step: int) -> list[str]:
-        """Delete partly written files of a killed process, and the snapshots of later steps, including the best one,
+        """Delete partly written files of a killed process, and the snapshots of later steps, also those kept apart,
         that a resume from an older file leaves behind; returns the names of these snapshots.
         """
         for path in self.folder.glob("*.tmp"):
             path.unlink()
         later = [path for path in step_files(self.folder) if int(path.stem.removeprefix("step-")) > step]
-        if _step_of(self.folder / BEST) > step:
-            later.append(self.folder / BEST)
+        later += [path for path in (self.folder / BEST, self.folder / COOLDOWN) if _step_of(path) > step]
         for path in later:
             path.unlink()
         return [path.name for path in later]
 
-    def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> Path:
+    def save(
+        self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False, cooldown: bool = False
+    ) -> Path:
         """Copy the tensors to host memory, and write them to `step-<9 digits>.safetensors` in the background.
 
-        A tensor must have the same shape at every save. With `best`, `best.safetensors` is written too; then older
-        snapshots are pruned. Waits for the previous snapshot. Raises SnapshotError when that one failed or there is no
-        room; existing snapshots are untouched.
+        A tensor must have the same shape at every save. With `best`, `best.safetensors` is written too, and with
+        `cooldown` `cooldown.safetensors`; then older snapshots are pruned. Waits for the previous snapshot. Raises
+        SnapshotError when that one failed or there is no room; existing snapshots are untouched.
         """
         self.wait()
         path = self.folder / f"step-{state['step']:09d}.safetensors"
         targets = [path, self.folder / BEST] if best else [path]
+        if cooldown:  # first: a run that goes on from `path` does not come by here again
+            targets.insert(0, self.folder / COOLDOWN)
         size = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
         if free < size * len(targets):

@@ -48,6 +48,7 @@ class Training:
     max_grad_norm: float | None
     ema: EMA | None = None
     mixing: Mixing | None = None
+    mirrored: bool = False  # evaluate the mirror images too
 
     @property
     def average(self) -> nn.Module | None:
@@ -113,7 +114,7 @@ def build_training(
         ema = EMA(model, config.ema_decay, config.ema_every, steps_per_epoch, warmup)
     if config.compile:
         for module in (model, normalize, *([ema.module] if ema else [])):
-            module.compile(**COMPILE_OPTIONS)
+            module.compile(dynamic=False if config.progressive_size else None, **COMPILE_OPTIONS)
     ddp: nn.Module = model
     if distributed.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -144,6 +145,7 @@ def build_training(
         max_grad_norm=config.max_grad_norm,
         ema=ema,
         mixing=mixing,
+        mirrored=config.tta == "flip",
     )
 
 
