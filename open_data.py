@@ -118,7 +118,7 @@ def _held_out(whole: ImageDataset, share: float, config: Config) -> tuple[ImageD
     labels, limit = whole.all_labels(), config.max_samples
     if labels is None:
         raise DataError(f"{config.dataset_id} tells its labels only with the images; give --val_split, not --val_share")
-    train_ids, val_ids = hold_out(labels, map(whole.name, range(len(whole))), share, config.seed)
+    train_ids, val_ids = hold_out(labels, whole.names(np.arange(len(whole))), share, config.seed)
     if not len(val_ids):
         more = " or more --max_samples" if limit else ""
         raise DataError(f"--val_share {share:g} of {len(labels)} images is none; give a larger share{more}")

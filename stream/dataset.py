@@ -1,7 +1,7 @@
 """HuggingFaceImageNetDataset: images in blocks, on the Hub or on disk."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,15 @@ class HuggingFaceImageNetDataset:
 
     def name(self, sample_id: int) -> str:
         """Where a sample lies: its file and row, or its shard and key."""
-        blocks, rows = self.locate(np.array([sample_id]))
-        return self._shards.name(self.blocks[int(blocks[0])], int(rows[0]))
+        (name,) = self.names(np.array([sample_id]))
+        return name
+
+    def names(self, sample_ids: np.ndarray) -> Iterator[str]:
+        """The same of sorted samples."""
+        blocks, rows = self.locate(sample_ids)
+        used, first = np.unique(blocks, return_index=True)
+        for number, part in zip(used.tolist(), np.split(rows, first[1:]), strict=True):
+            yield from self._shards.names(self.blocks[number], part)
 
     def all_labels(self) -> np.ndarray | None:
         """The label (int64) of each sample, read without its image; None where only whole shards would tell.

@@ -1,6 +1,6 @@
 """Images that are read one by one, each a block of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -57,6 +57,10 @@ class ImageTable:
     def name(self, sample_id: int) -> str:
         """The path of an image, or its file and row."""
         return self._name_of(int(self._rows[sample_id]))
+
+    def names(self, sample_ids: np.ndarray) -> Iterator[str]:
+        """The same of several images."""
+        return map(self.name, sample_ids.tolist())
 
     def fingerprint(self) -> str:
         """A digest of the labels, and of FILES_READ evenly spread images."""

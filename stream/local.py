@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class LocalDataset:
         if not isinstance(image, Path):
             return f"{sample_id}"
         return os.sep.join(image.parts[len(self.root.parts) :]) if self.root else str(image)
+
+    def names(self, sample_ids: np.ndarray) -> Iterator[str]:
+        """The same of several images."""
+        return map(self.name, sample_ids.tolist())
 
     def fingerprint(self) -> str:
         """A digest of labels and pixels; for files, of the names and the contents of FILES_READ evenly spread ones."""

@@ -129,10 +129,10 @@ class ParquetShards:
                 raise no_class(self._files.names[block.file], None)
             return np.asarray(self._labels.namings[block.file].numbers(stored), np.int64)
 
-    def name(self, block: Block, row: int) -> str:
-        """A row of a block in words: its file, and its number in that from 0 on."""
+    def names(self, block: Block, rows: np.ndarray) -> list[str]:
+        """Rows of a block in words: its file, and their numbers in that from 0 on."""
         name = self._files.names[block.file].removeprefix(self._files.root)
-        return f"{name} row {self._first_row(block) + row}"
+        return [f"{name} row {row}" for row in (self._first_row(block) + rows).tolist()]
 
     def _first_row(self, block: Block) -> int:
         """How many rows of its file precede a block."""

@@ -1,6 +1,6 @@
 """What a loader needs of a dataset."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +46,9 @@ class ImageDataset(Protocol):
 
     def name(self, sample_id: int) -> str:
         """Where a sample lies, in words that its owner can follow."""
+
+    def names(self, sample_ids: np.ndarray) -> Iterable[str]:
+        """The same of sorted samples (int64)."""
 
     def inventory(self) -> dict[str, tuple[int, str]]:
         """Of each file its number of samples, and what stays the same when it gets another name."""

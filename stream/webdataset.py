@@ -116,10 +116,10 @@ class TarShards:
         """The labels of a shard (int64); one whose index was not read is read for them. Raises DataError."""
         return np.asarray(self._number(block, self._samples(block.file)["label"].to_pylist()), np.int64)
 
-    def name(self, block: Block, row: int) -> str:
-        """A sample in words: its shard and its key. A shard whose index was not read is read for it."""
+    def names(self, block: Block, rows: np.ndarray) -> list[str]:
+        """Samples in words: their shard and their keys. A shard whose index was not read is read for them."""
         name = self._files.names[block.file].removeprefix(self._files.root)
-        return f"{name} key {self._samples(block.file)['key'][row]}"
+        return [f"{name} key {key}" for key in self._samples(block.file)["key"].take(rows).to_pylist()]
 
     @contextmanager
     def _opened(self, number: int) -> Iterator[tuple[tarfile.TarFile, list[Sample], list[str]]]:

@@ -216,8 +216,8 @@ def test_a_list_of_one_class_label_has_its_names(tmp_path: Path) -> None:
 
 def test_a_row_is_named_by_its_file_and_its_place_in_it(tmp_path: Path) -> None:
     dataset = open_set(write(tmp_path / "set", label=pa.array(NAMES)))
-    assert dataset._shards.name(dataset.blocks[0], 1) == "train-0.parquet row 1"
-    assert dataset._shards.name(dataset.blocks[-1], 3) == "train-1.parquet row 11"
+    assert dataset._shards.names(dataset.blocks[0], np.array([1])) == ["train-0.parquet row 1"]
+    assert dataset._shards.names(dataset.blocks[-1], np.array([3])) == ["train-1.parquet row 11"]
 
 
 @pytest.mark.parametrize(("kind", "requests"), [("strings", 2), ("numbers", 0)])

@@ -101,7 +101,7 @@ def test_members_are_paired_by_what_is_there(tmp_path: Path, kind: str) -> None:
     image, label, key = KEYS[kind]
     dataset = open_set(write(tmp_path / "set", *pairs(image, label)))
     check(dataset, SORTED, NAMES)
-    assert dataset._shards.name(dataset.blocks[0], 2) == f"train-0.tar key {key.format(2)}"
+    assert dataset._shards.names(dataset.blocks[0], np.array([2])) == [f"train-0.tar key {key.format(2)}"]
     assert dataset.notes == ["classes are the 3 distinct strings of the shards' labels"]
 
 
@@ -201,14 +201,14 @@ def test_a_shard_of_images_in_folders_has_these_for_classes(tmp_path: Path) -> N
     members = [(f"./train/{name}/{row}.jpg", JPEGS[row]) for row, name in enumerate(NAMES)]
     dataset = open_set(write(tmp_path / "set", ("LICENSE.txt", b"free"), *members))
     check(dataset, SORTED, NAMES)
-    assert dataset._shards.name(dataset.blocks[0], 0) == "train-0.tar key ./train/cat/0"
+    assert dataset._shards.names(dataset.blocks[0], np.array([0])) == ["train-0.tar key ./train/cat/0"]
 
 
 def test_names_that_are_no_utf_8_are_refused_as_classes_and_shown_as_they_can_be_otherwise(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", *pairs("\udce9{}.jpg", "\udce9{}.cls"))
     dataset = open_set(folder)
     check(dataset, SORTED, NAMES)
-    assert dataset._shards.name(dataset.blocks[0], 1) == "train-0.tar key \ufffd1"
+    assert dataset._shards.names(dataset.blocks[0], np.array([1])) == ["train-0.tar key \ufffd1"]
     write(folder, ("caf\udce9/1.jpg", JPEGS[0]), ("tea/1.jpg", JPEGS[1]))
     assert "the name of the folder b'caf\\xe9' is not UTF-8; rename it" in refusal(folder)
 
@@ -307,7 +307,7 @@ def test_an_index_is_kept_and_blocks_of_an_earlier_version_are_not_taken_for_it(
         assert len(ranges) == 2  # the index, and the block
         dataset = open_set(REPO_ID, cache=Cache(tmp_path / "cache"), revision=sha)
         dataset._shards.labels(dataset.blocks[0])
-        assert dataset._shards.name(dataset.blocks[0], 1) == "train-0.tar key 1"
+        assert dataset._shards.names(dataset.blocks[0], np.array([1])) == ["train-0.tar key 1"]
         assert [request for request in hub.requests if request.range] == ranges
 
 
@@ -318,6 +318,6 @@ def test_a_shard_that_was_not_indexed_is_read_for_its_labels_and_keys(tmp_path: 
     dataset = open_set(folder, num_classes=3)
     assert dataset._shards.label_ranges(dataset.blocks[0]) is None
     check(dataset, ["0", "1", "2"], ["2", "0", "1"])
-    assert dataset._shards.name(dataset.blocks[0], 1) == "train-0.tar key 1"
+    assert dataset._shards.names(dataset.blocks[0], np.array([1])) == ["train-0.tar key 1"]
     write(folder, *pairs("{}.jpg", "{}.cls"))
     assert "has the label 'cat', a name, and its classes are numbers" in refusal(folder, num_classes=3)
