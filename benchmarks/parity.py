@@ -1,16 +1,16 @@
 """The losses of our training step beside those of loops made of torchvision's and timm's own parts, step by step.
 
-    uv run python benchmarks/parity.py                                        # ResNet-50, 50 steps: about 10 minutes
-    uv run python benchmarks/parity.py --model resnet18 --steps 10 --epochs 5 --size 36 --start recipe   # as tested
+    uv run python benchmarks/parity.py                                            # ResNet-50, 50 steps: 10 minutes
+    uv run python benchmarks/parity.py --model resnet18 --steps 10 --epochs 5 --size 36 --batch 8 --start recipe
 
 Three recipes on the same batches of our loader with the same draws of mixup and cutmix, all in float64, where another
 order of summation costs nothing that a mistake could hide in. Network, loss, parameter groups, optimiser, schedule and
 average of the reference are the library's; only the first weights are ours. Epochs, warm-ups and the time between
 decays are short, so that the schedule moves. The exit status is 1 when a loss differs by more than 1e-7.
 
-A difference of rounding must not grow. In a ResNet-50 of torchvision's default start it grows thirtyfold a step at these
-sizes, in torchvision's own loop too, for its first gradient has a norm of 1,600; so blocks start as the identity here
-(norm 17), in both loops. `--start recipe` starts as the recipe says, which a ResNet-18 can bear.
+A difference of rounding must not grow. With torchvision's default start of a ResNet-50 it grows thirtyfold a step at
+these sizes, in torchvision's own loop too, for the first gradient has a norm of 1,600; so blocks start as the identity
+here (norm 17), in both loops. `--start recipe` starts as the recipe says, which a ResNet-18 can bear.
 """
 
 import argparse
@@ -348,7 +348,7 @@ def main() -> int:
     found = []
     for plan in PLANS:
         found.append(compare(plan, form))
-        print(found[-1], flush=True)
+        print(f"{plan.recipe}: {found[-1].loss:.1e}", flush=True)
     set_up = f"{form.model} at {form.size} pixels, batch {form.batch}, float64 on the CPU, {form.epochs} epochs, "
     set_up += f"started from the {form.start}."
     rows = table(found, form.steps)

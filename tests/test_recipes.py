@@ -103,7 +103,7 @@ def test_a_run_says_and_records_its_recipe_and_resumes_with_or_without_it(tmp_pa
 
 @dataclass(frozen=True)
 class Published:
-    """What a recipe is known for. `decays` are those of weights, norms and biases, `rate` is the learning rate after so many epochs."""
+    """What a recipe is known for: `decays` of weights, norms and biases, and the `rate` after so many epochs."""
 
     top1: str
     lr: float
