@@ -71,7 +71,7 @@ def test_float32_training_is_torchvisions_to_the_bit() -> None:
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
             loss = F.cross_entropy(model.train()(images), labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.item())
         assert losses[0] == losses[1]
