@@ -160,7 +160,9 @@ def test_a_run_without_a_snapshot_at_its_cooldown_is_refused_with_the_reason(tmp
 def test_a_past_that_depends_on_the_length_of_the_run_is_refused_by_name(ten: Path, tmp_path: Path) -> None:
     copy = cut(ten, 30, tmp_path / "copy")
     held = read(ten / "snapshots" / COOLDOWN)
-    state: dict[str, Any] = held.state | {"config": held.state["config"] | {"progressive_size": "160,0.5"}}
+    state: dict[str, Any] = held.state | {
+        "config": held.state["config"] | {"progressive_size": "32:0,64:0.5", "image_size": 64}
+    }
     (copy / "snapshots" / COOLDOWN).unlink()
     (copy / "snapshots" / COOLDOWN).write_bytes(b"".join(encode(held.tensors, state)))
     assert "--progressive_size" in refused("--resume_from", copy, "--extend_epochs", 5)

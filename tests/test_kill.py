@@ -82,7 +82,8 @@ def test_what_is_left_out_of_a_snapshot_is_noticed(whole: Path, tmp_path: Path, 
 
 
 def test_a_scaler_that_is_left_out_of_a_snapshot_is_noticed(tmp_path: Path) -> None:
-    few = ("--max_samples", 24, "--batch_size", 8, "--epochs", 1, "--snapshot_steps", 1, "--keep_snapshots", 9)
+    few: tuple[object, ...] = ("--max_samples", 24, "--batch_size", 8, "--epochs", 1, "--streams", 4)
+    few = (*few, "--snapshot_steps", 1, "--keep_snapshots", 9)
     whole = tmp_path / "whole"
     train(*DIGITS, *few, "--amp", "--amp_dtype", "fp16", "--run_dir", whole, log=tmp_path / "log")
     assert same(resume_without(lambda tensors, state: None, whole, 2, tmp_path / "with"), whole)

@@ -205,23 +205,28 @@ def test_a_password_in_the_hubs_address_is_not_printed(
 
 
 class _Storage(BaseHTTPRequestHandler):
-    """Notes the headers it gets, and sends the client on to `elsewhere` or answers four bytes."""
+    """Notes the headers of requests for files, and sends the client on to `elsewhere` or answers of four bytes those
+    that are asked for. What the Hub's client asks for itself, it asks without a token.
+    """
 
     elsewhere: str | None = None
     seen: list[dict[str, str]]
 
     def do_GET(self) -> None:
-        self.seen.append(dict(self.headers))
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        data = b"abcd"[int(first or 0) : int(last or 3) + 1]
+        if first:
+            self.seen.append(dict(self.headers))
         if self.elsewhere:
             self.send_response(302)
             self.send_header("Location", self.elsewhere)
             self.send_header("Content-Length", "0")
         else:
             self.send_response(206)
-            self.send_header("Content-Range", "bytes 0-3/4")
-            self.send_header("Content-Length", "4")
+            self.send_header("Content-Range", f"bytes {first or 0}-{last or 3}/4")
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(b"" if self.elsewhere else b"abcd")
+        self.wfile.write(b"" if self.elsewhere else data)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -310,7 +310,7 @@ def test_what_is_no_image_in_an_image_folder_is_counted_and_replaced(tmp_path: P
     flags = ("--dataset", "imagefolder", "--data_dir", tmp_path / "set", *IMAGES, "--batch_size", 4, "--streams", 1)
     survive(tmp_path, (0,), *flags, "--num_workers", 1, "--run_dir", tmp_path / "run")
     rows = list(csv.DictReader((tmp_path / "run" / "unreadable.csv").open()))
-    assert {row["image"] for row in rows} == {"b/2.png"}
+    assert {row["image"] for row in rows} == {"train/b/2.png"}
 
 
 @pytest.mark.parametrize("how", ["batches", "archive"])
