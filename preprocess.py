@@ -184,11 +184,7 @@ def get_data_loaders(
     if config.progressive_size:
         train_loader.of_epoch = partial(_of_epoch, config)
     if not len(train_loader) and not config.evaluate:
-        batch = f"--batch_size {config.batch_size}"
-        if "batch_size" in derived:
-            batch = f"a batch of {config.batch_size} (for --streams {config.streams}, --accumulate_steps "
-            batch += f"{config.accumulate_steps} and {world} ranks)"
-        raise UsageError(f"{batch} is larger than the training set of {len(train)} images; use less")
+        raise UsageError(_too_large(config, "batch_size" in derived, len(train)))
     val_loader = make(
         val,
         eval_transform(config),
@@ -202,6 +198,14 @@ def get_data_loaders(
     facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
     distributed.require_agreement(facts, DataError)
     return data
+
+
+def _too_large(config: Config, is_derived: bool, images: int) -> str:
+    batch = f"--batch_size {config.batch_size}"
+    if is_derived:
+        batch = f"a batch of {config.batch_size} (for --streams {config.streams}, --accumulate_steps "
+        batch += f"{config.accumulate_steps} and {distributed.world_size()} ranks)"
+    return f"{batch} is larger than the training set of {images} images; use less"
 
 
 def _of_epoch(config: Config, epoch: int) -> tuple[int, AlbumentationsAdapter]:

@@ -91,16 +91,7 @@ def build_training(
         weights = class_weights(config.class_weights, labels(), classes)
     criterion = build_loss(config.loss, classes, config.label_smoothing, config.bce_threshold, weights)
     torch.manual_seed(config.seed)
-    options = {name: getattr(config, name) for name in ("drop_path", "blurpool", "zero_init_gamma")}
-    if config.use_pretrained:
-        model = _pretrained(config.use_pretrained, classes, 60 * config.network_patience, options)
-        if config.image_size <= CIFAR_STEM_UP_TO:
-            raise UsageError(
-                f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
-                f"--image_size than {config.image_size}, such as 224"
-            )
-    else:
-        model = build_model(classes, config.image_size, config.model, options)
+    model = _new_model(config, classes)
     print0(f"model     {describe(model, config.image_size)}")
     dtype = _amp_dtype(config, device)
     torch.backends.cudnn.benchmark = not config.deterministic
@@ -120,17 +111,10 @@ def build_training(
     ddp: nn.Module = model
     if distributed.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = build_optimizer(
-        model,
-        0.1,
-        config.momentum,
-        config.weight_decay,
-        config.optimizer,
-        head_lr_scale=config.head_lr_scale,
-        nesterov=config.nesterov,
-        norm_weight_decay=config.norm_weight_decay,
-        bias_weight_decay=config.bias_weight_decay,
-    )
+    given = {
+        name: getattr(config, name) for name in ("head_lr_scale", "nesterov", "norm_weight_decay", "bias_weight_decay")
+    }
+    optimizer = build_optimizer(model, 0.1, config.momentum, config.weight_decay, config.optimizer, **given)
     compiled = ", compiled" if config.compile else ""
     print0(f"device    {_device_name(device)}, {str(dtype or torch.float32).removeprefix('torch.')}{compiled}")
     seed_everything(config.seed)
@@ -149,6 +133,20 @@ def build_training(
         mixing=mixing,
         mirrored=config.tta == "flip",
     )
+
+
+def _new_model(config: Config, classes: int) -> nn.Module:
+    """Raises UsageError for an unknown model, DataError when pretrained weights are unavailable."""
+    options = {name: getattr(config, name) for name in ("drop_path", "blurpool", "zero_init_gamma")}
+    if not config.use_pretrained:
+        return build_model(classes, config.image_size, config.model, options)
+    model = _pretrained(config.use_pretrained, classes, 60 * config.network_patience, options)
+    if config.image_size <= CIFAR_STEM_UP_TO:
+        raise UsageError(
+            f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
+            f"--image_size than {config.image_size}, such as 224"
+        )
+    return model
 
 
 def _mixing(config: Config) -> Mixing | None:
