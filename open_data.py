@@ -8,6 +8,7 @@ import numpy as np
 
 import distributed
 from config import Config
+from defaults import SMALL_SET
 from errors import DataError, printable
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
 from stream.image_folders import open_image_folder
@@ -31,11 +32,12 @@ def open_sets(
         raise DataError(
             f"validation in {config.dataset_id} has no images of the sampled classes; use more --max_samples"
         )
+    is_cheap = getattr(train, "revision", None) is None and len(train) <= SMALL_SET  # to read every label
     if config.max_samples:
         names = _sampled(train, config.max_samples)
         told = "unknown how many" if names is None else f"{len(names):,}"
         notes.append(f"a sample of {len(train):,} training images, of {told} of the {len(train.classes):,} classes")
-    elif getattr(train, "revision", None) is None and (absent := without_images(train)):
+    elif is_cheap and (absent := without_images(train)):
         notes.append(f"no image of {len(absent)} of the {len(train.classes):,} classes: {_few(absent)}")
     told_of_val = [note for note in val.notes if CLASSES_TOLD not in note]  # training's classes are what counts
     return train, val, window, list(dict.fromkeys([*train.notes, *told_of_val, *notes]))
