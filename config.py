@@ -12,6 +12,7 @@ from errors import SnapshotError, UsageError
 from flags import (
     FROM_PRESET,
     SIZE_STEP,
+    channels,
     check_bounds,
     epochs_list,
     flag,
@@ -70,11 +71,14 @@ class Config:
     train_interpolation: str = flag("augmentation", "how crops are resized: fast is nearly bilinear; bilinear and bicubic are Pillow's, antialiased", "fast", choices=("fast", "bilinear", "bicubic"))
     eval_interpolation: str = flag("augmentation", "the same in evaluation", "fast", choices=("fast", "bilinear", "bicubic"))
     eval_crop_pct: float | None = flag("augmentation", "evaluation: --eval_size over the short side that an image is resized to before its centre is cut", None, short="0.875", above=0, most=1)
+    mean: str | None = flag("augmentation", "mean of each channel that images are normalised with, of pixels in 0..1", None, type=channels, metavar="X,X,X", short="ImageNet's, or what pretrained weights ask for")
+    std: str | None = flag("augmentation", "standard deviation, likewise", None, type=channels, metavar="X,X,X", short="the same")
     tta: str | None = flag("augmentation", "evaluation: flip averages the logits of an image and its mirror image", None, choices=("flip",))
 
 
     model: str = flag("model", "resnet18, resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
-    use_pretrained: str | None = flag("model", "start from these ResNet-50 weights: a Hub id or a local folder (microsoft/resnet-50 if none is named)", None, nargs="?", const="microsoft/resnet-50")
+    use_pretrained: str | None = flag("model", "start from these weights: a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file (microsoft/resnet-50 if none is named); their preprocessing comes with them", None, nargs="?", const="microsoft/resnet-50")
+    freeze_backbone: int = flag("model", "first epochs in which only the classifier learns", 0, least=0)
 
     drop_path: float = flag("model", "probability that the last block is left out, of earlier ones linearly less (stochastic depth)", 0.0, least=0, most=0.9)
     blurpool: bool = flag("model", "blur before each stride after the stem (Zhang 2019)", False)
@@ -162,7 +166,7 @@ class Config:
             (self.warmup_epochs >= self.epochs, f"--warmup_epochs {self.warmup_epochs:g} leaves nothing of --epochs {self.epochs}; use less"),
             (self.lr_end <= self.lr_start, f"--lr_end {self.lr_end:g} must be greater than --lr_start {self.lr_start:g}"),
             (self.lr is not None and self.lr_from, "--lr and --lr_from both name a learning rate; give one of them"),
-            (self.use_pretrained and self.model not in ("auto", "resnet50"), f"--use_pretrained loads a ResNet-50; leave out --model {self.model}"),
+            (self.freeze_backbone >= self.epochs, f"--freeze_backbone {self.freeze_backbone} leaves none of --epochs {self.epochs} for the rest of the model; use less"),
             (self.dataset == "hf" and not self.dataset_name, "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"),
             (self.dataset != "hf" and (self.dataset_name or self.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {self.dataset}"),
             (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),

@@ -3,7 +3,7 @@
 import argparse
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -66,6 +66,21 @@ def size_points(text: str) -> list[tuple[int, float]]:
     return [(int(size), float(fraction)) for size, fraction in pairs]
 
 
+def channels(text: str) -> str:
+    try:
+        red, green, blue = channel_values(text)
+        if not all(map(math.isfinite, (red, green, blue))):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no list of three numbers such as 0.485,0.456,0.406") from None
+    return text
+
+
+def channel_values(text: str) -> tuple[float, ...]:
+    """The numbers of --mean and --std. Raises ValueError."""
+    return tuple(map(float, text.split(",")))
+
+
 def check_bounds(name: str, value: Any, bounds: Mapping[str, float | None]) -> None:
     if isinstance(value, str) and "://" in value:
         raise UsageError(f"{name} is a URL; give a Hub id or something on this machine")
@@ -103,16 +118,20 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
-def parser_of(settings: type, prog: str, description: str) -> argparse.ArgumentParser:
+def parser_of(
+    settings: type, prog: str, description: str, only: Collection[str] | None = None
+) -> argparse.ArgumentParser:
     """A parser for the fields of `settings`, which leaves out what is not given and raises UsageError.
 
-    A field that is true or false has `--no_NAME` too.
+    A field that is true or false has `--no_NAME` too. `only` names the fields to take.
     """
     raw = argparse.RawDescriptionHelpFormatter
     result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
     hints = typing.get_type_hints(settings)
     groups: dict[str, Any] = {}
     for item in fields(settings):
+        if only is not None and item.name not in only:
+            continue
         title = item.metadata["group"]
         group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
         options = dict(item.metadata["argparse"])

@@ -30,6 +30,7 @@ from errors import SnapshotError, UsageError, complain, run_front_door
 if TYPE_CHECKING:
     from preprocess import Data
     from training.snapshot import Snapshot
+    from training.sources import Source
     from training.state import Progress
     from training.step import Training
 
@@ -50,7 +51,7 @@ def _run(argv: list[str]) -> None:
     from preprocess import get_data_loaders
     from training.step import build_training
 
-    config, snapshot = _settings(given)
+    config, snapshot, source = _settings(given)
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     if config.recipe:
@@ -60,7 +61,8 @@ def _run(argv: list[str]) -> None:
     data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
-    training = build_training(config, len(data.classes), device, len(data.train), data.train.dataset.all_labels)
+    labels = data.train.dataset.all_labels
+    training = build_training(config, len(data.classes), device, len(data.train), labels, source)
     if snapshot is not None:
         _compare_data(snapshot, data, config)
     if config.evaluate:
@@ -86,23 +88,26 @@ def _in_passes_that_fit(config: Config, data: "Data", training: "Training") -> "
     return config, get_data_loaders(config, training.device, data.revision)
 
 
-def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None]":
-    """The settings of this run, and the snapshot it resumes from, if any."""
+def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None, Source | None]":
+    """The settings of this run, and the snapshot it resumes from or the weights it starts from, if any."""
     if "extend_epochs" in given:
         from training.extension import extend
 
-        return extend(given)
+        return *extend(given), None
     source = _resume_source(given)
     if source is None:
         if "override" in given:
             raise UsageError("--override goes with --resume_from and a snapshot; give the flag itself")
-        return configuration.resolve(given), None
+        from training.sources import resolve_with_weights
+
+        config, weights = resolve_with_weights(given)
+        return config, None, weights
     from training.snapshot import find
 
     snapshot, passed_over = find(source)
     for line in passed_over:
         complain(f"passed over: {line}")
-    return configuration.resume(snapshot.state.get("config"), given), snapshot
+    return configuration.resume(snapshot.state.get("config"), given), snapshot, None
 
 
 def _resume_source(given: dict[str, object]) -> Path | None:

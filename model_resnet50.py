@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from errors import DataError, UsageError
+from errors import DataError, UsageError, printable
 from model_zoo import build_from_library
 
 CIFAR_STEM_UP_TO = 32
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -177,7 +178,7 @@ class ResNet34(ResNet):
     """ResNet-34 or -18, made of basic blocks."""
 
     def __init__(self, num_classes: int = 1000, depth: int = 34, cifar_stem: bool = False, **options: Any) -> None:
-        super().__init__(BasicBlock, {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth], num_classes, cifar_stem, **options)
+        super().__init__(BasicBlock, LAYERS[depth], num_classes, cifar_stem, **options)
         self.name = f"ResNet-{depth}"
 
 
@@ -185,8 +186,7 @@ class ResNet50(ResNet):
     """ResNet-50 v1.5, -101 or -152, made of bottlenecks."""
 
     def __init__(self, num_classes: int = 1000, depth: int = 50, cifar_stem: bool = False, **options: Any) -> None:
-        layers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
-        super().__init__(Bottleneck, layers, num_classes, cifar_stem, **options)
+        super().__init__(Bottleneck, LAYERS[depth], num_classes, cifar_stem, **options)
         self.name = f"ResNet-{depth}"
 
 
@@ -214,35 +214,39 @@ def build_model(
     return kind(num_classes, DEPTHS[name], cifar_stem, **options)
 
 
-RESNET50_V15 = {  # the transformers configuration that computes what ResNet50 computes
-    "model_type": "resnet",
-    "layer_type": "bottleneck",
-    "depths": [3, 4, 6, 3],
-    "hidden_sizes": [256, 512, 1024, 2048],
-    "embedding_size": 64,
-    "num_channels": 3,
-    "hidden_act": "relu",
-    "downsample_in_bottleneck": False,
-    "downsample_in_first_stage": False,
-}
+def transformers_config(depth: int) -> dict[str, Any]:
+    """The configuration of transformers' ResNet that computes what this ResNet of the ImageNet stem computes."""
+    widths = [width * (4 if depth >= 50 else 1) for width in (64, 128, 256, 512)]
+    return {
+        "layer_type": "bottleneck" if depth >= 50 else "basic",
+        "depths": [*LAYERS[depth]],
+        "hidden_sizes": widths,
+        "embedding_size": 64,
+        "num_channels": 3,
+        "hidden_act": "relu",
+        "downsample_in_bottleneck": False,
+        "downsample_in_first_stage": False,
+    }
 
 
-def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000, **options: Any) -> ResNet50:
-    """ResNet-50 v1.5 with the safetensors weights of a transformers checkpoint: a Hub id or a local folder.
+def read_transformers_resnet(source: str) -> tuple[str, dict[str, torch.Tensor], dict[int, str]]:
+    """The model's name, its weights (float32, by torchvision's names) and class names, of a transformers checkpoint.
 
-    The head is newly initialised when the number of classes differs. Raises DataError when the weights are unavailable,
-    damaged or incomplete, UsageError when they are not those of a ResNet-50 v1.5.
+    `source` is a folder or a Hub id with safetensors. Raises DataError when the weights are unavailable, damaged or
+    incomplete, UsageError when they are not those of a ResNet v1.5.
     """
     from transformers import ResNetConfig, ResNetForImageClassification
 
     try:
         config = ResNetConfig.from_pretrained(source)
-        found = {key: getattr(config, key) for key in RESNET50_V15}
+        named = {depth: transformers_config(depth) for depth in LAYERS}
+        found = {key: getattr(config, key) for key in named[50]}
         found |= {key: list(found[key] or ()) for key in ("depths", "hidden_sizes")}  # tuples when not from a file
-        differing = [key for key, value in RESNET50_V15.items() if found[key] != value]
-        if differing:
+        depth = next((depth for depth in LAYERS if named[depth] == found), None)
+        if depth is None or config.model_type != "resnet":
+            differing = [key for key, value in named[50].items() if found[key] != value]
             raise UsageError(
-                f"--use_pretrained {source} is no ResNet-50 v1.5 (see its {', '.join(differing)}); "
+                f"{source} is no ResNet v1.5 (see its {', '.join(differing) or 'model_type'}); "
                 "microsoft/resnet-50 is one"
             )
         loaded: Any = ResNetForImageClassification.from_pretrained(
@@ -255,16 +259,56 @@ def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: i
         kind = "the folder" if Path(source).is_dir() else "the Hub, or a folder here,"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"no pretrained weights from {source} ({reason}); check {kind} or leave it out") from error
-    weights = {_torchvision_name(name): tensor for name, tensor in theirs.state_dict().items()}
     lacking = {_torchvision_name(name) for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
+    weights = {_torchvision_name(name): tensor.float() for name, tensor in theirs.state_dict().items()}
+    for name in lacking:  # transformers fills these with random numbers and only warns
+        del weights[name]
+    return f"resnet{depth}", weights, {int(number): str(name) for number, name in (config.id2label or {}).items()}
+
+
+def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: int = 1000, **options: Any) -> ResNet50:
+    """ResNet-50 v1.5 with the safetensors weights of a transformers checkpoint: a Hub id or a local folder.
+
+    The head is newly initialised when the number of classes differs. Raises DataError when the weights are unavailable,
+    damaged or incomplete, UsageError when they are not those of a ResNet-50 v1.5.
+    """
+    name, weights, _ = read_transformers_resnet(source)
+    if name != "resnet50":
+        raise UsageError(f"{source} is a {name}, no ResNet-50; microsoft/resnet-50 is one")
     model = ResNet50(num_classes, **options)
-    if weights["fc.weight"].shape[0] != num_classes:
-        weights["fc.weight"], weights["fc.bias"] = model.fc.weight, model.fc.bias
-        lacking -= {"fc.weight", "fc.bias"}
-    if lacking:  # transformers fills these with random numbers and only warns
-        raise DataError(f"{source} lacks {len(lacking)} tensors of a ResNet-50 ({min(lacking)}); fetch it again")
-    model.load_state_dict(weights)
+    load_weights(model, weights, source)
     return model
+
+
+def head_of(model: nn.Module) -> str:
+    """The name of a model's classifier, its last linear layer or, without one, its last convolution."""
+    kinds = [
+        [name for name, part in model.named_modules() if isinstance(part, kind)] for kind in (nn.Linear, nn.Conv2d)
+    ]
+    return next(names[-1] for names in kinds if names)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> int | None:
+    """Load weights by name, strictly; a head for another number of classes stays the model's own.
+
+    Returns the number of classes of a head that was left out, else None. Raises DataError for weights that lack some of
+    the model's, UsageError for those of another model; the model is then as it was.
+    """
+    own, head = model.state_dict(), head_of(model)
+    heads = [name for name in own if name.startswith(f"{head}.")]
+    first = weights.get(f"{head}.weight")
+    other = first is not None and first.ndim > 0 and len(first) != len(own[f"{head}.weight"])
+    wanted = [name for name in own if not (other and name in heads)]
+    lacking = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
+    misfits = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
+    strange = [name for name in weights if name not in own]
+    if misfits or strange or len(lacking) * 2 > len(wanted):
+        why = printable((misfits or strange or lacking)[0])
+        raise UsageError(f"the weights in {where} are not those of {model.name} (see {why}); name their --model")
+    if lacking:
+        raise DataError(f"{where} lacks {len(lacking)} tensors of {model.name} ({min(lacking)}); fetch it again")
+    model.load_state_dict(own | {name: weights[name] for name in wanted if name in weights})
+    return len(first) if other and first is not None else None
 
 
 def _torchvision_name(name: str) -> str:

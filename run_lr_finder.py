@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     given = configuration.parse("run_lr_finder.py", __doc__ or "", argv)
-    config = configuration.resolve(given)
-    if config.resume_from:
+    configuration.resolve(given)
+    if given.get("resume_from"):
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
 
     import distributed
@@ -45,14 +45,18 @@ def _run(argv: list[str]) -> None:
     from preprocess import get_data_loaders
     from training.logs import open_run_folder
     from training.signals import StopRequest
+    from training.sources import resolve_with_weights
     from training.step import build_training, within_memory
+
+    config, source = resolve_with_weights(given)
 
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
     config = data.config
     distributed.print0(*describe_data(config, data), sep="\n")
-    training = build_training(config, len(data.classes), device, labels=data.train.dataset.all_labels)
+    labels = data.train.dataset.all_labels
+    training = build_training(config, len(data.classes), device, labels=labels, source=source)
     with open_run_folder(config, None, argv) as folder:
         stop = StopRequest.listening(data.train, data.val)
         lr = within_memory(training, config, lambda: search(config, data, training, folder, stop))

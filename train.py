@@ -1,20 +1,22 @@
 """The training loop: train_epoch, evaluate, fit."""
 
 import signal
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import distributed
 from errors import DataError, Interrupted
 from preprocess import Data
 from stream.loader import UNREADABLE, Batch, Loader
+from training.freezing import set_frozen
 from training.journal import Journal
 from training.logs import Stopwatch
+from training.predictor import Predictor
 from training.signals import StopRequest, batches_until
 from training.state import Progress
 from training.step import Training, train_step
@@ -38,6 +40,8 @@ def train_epoch(run: Run) -> None:
     loader, progress = run.data.train, run.progress
     loader.set_epoch(progress.epoch, progress.step - progress.epoch * len(loader))
     run.training.model.train()
+    if run.journal.config.freeze_backbone:
+        set_frozen(run.training, progress.epoch < run.journal.config.freeze_backbone)
     run.journal.start_epoch()
     for batch in batches_until(run.stop, loader, every_step=True):
         with run.journal.timed_step(batch):
@@ -53,28 +57,33 @@ def train_epoch(run: Run) -> None:
 
 
 @torch.inference_mode()
-def evaluate(
-    training: Training, loader: Loader | list[Batch], stop: StopRequest, average: nn.Module | None = None
-) -> dict[str, float]:
+def scored(
+    predictor: Predictor, loader: Loader | list[Batch], stop: StopRequest
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Batch]]:
+    """This rank's share of a dataset: logits (N, classes), labels (N,) and the batch that they belong to.
+
+    The batches are the same on any number of ranks. Logits and labels of the last one are padded to the size of the
+    others; what is padding or unreadable has the label UNREADABLE. Raises Interrupted or DataError on all ranks when
+    one of them must stop.
+    """
+    distributed.copy_from_rank0(predictor.model.buffers())
+    predictor.model.eval()
+    most = 0
+    for batch in batches_until(stop, loader, every_step=False):
+        most = max(most, len(batch.images))
+        x, y = _pad(batch.images, batch.labels, most)  # a compiled or autotuned model is made for one size
+        yield predictor.logits(x), y, batch
+
+
+@torch.inference_mode()
+def evaluate(predictor: Predictor, loader: Loader | list[Batch], stop: StopRequest) -> dict[str, float]:
     """Loss and top-1 and top-5 accuracy (fractions of 1) over a whole dataset, and the integer counts behind them.
 
-    The model is training's own or its `average`. Every image counts once, and the batches are the same on any number of
-    ranks; unreadable images do not count. The loss has no label smoothing. Raises Interrupted or DataError on all ranks
-    when one of them must stop.
+    Every image counts once; unreadable images do not count. The loss has no label smoothing. Raises Interrupted or
+    DataError on all ranks when one of them must stop.
     """
-    model = training.model if average is None else average
-    distributed.copy_from_rank0(model.buffers())
-    model.eval()
     sums: list[torch.Tensor] = []
-    most = 0
-    for images, labels, _ in batches_until(stop, loader, every_step=False):
-        most = max(most, len(images))
-        x, y = _pad(images, labels, most)  # a compiled or autotuned model is made for one size
-        with training.autocast():
-            inputs = training.normalize(x)
-            logits = model(inputs)
-            if training.mirrored:
-                logits = (logits + model(inputs.flip(3))) / 2
+    for logits, y, _ in scored(predictor, loader, stop):
         loss = F.cross_entropy(logits.float(), y, reduction="sum", ignore_index=UNREADABLE)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         sums.append(torch.stack((loss, hits[:, 0].sum(), hits.sum(), (y != UNREADABLE).sum())))
@@ -100,7 +109,7 @@ def evaluate_average(training: Training, loader: Loader, stop: StopRequest) -> d
     """`ema_loss`, `ema_top1` and `ema_top5` of the averaged model; nothing if there is none."""
     if training.average is None:
         return {}
-    result = evaluate(training, loader, stop, training.average)
+    result = evaluate(replace(training, model=training.average), loader, stop)
     return {f"ema_{name}": result[f"val_{name}"] for name in ("loss", "top1", "top5")}
 
 

@@ -2,6 +2,10 @@
 
 The step
     step         a model and everything that trains it on one device, and the optimiser step
+    sources      a trained model, named in the same way wherever one is asked for
+    weight_files files of weights, .safetensors and .pth
+    freezing     a backbone that waits while the classifier learns
+    predictor    a model as what comes after a step sees it
     ema          an average of the weights, evaluated beside them
     optim        parameter groups, optimisers, and schedules that count in steps
     losses       cross-entropy and binary cross-entropy, of labels and of mixed targets

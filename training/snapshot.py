@@ -115,6 +115,12 @@ def read(path: Path) -> Snapshot:
         raise SnapshotError(f"{path} is not a snapshot of this program ({error}); give another") from error
 
 
+def is_snapshot(path: Path) -> bool:
+    """Whether a file begins as a snapshot does."""
+    with open(path, "rb") as file:
+        return file.read(_DIGEST.start)[8:] == _FIRST
+
+
 def find(source: Path) -> tuple[Snapshot, list[str]]:
     """The snapshot in the file `source`, or the newest one in the run folder `source` that passes verification.
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,15 +17,14 @@ import distributed
 from config import Config
 from distributed import print0
 from errors import UsageError
-from model_resnet50 import CIFAR_STEM_UP_TO, build_model, describe, load_pretrained_resnet50
-from stream.augment import Normalize
-from stream.explain import one_line_errors
-from stream.retry import Network, patiently
+from model_resnet50 import build_model, describe, load_weights
 from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
 from training.optim import build_optimizer, build_scaler, restart
+from training.predictor import Predictor, normalize_of
 from training.snapshot import copy_to_host
+from training.sources import OPTIONS, Source
 from training.state import rng_state, seed_everything, set_rng_state
 
 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step that the scaler skips counts too
@@ -34,23 +33,18 @@ COMPILE_OPTIONS: dict[str, Any] = {}
 T = TypeVar("T")
 
 
-@dataclass
-class Training:
+@dataclass(kw_only=True)
+class Training(Predictor):
     """A model and everything that trains it on one device. On one process, `ddp` is the model itself."""
 
-    model: nn.Module
     ddp: nn.Module
-    normalize: Normalize
     criterion: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    device: torch.device
-    amp_dtype: torch.dtype | None
     accumulate_steps: int
     max_grad_norm: float | None
     ema: EMA | None = None
     mixing: Mixing | None = None
-    mirrored: bool = False  # evaluate the mirror images too
 
     @property
     def average(self) -> nn.Module | None:
@@ -61,17 +55,6 @@ class Training:
         """How to mix the images (N, H, W, 3) of the step after `step` steps, if they are mixed."""
         return self.mixing.draw(step, *images.shape[1:3]) if self.mixing else None
 
-    def autocast(self) -> torch.autocast:
-        """The context of mixed precision, disabled without an `amp_dtype`."""
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
-
-
-def _pretrained(source: str, classes: int, patience: float, options: Mapping[str, Any]) -> nn.Module:
-    """`load_pretrained_resnet50`, waiting for the Hub aloud; Xet's client tells no bytes, so only patience ends it."""
-    network = Network(stall_timeout=patience, patience=patience)
-    with one_line_errors(source):
-        return patiently(lambda: load_pretrained_resnet50(source, classes, **options), network, source, at_start=True)
-
 
 def build_training(
     config: Config,
@@ -79,19 +62,20 @@ def build_training(
     device: torch.device,
     steps_per_epoch: int = 1,
     labels: Callable[[], np.ndarray | None] = lambda: None,
+    source: Source | None = None,
 ) -> Training:
     """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
 
     An average of the weights copies them while the learning rate warms up, which `steps_per_epoch` tells; balanced
-    class weights are those of the training `labels`. Raises UsageError for an unknown model and for settings that do
-    not fit together, DataError when pretrained weights are unavailable.
+    class weights are those of the training `labels`. A `source` is where the weights start from. Raises UsageError for
+    an unknown model and for settings or weights that do not fit together, DataError for weights that are incomplete.
     """
     mixing, weights = _mixing(config), None
     if config.class_weights:
         weights = class_weights(config.class_weights, labels(), classes)
     criterion = build_loss(config.loss, classes, config.label_smoothing, config.bce_threshold, weights)
     torch.manual_seed(config.seed)
-    model = _new_model(config, classes)
+    model = _new_model(config, classes, source)
     print0(f"model     {describe(model, config.image_size)}")
     dtype = _amp_dtype(config, device)
     torch.backends.cudnn.benchmark = not config.deterministic
@@ -100,7 +84,7 @@ def build_training(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
     model = model.to(device).to(memory_format=torch.channels_last)
-    normalize = Normalize().to(device)
+    normalize = normalize_of(config).to(device)
     ema = None
     if config.ema_decay:
         warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -108,9 +92,6 @@ def build_training(
     if config.compile:
         for module in (model, normalize, *([ema.module] if ema else [])):
             module.compile(dynamic=False if config.progressive_size else None, **COMPILE_OPTIONS)
-    ddp: nn.Module = model
-    if distributed.world_size() > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     given = {
         name: getattr(config, name) for name in ("head_lr_scale", "nesterov", "norm_weight_decay", "bias_weight_decay")
     }
@@ -120,7 +101,7 @@ def build_training(
     seed_everything(config.seed)
     return Training(
         model=model,
-        ddp=ddp,
+        ddp=parallel(model, device),
         normalize=normalize,
         criterion=criterion.to(device),
         optimizer=optimizer,
@@ -135,17 +116,21 @@ def build_training(
     )
 
 
-def _new_model(config: Config, classes: int) -> nn.Module:
-    """Raises UsageError for an unknown model, DataError when pretrained weights are unavailable."""
-    options = {name: getattr(config, name) for name in ("drop_path", "blurpool", "zero_init_gamma")}
-    if not config.use_pretrained:
-        return build_model(classes, config.image_size, config.model, options)
-    model = _pretrained(config.use_pretrained, classes, 60 * config.network_patience, options)
-    if config.image_size <= CIFAR_STEM_UP_TO:
-        raise UsageError(
-            f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
-            f"--image_size than {config.image_size}, such as 224"
-        )
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model under DDP, or on one process the model itself."""
+    if distributed.world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _new_model(config: Config, classes: int, source: Source | None) -> nn.Module:
+    """Raises UsageError for an unknown model and for weights of another, DataError for incomplete ones."""
+    model = build_model(classes, config.image_size, config.model, {name: getattr(config, name) for name in OPTIONS})
+    if source is not None:
+        source.require_stem(config.image_size)
+        left_out = load_weights(model, source.weights, source.told)
+        head = f"; the head for {classes} classes is new, it had {left_out}" if left_out else ""
+        print0(f"weights   {source.told}{head}")
     return model
 
 

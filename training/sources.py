@@ -1,0 +1,330 @@
+"""A model source: a trained model, named in the same way wherever one is asked for.
+
+It is a run folder, a snapshot, a folder that export.py wrote, a transformers or timm folder or Hub id, or a weight file
+of torchvision or timm. No pickle is run: .pth files are read with `weights_only`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import Config, resolve, resume
+from errors import DataError, SnapshotError, UsageError
+from model_resnet50 import CIFAR_STEM_UP_TO, build_model, head_of, load_weights, read_transformers_resnet
+from stream.explain import one_line_errors
+from stream.retry import Network, patiently
+from training import snapshot as snapshots
+from training.weight_files import read_weights, resnet_of
+
+SIDECAR = "imagenet1k.json"  # beside exported weights: model, options, layout, classes, settings
+OPTIONS = ("drop_path", "blurpool", "zero_init_gamma")
+PREPROCESSING = ("image_size", "eval_size", "eval_crop_pct", "eval_interpolation", "mean", "std")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+FOREIGN = {"eval_size": 224, "eval_crop_pct": 0.875, "eval_interpolation": "bilinear"}  # torchvision's first weights
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights by name, and what belongs to them.
+
+    `model` is what --model takes. `settings` are those flags that the images need to suit the weights, PREPROCESSING
+    and those of `options`. `config` and `state` are the run's, of a snapshot. `told` says where the weights are from.
+    """
+
+    told: str
+    model: str
+    weights: dict[str, torch.Tensor]
+    classes: list[str] | None
+    settings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    config: Config | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    run: Path | None = None
+
+    def build(self) -> nn.Module:
+        """The model with these weights, on the CPU, for evaluation. Raises UsageError, DataError."""
+        size = self.settings["image_size"]
+        model = build_model(self._count(size), size, self.model, self.options)
+        load_weights(model, self.weights, self.told)
+        return model.eval()
+
+    def require_stem(self, image_size: int) -> None:
+        """Refuse a size of images that the stem of these weights, if they are a ResNet's, is not for."""
+        stem = self.weights.get("conv1.weight")
+        if stem is None or resnet_of(self.weights) is None:
+            return
+        if stem.shape[-1] > 3 and image_size <= CIFAR_STEM_UP_TO:
+            raise UsageError(
+                f"--use_pretrained brings a stem for images of more than {CIFAR_STEM_UP_TO} pixels; give a larger "
+                f"--image_size than {image_size}, such as 224"
+            )
+        if stem.shape[-1] == 3 and image_size > CIFAR_STEM_UP_TO:
+            raise UsageError(
+                f"--use_pretrained brings a stem for images of up to {CIFAR_STEM_UP_TO} pixels; give a smaller "
+                f"--image_size than {image_size}, such as 32"
+            )
+
+    def flags(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The flags that a training from these weights takes over, but for those `given`.
+
+        The size is that of evaluation, and is left to the dataset where one is given for training.
+        """
+        own = {name: value for name, value in self.settings.items() if name != "image_size" and value is not None}
+        if "image_size" in given:
+            del own["eval_size"]
+        elif self.settings["image_size"] <= CIFAR_STEM_UP_TO:
+            own["image_size"] = self.settings["image_size"]
+        if self.options.get("blurpool"):
+            own["blurpool"] = True
+        return own | dict(given) | {"model": self.model}
+
+    def _count(self, size: int) -> int:
+        """The number of classes."""
+        if self.classes is not None:
+            return len(self.classes)
+        with torch.device("meta"):
+            head = head_of(build_model(2, size, self.model, self.options))
+        if f"{head}.weight" not in self.weights:
+            raise UsageError(f"the weights in {self.told} have no {head}, as --model {self.model} has; name another")
+        return len(self.weights[f"{head}.weight"])
+
+
+def open_source(text: str, which: str | None = None, model: str = "auto", patience: float = 1800.0) -> Source:
+    """Read a model source. `which` chooses from a run or snapshot: best, last, ema or the number of a step.
+
+    `best`, the default, is the best snapshot, else the newest, and of it the average of the weights if the run kept
+    one. `model` names that of a bare weight file; `auto` tells ResNets by their weights. `patience`, in seconds, is for
+    the Hub. Raises UsageError, DataError, SnapshotError.
+    """
+    if "://" in text:
+        raise UsageError(f"{text} is a URL; give a Hub id or something on this machine")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        source = _of_folder(path, which)
+    elif path.exists():
+        source = _of_file(path, which, model)
+    elif HUB_ID.fullmatch(text) and path.suffix not in (".pth", ".pt", ".safetensors"):
+        source = _of_folder(_fetched(text, patience), None, text)
+    else:
+        raise DataError(f"there is no {text}; give a run folder, a snapshot, a folder or file of weights, or a Hub id")
+    if which is not None and source.config is None and which != "ema":
+        raise UsageError(f"--which {which} chooses from the snapshots of a run, and {text} is none; leave it out")
+    if model not in ("auto", source.model):
+        raise UsageError(f"{text} holds a {source.model}; leave out --model {model}")
+    return source
+
+
+def resolve_with_weights(given: Mapping[str, Any]) -> tuple[Config, Source | None]:
+    """The settings of a new run, and what --use_pretrained names, whose preprocessing it takes. Raises UserError."""
+    config = resolve(given)
+    if config.use_pretrained is None:
+        return config, None
+    source = open_source(config.use_pretrained, model=config.model, patience=60 * config.network_patience)
+    return resolve(source.flags(given)), source
+
+
+def _fetched(hub_id: str, patience: float) -> Path:
+    """The folder with a Hub model's configuration and safetensors, waiting for the Hub aloud.
+
+    Xet's client tells no bytes, so only patience ends it.
+    """
+    from huggingface_hub import snapshot_download
+
+    network = Network(stall_timeout=patience, patience=patience)
+    wanted = ["*.json", "*.safetensors"]
+    with one_line_errors(hub_id):
+        return Path(patiently(lambda: snapshot_download(hub_id, allow_patterns=wanted), network, hub_id, at_start=True))
+
+
+def _of_folder(folder: Path, which: str | None, told: str | None = None) -> Source:
+    told = told or str(folder)
+    if (folder / "snapshots").is_dir():
+        return _of_run(folder, which)
+    if (folder / SIDECAR).is_file():
+        return _of_export(folder, told)
+    config = _json(folder / "config.json")
+    if "architecture" in config:
+        return _of_timm(folder, config, told)
+    if config.get("model_type") == "timm_wrapper" or "model_type" not in config:
+        raise DataError(f"{told} holds no weights that can be read here; give a run, or a transformers or timm folder")
+    name, weights, names = read_transformers_resnet(str(folder))
+    settings = _of_processor(_json(folder / "preprocessor_config.json"))
+    return Source(told, name, weights, _listed(names, weights["fc.weight"]), settings)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without a file. Raises DataError."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _of_run(folder: Path, which: str | None) -> Source:
+    best = folder / "snapshots" / snapshots.BEST
+    if which in (None, "best") and best.exists():
+        return _of_snapshot(snapshots.read(best), which)
+    if which is not None and which.isdecimal():
+        path = folder / "snapshots" / f"step-{int(which):09d}.safetensors"
+        if not path.exists():
+            kept = ", ".join(str(int(file.stem[5:])) for file in snapshots.step_files(folder / "snapshots"))
+            raise SnapshotError(f"{folder} has no snapshot of step {int(which)}; it has those of {kept or 'none'}")
+        return _of_snapshot(snapshots.read(path), which)
+    return _of_snapshot(snapshots.find(folder)[0], which)
+
+
+def _of_snapshot(found: snapshots.Snapshot, which: str | None) -> Source:
+    if which not in (None, "best", "last", "ema") and not which.isdecimal():
+        raise UsageError(f"--which {which} is not best, last, ema or the number of a step")
+    config = resume(found.state.get("config"), {})
+    averaged = any(name.startswith("ema.") for name in found.tensors)
+    if which == "ema" and not averaged:
+        raise UsageError(
+            f"{found.path} holds no average of the weights, which --ema_decay keeps; leave out --which ema"
+        )
+    part = "ema." if averaged and which in (None, "best", "ema") else "model."
+    weights = {name.removeprefix(part): tensor for name, tensor in found.tensors.items() if name.startswith(part)}
+    state, classes = found.state, found.state.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise SnapshotError(f"{found.path} does not name its classes; give another")
+    told = f"{found.path}: step {state.get('step')}{', the average of its weights' if part == 'ema.' else ''}"
+    settings = {name: getattr(config, name) for name in PREPROCESSING}
+    if config.is_small:
+        settings["eval_crop_pct"], settings["eval_interpolation"] = 1.0, "bilinear"  # what ResidentLoader does
+    options = {name: getattr(config, name) for name in OPTIONS}
+    model = config.model
+    if model == "auto":
+        model = resnet_of(weights) or model
+    run = found.path.parent.parent if found.path.parent.name == "snapshots" else None
+    return Source(told, model, weights, classes, settings, options, config, state, run)
+
+
+def _of_export(folder: Path, told: str) -> Source:
+    kept = _json(folder / SIDECAR)
+    if not (folder / "model.safetensors").is_file():
+        raise DataError(f"{told} holds a program and no weights; give the run, or one of its exports with weights")
+    try:
+        model, classes, settings = str(kept["model"]), [str(name) for name in kept["classes"]], dict(kept["settings"])
+        options = {name: kept["options"][name] for name in OPTIONS}
+        settings = {name: settings[name] for name in PREPROCESSING}
+        layout = kept["layout"]
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / SIDECAR} is not what export.py writes; export the model again") from error
+    if layout == "transformers":
+        _, weights, _ = read_transformers_resnet(str(folder))
+    else:
+        weights = read_weights(folder / "model.safetensors")
+    return Source(told, model, weights, classes, settings, options)
+
+
+def _of_timm(folder: Path, config: dict[str, Any], told: str) -> Source:
+    """A folder as timm saves it: config.json with `architecture` and `pretrained_cfg`."""
+    told_cfg = config.get("pretrained_cfg")
+    cfg: dict[str, Any] = told_cfg if isinstance(told_cfg, dict) else {}
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise DataError(f"{told} has no model.safetensors; give another model")
+    weights, name = read_weights(path), str(config["architecture"])
+    names = config.get("label_names") or cfg.get("label_names") or {}
+    numbered = dict(enumerate(names)) if isinstance(names, list) else {}
+    settings = _of_pretrained_cfg(cfg)
+    own = resnet_of(weights) if re.fullmatch("resnet(18|34|50|101|152)", name) else None
+    head = weights.get(f"{cfg.get('classifier', 'fc')}.weight")
+    return Source(told, own or f"timm:{name}", weights, None if head is None else _listed(numbered, head), settings)
+
+
+def _of_pretrained_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a pretrained_cfg of timm tells: those that its figures were measured with."""
+    size = (cfg.get("test_input_size") or cfg.get("input_size") or (3, 224, 224))[-1]
+    share = cfg.get("test_crop_pct") or cfg.get("crop_pct") or FOREIGN["eval_crop_pct"]
+    kind = cfg.get("interpolation")
+    kind = kind if kind in RESAMPLE.values() else "bicubic"
+    settings = {"image_size": int(size), "eval_size": int(size), "eval_crop_pct": share, "eval_interpolation": kind}
+    return settings | {name: _channels(cfg.get(name)) for name in ("mean", "std")}
+
+
+def _of_processor(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a preprocessor_config.json of transformers tells."""
+    size, crop = found.get("size"), found.get("crop_size")
+    edge = size.get("shortest_edge") or size.get("height") if isinstance(size, dict) else size
+    short = int(edge or 224)
+    cut = (crop.get("height") if isinstance(crop, dict) else crop) if found.get("do_center_crop") else None
+    share = found.get("crop_pct")
+    if cut is None and share and short < 384:  # ConvNext's and microsoft/resnet-50's way of telling it
+        cut, pct = short, share
+    else:
+        cut = int(cut or short)
+        pct = share_of(cut, short)
+    kind = RESAMPLE.get(found.get("resample", 2), "bilinear")
+    settings = {"image_size": cut, "eval_size": cut, "eval_crop_pct": pct, "eval_interpolation": kind}
+    return settings | {name: _channels(found.get(f"image_{name}")) for name in ("mean", "std")}
+
+
+def share_of(size: int, short: int) -> float:
+    """The --eval_crop_pct under which the short side becomes `short` pixels, of which `size` are cut."""
+    share = size / short
+    return share if int(size / share) == short else size / (short + 0.5)
+
+
+def _channels(values: Any) -> str | None:
+    """Three numbers as --mean takes them; None for none."""
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        return None
+    return ",".join(f"{float(value):g}" for value in values)
+
+
+def _listed(names: Mapping[int, str], head: torch.Tensor) -> list[str] | None:
+    """Class names by number, if they name every class; transformers' LABEL_0 names none."""
+    listed = [names.get(number, "") for number in range(len(head))]
+    told = all(listed) and any(name != f"LABEL_{number}" for number, name in enumerate(listed))
+    return listed if told else None
+
+
+def _of_file(path: Path, which: str | None, model: str) -> Source:
+    if path.suffix == ".safetensors" and snapshots.is_snapshot(path):
+        return _of_snapshot(snapshots.read(path), which)
+    weights = read_weights(path, averaged=which == "ema")
+    name = resnet_of(weights) if model == "auto" else model
+    if name is None:
+        raise UsageError(f"{path} does not tell its model; name it with --model, such as timm:convnext_tiny")
+    settings, classes = _published(path, name)
+    stem = weights.get("conv1.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[-1] == 3 and resnet_of(weights):
+        settings |= {"image_size": 32, "eval_size": 32, "eval_crop_pct": 1.0}
+    head = weights.get("fc.weight")
+    if head is not None and classes is not None and len(head) != len(classes):
+        classes = None
+    return Source(str(path), name, weights, classes, settings)
+
+
+def _published(path: Path, name: str) -> tuple[dict[str, Any], list[str] | None]:
+    """The settings of a file that torchvision or timm publishes under this name, with its classes if they are told."""
+    from torchvision import models
+
+    short = name.removeprefix("torchvision:")
+    if short in models.list_models(module=models):
+        for weights in models.get_model_weights(short):
+            if weights.url.rpartition("/")[2] == path.name:
+                preset = weights.transforms()
+                size, edge = preset.crop_size[0], preset.resize_size[0]
+                settings = {"image_size": size, "eval_size": size, "eval_crop_pct": share_of(size, edge)}
+                settings["eval_interpolation"] = preset.interpolation.value
+                settings |= {key: _channels([*getattr(preset, key)]) for key in ("mean", "std")}
+                return settings, [*weights.meta["categories"]]
+    if name.startswith("timm:"):
+        from timm.models import get_pretrained_cfg
+
+        cfg = get_pretrained_cfg(name.removeprefix("timm:"))
+        if cfg is not None:
+            return _of_pretrained_cfg(cfg.to_dict()), None
+    return {"image_size": FOREIGN["eval_size"], **FOREIGN, "mean": None, "std": None}, None
