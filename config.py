@@ -1,5 +1,6 @@
 """Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
+import math
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
-from defaults import LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
+from defaults import ADAPTIVE_LR, LINEAR_SCALING_BATCH, PEAK_MOMENTUM, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
 from flags import (
     FROM_PRESET,
@@ -328,10 +329,21 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def default_lr(config: Config) -> tuple[float, str]:
-    """The learning rate by linear scaling with the batch (Goyal et al. 2017), and its derivation and source in words."""
+    """The learning rate by scaling with the batch, and its derivation and source in words.
+
+    SGD's is proportional to the batch (Goyal et al. 2017) and keeps rate / (1 - momentum); that of AdamW and LAMB grows
+    with its square root (Krizhevsky 2014).
+    """
+    if config.optimizer in ADAPTIVE_LR:
+        base, batch, source = ADAPTIVE_LR[config.optimizer]
+        lr = base * math.sqrt(config.batch_size / batch)
+        return lr, f"{lr:.4g} = {base:g} x sqrt({config.batch_size} / {batch}) ({source})"
     preset = PRESETS[config.dataset]
     base, source = preset.constant_lr, preset.constant_lr_source
     if config.scheduler == "onecycle":
         base, source = preset.lr, preset.lr_source
+        if config.onecycle_fixed_momentum and config.momentum < 1:
+            base *= (1 - config.momentum) / (1 - PEAK_MOMENTUM)
+            source += f", and {config.momentum:g} now"
     lr = base * config.batch_size / LINEAR_SCALING_BATCH
-    return lr, f"{lr:g} = {base:g} x {config.batch_size} / {LINEAR_SCALING_BATCH} ({source})"
+    return lr, f"{lr:.4g} = {base:.4g} x {config.batch_size} / {LINEAR_SCALING_BATCH} ({source})"

@@ -6,6 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 LINEAR_SCALING_BATCH = 256
+PEAK_MOMENTUM = 0.85  # OneCycle's, where its rate is highest
+ADAPTIVE_LR = {  # of other optimisers than SGD: rate, its batch, and where both are from
+    "adamw": (1e-3, 1024, "Touvron et al. 2021, DeiT"),
+    "lamb": (5e-3, 2048, "Wightman et al. 2021, ResNet strikes back"),
+}
 CONSTANT_SHARE = 0.25  # of OneCycle's peak, for the schedules that start at their highest rate
 FEWEST_STEPS = 8  # in an epoch
 SMALLEST_BATCH = 4  # images of a rank, that BatchNorm has something to average

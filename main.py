@@ -18,7 +18,7 @@ diverged; 5 no usable snapshot, or no room to write one; 128 + signal after a si
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def _run(argv: list[str]) -> None:
         raise SystemExit(run_lr_finder.main(argv))
 
     import distributed
-    from preflight import describe_data
+    from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
     from training.step import build_training
 
@@ -69,23 +69,8 @@ def _run(argv: list[str]) -> None:
         _evaluate(data, training, snapshot, config)
         return
     if snapshot is None and "accumulate_steps" not in given:
-        config, data = _in_passes_that_fit(config, data, training)
+        config, data = in_passes_that_fit(config, data, training)
     _train(config, data, training, snapshot, argv)
-
-
-def _in_passes_that_fit(config: Config, data: "Data", training: "Training") -> "tuple[Config, Data]":
-    """The settings and data with as many passes as the memory asks for, which those of `training` become."""
-    from distributed import print0
-    from preprocess import get_data_loaders
-    from training.step import passes_that_fit
-
-    parts = passes_that_fit(training, config)
-    if parts == 1:
-        return config, data
-    print0(f"memory    a batch of {config.batch_size} does not fit in one pass; it takes --accumulate_steps {parts}")
-    config = replace(config, accumulate_steps=parts)
-    training.accumulate_steps = parts
-    return config, get_data_loaders(config, training.device, data.revision)
 
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None, Source | None]":

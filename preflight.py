@@ -1,13 +1,14 @@
-"""What a streamed run will read, mix and hold in memory, printed before the model is built."""
+"""What a run will read, mix and hold in memory, printed before it starts, and what it does to fit into that."""
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
 import distributed
 from config import Config
 from errors import printable
-from preprocess import Data
+from preprocess import Data, get_data_loaders
 from stream import allowance
 from stream.block_reader import blocks_ahead, fetch_threads
 from stream.dataset import HuggingFaceImageNetDataset
@@ -15,6 +16,7 @@ from stream.decode_pool import PROCESS_BYTES
 from stream.formats import LARGEST_PIXELS
 from stream.loader import BATCHES_AHEAD
 from stream.order import epoch_order
+from training.step import Training, passes_that_fit
 
 POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
@@ -25,6 +27,19 @@ TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
 DECODED_OVER_ENCODED = 15  # a photograph of 24 megapixels is 5 MB, or 72 MB of pixels
 
 LARGEST_PICTURE = 14 * LARGEST_PIXELS  # bytes, as measured of a PNG with alpha; a JPEG takes 3 to 9 a pixel
+
+
+def in_passes_that_fit(config: Config, data: Data, training: Training) -> tuple[Config, Data]:
+    """The settings and data with as many passes as the memory asks for, which those of `training` become."""
+    parts = passes_that_fit(training, config)
+    if parts == 1:
+        return config, data
+    distributed.print0(
+        f"memory    a batch of {config.batch_size} does not fit in one pass; it takes --accumulate_steps {parts}"
+    )
+    config = replace(config, accumulate_steps=parts)
+    training.accumulate_steps = parts
+    return config, get_data_loaders(config, training.device, data.revision)
 
 
 def describe_data(config: Config, data: Data) -> list[str]:

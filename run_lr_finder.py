@@ -41,7 +41,7 @@ def _run(argv: list[str]) -> None:
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
 
     import distributed
-    from preflight import describe_data
+    from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
     from training.logs import open_run_folder
     from training.signals import StopRequest
@@ -57,6 +57,8 @@ def _run(argv: list[str]) -> None:
     distributed.print0(*describe_data(config, data), sep="\n")
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, labels=labels, source=source)
+    if "accumulate_steps" not in given:
+        config, data = in_passes_that_fit(config, data, training)
     with open_run_folder(config, None, argv) as folder:
         stop = StopRequest.listening(data.train, data.val)
         lr = within_memory(training, config, lambda: search(config, data, training, folder, stop))

@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     **{line: (line.split()[0],) for line in (*OUT_OF_RANGE, *UNKNOWN_OR_ABBREVIATED)},
     "--dataset svhn": ("--dataset", "svhn", "imagenet1k"),
     "--lr 1 --lr_from lr_finder.json": ("--lr ", "--lr_from"),
-    "--use_pretrained --model resnet18": ("--use_pretrained", "--model resnet18"),
+    "--freeze_backbone 10": ("--freeze_backbone 10", "--epochs 10"),
     "--lr_start 1 --lr_end 0.1": ("--lr_end", "--lr_start"),
     "--dataset hf": ("--dataset_name",),
     "--dataset_name a/b": ("--dataset_name", "--dataset hf"),
@@ -339,6 +339,7 @@ def test_forgotten_settings_do_not_outlive_their_launch() -> None:
 
 FFCV = "ffcv-imagenet's 1.7 for 4,096 at momentum 0.9, at OneCycle's 0.85"
 GOYAL = "Goyal et al. 2017: 0.1 for 256 at momentum 0.9"
+RSB, DEIT = "Wightman et al. 2021, ResNet strikes back", "Touvron et al. 2021, DeiT"
 CIFAR = "weiaicunzai's and Random-Erasing's 0.1 for 128"
 
 
@@ -356,6 +357,12 @@ CIFAR = "weiaicunzai's and Random-Erasing's 0.1 for 128"
         (["--dataset", "cifar10"], 0.1, f"0.1 = 0.2 x 128 / 256 ({CIFAR})"),
         (["--dataset", "cifar100", "--scheduler", "step"], 0.1, f"0.1 = 0.2 x 128 / 256 ({CIFAR})"),
         ([], 0.03, "0.03 = 0.12 x 64 / 256 (measured here)"),
+        (
+            ["--dataset", "imagenet1k", "--optimizer", "lamb", "--batch_size", "2048"],
+            5e-3,
+            f"0.005 = 0.005 x sqrt(2048 / 2048) ({RSB})",
+        ),
+        (["--dataset", "imagenet1k", "--optimizer", "adamw"], 5e-4, f"0.0005 = 0.001 x sqrt(256 / 1024) ({DEIT})"),
         (["--scheduler", "cosine"], 0.0075, "0.0075 = 0.03 x 64 / 256 (a quarter of OneCycle's peak)"),
     ],
 )
@@ -368,3 +375,5 @@ def test_one_cycles_peak_on_imagenet_is_ffcvs_in_terms_of_the_momentum() -> None
     config = settings("--dataset", "imagenet1k", "--batch_size", "4096")
     published = 1.7 / (1 - 0.9) * (1 - config.onecycle_base_momentum)
     assert default_lr(config)[0] == pytest.approx(published, rel=0.01)
+    fixed = settings("--dataset", "imagenet1k", "--batch_size", "4096", "--onecycle_fixed_momentum")
+    assert default_lr(fixed)[0] == pytest.approx(1.7, rel=0.01)

@@ -159,7 +159,7 @@ sys.path[:0] = ["tests"]
 import torch, preflight, train, sklearn.datasets, main
 from purity import shrink
 from training import step
-build, call = step.build_model, step.passes_that_fit
+build, call = step.build_model, preflight.passes_that_fit
 step.build_model = lambda *arguments: shrink(build(*arguments))
 
 def limited(*arguments):
@@ -167,7 +167,7 @@ def limited(*arguments):
     resource.setrlimit(resource.RLIMIT_AS, (used + 650 * 2**20,) * 2)
     return call(*arguments)
 
-step.passes_that_fit = limited
+preflight.passes_that_fit = limited
 sys.exit(main.main(sys.argv[1:]))
 """
 HUGE = ("--max_samples", 256, "--batch_size", 128, "--image_size", 128, "--eval_size", 8, "--epochs", 1)
