@@ -76,7 +76,7 @@ def _open(folder: Path) -> LocalDataset:
     passed_over = Counter[str]()
     found: dict[str, list[Path]] = {}
     for part in _class_folders(folder):
-        found.setdefault(class_name(part.name), []).extend(_images(part, passed_over))
+        found.setdefault(class_name(part.name), []).extend(images_in(part, passed_over))
     beside = sum(path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() for path in folder.iterdir())
     empty = [name for name, paths in found.items() if not paths]
     classes = sorted(name for name, paths in found.items() if paths)
@@ -87,10 +87,10 @@ def _open(folder: Path) -> LocalDataset:
     notes = [f"{folder} has no images in {_listed(empty)}: no class"] if empty else []
     if beside:
         notes.append(f"{beside:,} images in {folder} lie beside the class folders and are left out")
-    return _dataset(folder, samples, classes, [*notes, *_told(folder, passed_over)])
+    return _dataset(folder, samples, classes, [*notes, *left_out(folder, passed_over)])
 
 
-def _images(folder: Path, passed_over: Counter[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
+def images_in(folder: Path, passed_over: Counter[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """The images in a folder and its subfolders, sorted; of what is no image the kind is counted."""
     real = os.path.realpath(folder)
     if real in above:  # a link that leads back
@@ -110,7 +110,7 @@ def _images(folder: Path, passed_over: Counter[str], above: frozenset[str] = fro
         else:
             passed_over[suffix or "without suffix"] += 1
     for name in sorted(folders):
-        yield from _images(folder / name, passed_over, above | {real})
+        yield from images_in(folder / name, passed_over, above | {real})
 
 
 def _looks_like_image(path: Path) -> bool:
@@ -127,7 +127,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{len(names)} folders ({shown}{', ...' if len(names) > KINDS_TOLD else ''})" if len(names) > 1 else shown
 
 
-def _told(folder: Path, passed_over: Counter[str]) -> list[str]:
+def left_out(folder: Path, passed_over: Counter[str]) -> list[str]:
     if not passed_over:
         return []
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(KINDS_TOLD))
@@ -144,7 +144,7 @@ def _dataset(folder: Path, samples: list[Sample], classes: list[str], notes: lis
 def _open_flat(folder: Path, file: Path) -> LocalDataset:
     """A folder of images whose labels are told by a file. Raises DataError."""
     passed_over = Counter[str]()
-    paths = list(_images(folder, passed_over))
+    paths = list(images_in(folder, passed_over))
     twice = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
     if twice:
         raise DataError(f"{folder} has several images called {twice[0]}, and --val_labels goes by names; rename them")
@@ -152,7 +152,7 @@ def _open_flat(folder: Path, file: Path) -> LocalDataset:
     samples = [(path, told[path.name]) for path in paths if path.name in told]
     if not samples:
         raise DataError(f"{file} tells the label of no image in {folder}; give the file of these images")
-    notes = _told(folder, passed_over)
+    notes = left_out(folder, passed_over)
     if len(samples) < len(paths):
         notes.append(f"{len(paths) - len(samples):,} images in {folder} have no label in {file} and are left out")
     return _dataset(folder, samples, sorted({name for _, name in samples}), notes)

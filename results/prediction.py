@@ -1,0 +1,107 @@
+"""The classes of image files, one after another, from folders of any size."""
+
+import glob
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import Config
+from errors import DataError, UsageError, complain, printable
+from preprocess import eval_transform
+from stream.image_folders import images_in, left_out
+from stream.loader import UNREADABLE, StreamingDataLoader
+from stream.local import LocalDataset
+from train import scored
+from training.predictor import Predictor
+from training.signals import StopRequest
+
+FEW_IMAGES = 64  # decoded in this process, as processes of their own take longer to start
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image, as numbers (int64) and probabilities (float32), both (K,), likeliest first."""
+
+    image: str
+    indices: list[int]
+    probabilities: list[float]
+
+
+def find_images(told: Sequence[str]) -> list[Path]:
+    """The image files that files, folders and patterns name, in their order; a file that is named is taken as it is.
+
+    What is no image in a folder is told on stderr. Raises UsageError for a URL, DataError where nothing is found.
+    """
+    found: list[Path] = []
+    for text in told:
+        if "://" in text:
+            raise UsageError(f"{text} is a URL, and nothing is downloaded; give files, folders or patterns")
+        path = Path(text).expanduser()
+        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
+            raise DataError(f"nothing is called {printable(text)} or matches it; give images, folders or patterns")
+        for match in matches:
+            found += _in_folder(match) if match.is_dir() else [match]
+    if not found:
+        raise DataError(f"there are no images in {printable(', '.join(told[:3]))}; give others")
+    return found
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    passed_over = Counter[str]()
+    found = [*images_in(folder, passed_over)]
+    for line in left_out(folder, passed_over):
+        complain(f"note: {line}")
+    return found
+
+
+def image_loader(paths: Sequence[Path], config: Config, device: torch.device) -> StreamingDataLoader:
+    """The files as evaluation batches; those that cannot be read are named on stderr and have the label UNREADABLE."""
+    dataset = LocalDataset([*paths], [0] * len(paths), ["unknown"])
+    return StreamingDataLoader(
+        dataset,
+        eval_transform(config),
+        lambda epoch: [np.arange(len(paths))],
+        batch_size=min(config.batch_size, len(paths)),
+        image_size=config.eval_size,
+        train=False,
+        device=device,
+        seed=0,
+        num_workers=config.num_workers if len(paths) > FEW_IMAGES else 0,
+        max_bad_fraction=1.0,
+    )
+
+
+def predictions(predictor: Predictor, loader: StreamingDataLoader, top: int) -> Iterator[Prediction]:
+    """The `top` likeliest classes of each image that can be read. Raises DataError if none can."""
+    read = False
+    for logits, labels, batch in scored(predictor, loader, StopRequest()):
+        likeliest = logits.float().softmax(1).topk(min(top, logits.shape[1]), dim=1)
+        rows = zip(
+            labels.tolist(), batch.ids.tolist(), likeliest.indices.tolist(), likeliest.values.tolist(), strict=False
+        )
+        for label, number, indices, probabilities in rows:
+            if label != UNREADABLE:
+                read = True
+                yield Prediction(str(loader.dataset.images[number]), indices, probabilities)
+    if not read:
+        raise DataError("not one of the images can be read; see the messages above")
+
+
+def as_table(found: Iterable[Prediction], classes: Sequence[str]) -> Iterator[str]:
+    """A line for each image: its name, then its classes with their probabilities."""
+    for one in found:
+        pairs = zip(one.indices, one.probabilities, strict=True)
+        told = [f"{100 * share:6.2f} % {printable(classes[index])}" for index, share in pairs]
+        yield "  ".join([f"{printable(one.image):<32}", *(f"{text:<24}" for text in told)]).rstrip()
+
+
+def as_json(one: Prediction, classes: Sequence[str]) -> dict[str, object]:
+    """What --json tells of an image."""
+    pairs = zip(one.indices, one.probabilities, strict=True)
+    top = [{"class": classes[index], "index": index, "probability": share} for index, share in pairs]
+    return {"image": one.image, "top": top}
