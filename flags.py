@@ -148,3 +148,24 @@ def parser_of(
         text = f"{item.metadata['help']} (default: {_default_text(item)})"
         group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
     return result
+
+
+def door_parser(
+    settings: type, prog: str, description: str, only: Collection[str] = (), operands: str = ""
+) -> argparse.ArgumentParser:
+    """A parser for a front door to trained models: SOURCE, `--which`, `--model`, `--debug`, and the fields in `only`.
+
+    `operands` are what the usage line names after SOURCE; the door itself adds them, and flags of its own, which leave
+    out what is not given if their default is SUPPRESS.
+    """
+    result = parser_of(settings, prog, description, {*only, "debug"})
+    result.usage = f"%(prog)s SOURCE {operands}{' ' if operands else ''}[flags]"
+    source = "a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file"
+    result.add_argument("source", metavar="SOURCE", help=source)
+    group = result.add_argument_group("source")
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    which = "of a run: best, last, ema, or the number of a step (default: best, else last)"
+    group.add_argument("--which", metavar="TEXT", help=which, **unset)
+    model = "of a bare weight file: its model, as --model of main.py (default: a ResNet by its weights)"
+    group.add_argument("--model", metavar="TEXT", help=model, **unset)
+    return result
