@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from errors import printable
@@ -15,29 +16,30 @@ LONGEST = 24  # characters of a line of a caption
 
 
 def plot_predictions(
-    images: np.ndarray,
+    images: Sequence[np.ndarray],
     found: Sequence[Prediction],
     classes: Sequence[str],
     path: Path,
-    heatmaps: np.ndarray | None = None,
+    heatmaps: Sequence[torch.Tensor] = (),
 ) -> Path:
-    """Draw uint8 images (N, H, W, 3) as the model sees them, with file name, class and probability of each.
+    """Draw uint8 images (H, W, 3) as the model sees them, with file name, class and probability of each.
 
-    `heatmaps` (N, H, W), in 0..1, are laid over them.
+    `heatmaps` (H, W), in 0..1, are laid over them.
     """
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.3 * columns, 2.75 * rows), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns, 2.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
+    for axes in grid.flat[len(images) :]:
         axes.axis("off")
     for number, (axes, image, one) in enumerate(zip(grid.flat, images, found, strict=False)):
         axes.imshow(image)
-        if heatmaps is not None:
+        axes.set(xticks=[], yticks=[])
+        if heatmaps:
             axes.imshow(heatmaps[number], cmap="inferno", alpha=0.5, vmin=0, vmax=1)
         name, likeliest = Path(one.image).name, classes[one.indices[0]].split(",")[0]
         caption = f"{_short(name)}\n{_short(likeliest)}\n{100 * one.probabilities[0]:.1f} %"
-        axes.set_title(caption, fontsize=8, parse_math=False)
+        axes.set_xlabel(caption, fontsize=8, parse_math=False)
     return save_figure(figure, path)
 
 

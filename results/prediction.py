@@ -2,7 +2,7 @@
 
 import glob
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,12 +92,11 @@ def predictions(predictor: Predictor, loader: StreamingDataLoader, top: int) -> 
         raise DataError("not one of the images can be read; see the messages above")
 
 
-def as_table(found: Iterable[Prediction], classes: Sequence[str]) -> Iterator[str]:
-    """A line for each image: its name, then its classes with their probabilities."""
-    for one in found:
-        pairs = zip(one.indices, one.probabilities, strict=True)
-        told = [f"{100 * share:6.2f} % {printable(classes[index])}" for index, share in pairs]
-        yield "  ".join([f"{printable(one.image):<32}", *(f"{text:<24}" for text in told)]).rstrip()
+def as_line(one: Prediction, classes: Sequence[str]) -> str:
+    """The name of an image, then its classes with their probabilities."""
+    pairs = zip(one.indices, one.probabilities, strict=True)
+    told = [f"{100 * share:6.2f} % {printable(classes[index])}" for index, share in pairs]
+    return "  ".join([f"{printable(one.image):<32}", *(f"{text:<24}" for text in told)]).rstrip()
 
 
 def as_json(one: Prediction, classes: Sequence[str]) -> dict[str, object]:

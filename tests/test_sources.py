@@ -38,7 +38,7 @@ def resnet18(classes: int = 10) -> torch.nn.Module:
     model: torch.nn.Module = torchvision.models.resnet18(num_classes=classes)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            module.running_mean = torch.rand(module.num_features) / 5 - 0.1
     return model.eval()
 
 

@@ -16,6 +16,16 @@ def normalize_of(config: Config) -> Normalize:
     return Normalize(mean, channel_values(config.std) if config.std else IMAGENET_STD)
 
 
+def amp_dtype_of(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, None without it."""
+    if not config.amp:
+        return None
+    if config.amp_dtype == "auto":
+        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
+
+
 @dataclass(kw_only=True)
 class Predictor:
     """A model on a device, with the normalisation that its images get; `mirrored` averages over their mirror images."""
@@ -38,3 +48,14 @@ class Predictor:
             if self.mirrored:
                 logits = (logits + self.model(inputs.flip(3))) / 2
         return logits
+
+
+def predictor_of(model: nn.Module, config: Config, device: torch.device) -> Predictor:
+    """A model, moved to a device, with what `config` says of images, precision and mirror images."""
+    return Predictor(
+        model=model.to(device).to(memory_format=torch.channels_last),
+        normalize=normalize_of(config).to(device),
+        device=device,
+        amp_dtype=amp_dtype_of(config, device),
+        mirrored=config.tta == "flip",
+    )

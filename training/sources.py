@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ class Source:
 
     def build(self) -> nn.Module:
         """The model with these weights, on the CPU, for evaluation. Raises UsageError, DataError."""
-        size = self.settings["image_size"]
-        model = build_model(self._count(size), size, self.model, self.options)
+        model = build_model(self.count, self.settings["image_size"], self.model, self.options)
         load_weights(model, self.weights, self.told)
         return model.eval()
 
@@ -85,12 +85,13 @@ class Source:
             own["blurpool"] = True
         return own | dict(given) | {"model": self.model}
 
-    def _count(self, size: int) -> int:
-        """The number of classes."""
+    @cached_property
+    def count(self) -> int:
+        """The number of classes. Raises UsageError."""
         if self.classes is not None:
             return len(self.classes)
         with torch.device("meta"):
-            head = head_of(build_model(2, size, self.model, self.options))
+            head = head_of(build_model(2, self.settings["image_size"], self.model, self.options))
         if f"{head}.weight" not in self.weights:
             raise UsageError(f"the weights in {self.told} have no {head}, as --model {self.model} has; name another")
         return len(self.weights[f"{head}.weight"])
