@@ -246,8 +246,8 @@ def read_transformers_resnet(source: str) -> tuple[str, dict[str, torch.Tensor],
         if depth is None or config.model_type != "resnet":
             differing = [key for key, value in named[50].items() if found[key] != value]
             raise UsageError(
-                f"{source} is no ResNet v1.5 (see its {', '.join(differing) or 'model_type'}); "
-                "microsoft/resnet-50 is one"
+                f"{source} is no ResNet-50 v1.5, nor another depth of it (see its "
+                f"{', '.join(differing) or 'model_type'}); microsoft/resnet-50 is one"
             )
         loaded: Any = ResNetForImageClassification.from_pretrained(
             source, use_safetensors=True, output_loading_info=True
@@ -272,11 +272,11 @@ def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: i
     The head is newly initialised when the number of classes differs. Raises DataError when the weights are unavailable,
     damaged or incomplete, UsageError when they are not those of a ResNet-50 v1.5.
     """
-    name, weights, _ = read_transformers_resnet(source)
+    name, weights, names = read_transformers_resnet(source)
     if name != "resnet50":
         raise UsageError(f"{source} is a {name}, no ResNet-50; microsoft/resnet-50 is one")
     model = ResNet50(num_classes, **options)
-    load_weights(model, weights, source)
+    load_weights(model, weights, source, new_head=num_classes != len(names))
     return model
 
 
@@ -288,16 +288,16 @@ def head_of(model: nn.Module) -> str:
     return next(names[-1] for names in kinds if names)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> int | None:
-    """Load weights by name, strictly; a head for another number of classes stays the model's own.
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str, new_head: bool = False) -> bool:
+    """Load weights by name, strictly, and return whether the head did not come with them.
 
-    Returns the number of classes of a head that was left out, else None. Raises DataError for weights that lack some of
-    the model's, UsageError for those of another model; the model is then as it was.
+    With `new_head` a head that is missing, or is for another number of classes, stays the model's own. Raises DataError
+    for weights that lack some of the model's, UsageError for those of another model; the model is then as it was.
     """
     own, head = model.state_dict(), head_of(model)
     heads = [name for name in own if name.startswith(f"{head}.")]
     first = weights.get(f"{head}.weight")
-    other = first is not None and first.ndim > 0 and len(first) != len(own[f"{head}.weight"])
+    other = new_head and (first is None or first.shape[:1] != own[f"{head}.weight"].shape[:1])
     wanted = [name for name in own if not (other and name in heads)]
     lacking = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     misfits = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
@@ -308,7 +308,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     if lacking:
         raise DataError(f"{where} lacks {len(lacking)} tensors of {model.name} ({min(lacking)}); fetch it again")
     model.load_state_dict(own | {name: weights[name] for name in wanted if name in weights})
-    return len(first) if other and first is not None else None
+    return other
 
 
 def _torchvision_name(name: str) -> str:

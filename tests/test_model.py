@@ -15,7 +15,6 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
-from config import resolve
 from errors import DataError, UsageError
 from model_resnet50 import (
     DEPTHS,
@@ -27,6 +26,7 @@ from model_resnet50 import (
     describe,
     load_pretrained_resnet50,
 )
+from training.sources import open_source, resolve_with_weights
 from training.step import build_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,8 +266,9 @@ def test_a_transformers_checkpoint_gives_transformers_logits(tmp_path: Path, ima
 
 def test_pretrained_weights_whose_stem_is_not_for_such_small_images_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
+    config, source = resolve_with_weights({"dataset": "cifar10", "use_pretrained": str(tmp_path)})
     with pytest.raises(UsageError, match="--use_pretrained brings a stem for images of more than 32 pixels"):
-        build_training(resolve({"dataset": "cifar10", "use_pretrained": str(tmp_path)}), 10, torch.device("cpu"))
+        build_training(config, 10, torch.device("cpu"), source=source)
 
 
 def test_another_number_of_classes_gets_a_new_head_on_the_same_body(tmp_path: Path) -> None:
@@ -297,8 +298,7 @@ def test_half_precision_weights_become_a_float32_model(tmp_path: Path) -> None:
     "settings",
     [
         {"downsample_in_bottleneck": True},  # v1: the stride on the first 1x1; same shapes, other logits
-        {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},  # ResNet-18
-        {"depths": [3, 4, 23, 3]},  # ResNet-101
+        {"depths": [3, 4, 6, 4]},
         {"hidden_sizes": [128, 256, 512, 1024]},
         {"embedding_size": 32},
         {"num_channels": 1},
@@ -313,6 +313,14 @@ def test_a_checkpoint_that_is_no_resnet50_v1_5_is_refused(tmp_path: Path, settin
         load_pretrained_resnet50(str(tmp_path))
     assert "\n" not in str(refusal.value)
     assert next(iter(settings)) in str(refusal.value)
+
+
+def test_a_checkpoint_of_another_depth_is_no_resnet50(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
+    with pytest.raises(UsageError, match="is a resnet18, no ResNet-50"):
+        load_pretrained_resnet50(str(tmp_path))
+    source = open_source(str(tmp_path))
+    assert (source.model, source.count, source.classes) == ("resnet18", 1000, None)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:

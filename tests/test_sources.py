@@ -256,7 +256,7 @@ def test_a_head_for_other_classes_is_replaced_aloud(tmp_path: Path) -> None:
     done = train(
         *DIGITS, "--lr", 1e-12, "--use_pretrained", tmp_path / "weights.safetensors", "--run_dir", tmp_path / "run"
     )
-    assert "; the head for 10 classes is new, it had 3" in done.out
+    assert "; the head for 10 classes is new" in done.out
     assert tensors(snapshot_path(tmp_path / "run", 6))["model.fc.weight"].shape == (10, 512)
 
 

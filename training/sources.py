@@ -157,7 +157,7 @@ def _of_folder(folder: Path, which: str | None, told: str | None = None) -> Sour
         raise DataError(f"{told} holds no weights that can be read here; give a run, or a transformers or timm folder")
     name, weights, names = read_transformers_resnet(str(folder))
     settings = _of_processor(_json(folder / "preprocessor_config.json"))
-    return Source(told, name, weights, _listed(names, weights["fc.weight"]), settings)
+    return Source(told, name, weights, _listed(names, len(names)), settings)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -241,7 +241,9 @@ def _of_timm(folder: Path, config: dict[str, Any], told: str) -> Source:
     settings = _of_pretrained_cfg(cfg)
     own = resnet_of(weights) if re.fullmatch("resnet(18|34|50|101|152)", name) else None
     head = weights.get(f"{cfg.get('classifier', 'fc')}.weight")
-    return Source(told, own or f"timm:{name}", weights, None if head is None else _listed(numbered, head), settings)
+    return Source(
+        told, own or f"timm:{name}", weights, None if head is None else _listed(numbered, len(head)), settings
+    )
 
 
 def _of_pretrained_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,9 +286,9 @@ def _channels(values: Any) -> str | None:
     return ",".join(f"{float(value):g}" for value in values)
 
 
-def _listed(names: Mapping[int, str], head: torch.Tensor) -> list[str] | None:
+def _listed(names: Mapping[int, str], count: int) -> list[str] | None:
     """Class names by number, if they name every class; transformers' LABEL_0 names none."""
-    listed = [names.get(number, "") for number in range(len(head))]
+    listed = [names.get(number, "") for number in range(count)]
     told = all(listed) and any(name != f"LABEL_{number}" for number, name in enumerate(listed))
     return listed if told else None
 

@@ -128,9 +128,8 @@ def _new_model(config: Config, classes: int, source: Source | None) -> nn.Module
     model = build_model(classes, config.image_size, config.model, {name: getattr(config, name) for name in OPTIONS})
     if source is not None:
         source.require_stem(config.image_size)
-        left_out = load_weights(model, source.weights, source.told)
-        head = f"; the head for {classes} classes is new, it had {left_out}" if left_out else ""
-        print0(f"weights   {source.told}{head}")
+        is_new = load_weights(model, source.weights, source.told, new_head=True)
+        print0(f"weights   {source.told}{f'; the head for {classes} classes is new' if is_new else ''}")
     return model
 
 
