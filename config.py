@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
-from defaults import LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
+from defaults import EVALUATED_ONLY, LINEAR_SCALING_BATCH, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
 from flags import (
     FROM_PRESET,
@@ -172,6 +172,7 @@ class Config:
             (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
+            (self.dataset in EVALUATED_ONLY and not self.data_dir, f"--dataset {self.dataset} needs --data_dir: a folder with a folder a class"),
             (self.val_share and (self.val_split or self.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
             (self.progressive_size and size_points(self.progressive_size)[-1][0] != self.image_size, f"--progressive_size {self.progressive_size} ends at another size than --image_size {self.image_size}; leave that out"),
             (self.loss == "bce" and self.class_weights, "--class_weights are for --loss ce; leave them out"),
@@ -197,7 +198,12 @@ class Config:
     @property
     def dataset_id(self) -> str:
         """The Hub id, folder or dataset name that the data comes from."""
-        names = {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}
+        names = {
+            "imagenet1k": "ILSVRC/imagenet-1k",
+            "hf": self.dataset_name,
+            "imagefolder": self.data_dir,
+            **dict.fromkeys(EVALUATED_ONLY, self.data_dir),
+        }
         return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
 
     def size_at(self, epoch: int) -> int:
@@ -295,9 +301,9 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     """
     if not isinstance(saved, dict):
         raise SnapshotError("the snapshot holds no settings of this program; give another")
-    overrides = dict(_parse_override(text) for text in given.get("override", ()) if text != OTHER_DATA)
+    insisted = overrides(given)
     changed = {name: given[name] for name in _names("fixed") & given.keys() if given[name] != saved.get(name)}
-    changed = {name: value for name, value in changed.items() if overrides.get(name) != value}
+    changed = {name: value for name, value in changed.items() if insisted.get(name) != value}
     if changed:
         insist = " ".join(f"--override {name}={value}" for name, value in changed.items())
         rows = [f"  --{name:<28} saved {saved.get(name)!s:<20} now {value}" for name, value in changed.items()]
@@ -308,9 +314,14 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     try:
         if "extend_epochs" in given:
             kept["epochs"] += given["extend_epochs"]
-        return resolve(kept | new | overrides)
+        return resolve(kept | new | insisted)
     except (LookupError, TypeError, ValueError) as error:
         raise SnapshotError("the snapshot holds no settings of this program; give another") from error
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that --override names, with their values. Raises UsageError."""
+    return dict(_parse_override(text) for text in given.get("override", ()) if text != OTHER_DATA)
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -38,3 +38,30 @@ class Predictor:
             if self.mirrored:
                 logits = (logits + self.model(inputs.flip(3))) / 2
         return logits
+
+
+def amp_dtype_of(config: Config, device: torch.device) -> torch.dtype | None:
+    """What --amp computes in; None without it."""
+    if not config.amp:
+        return None
+    if config.amp_dtype == "auto":
+        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
+
+
+def build_predictor(model: nn.Module, config: Config, device: torch.device) -> Predictor:
+    """A trained model on its device, prepared as in training, with the normalisation and precision of the settings."""
+    torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
+    model = model.to(device).to(memory_format=torch.channels_last)
+    normalize = normalize_of(config).to(device)
+    if config.compile:
+        model.compile()
+        normalize.compile()
+    return Predictor(
+        model=model,
+        normalize=normalize,
+        device=device,
+        amp_dtype=amp_dtype_of(config, device),
+        mirrored=config.tta == "flip",
+    )

@@ -22,7 +22,7 @@ from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
 from training.optim import build_optimizer, build_scaler, restart
-from training.predictor import Predictor, normalize_of
+from training.predictor import Predictor, amp_dtype_of, normalize_of
 from training.snapshot import copy_to_host
 from training.sources import OPTIONS, Source
 from training.state import rng_state, seed_everything, set_rng_state
@@ -77,7 +77,7 @@ def build_training(
     torch.manual_seed(config.seed)
     model = _new_model(config, classes, source)
     print0(f"model     {describe(model, config.image_size)}")
-    dtype = _amp_dtype(config, device)
+    dtype = amp_dtype_of(config, device)
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     if config.deterministic:
@@ -151,15 +151,6 @@ def _device_name(device: torch.device) -> str:
     ranks = distributed.world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{ranks} x {name}" if ranks > 1 else name
-
-
-def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    if not config.amp:
-        return None
-    if config.amp_dtype == "auto":
-        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
 
 
 class StepNumbers(NamedTuple):
