@@ -5,8 +5,8 @@ Colours are viridis's and those of Okabe and Ito (2008), which colour-blind eyes
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -17,9 +17,10 @@ from results.report import Evaluation, hardest, short
 from visualization import drawn, save_picture
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"
+COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0))  # nothing where there is no image
 MOST_NAMED = 40  # classes whose names fit at the axes
 MOST_COUNTED = 15  # classes whose counts fit into the cells
-MOST_CELLS = 1000  # in a side of the picture of confusions
+MOST_CELLS = 500  # in a side of the picture of confusions
 SHOWN = 20  # of the best and of the worst classes
 HARDEST = 24
 
@@ -46,26 +47,25 @@ def draw_confusion(found: Evaluation) -> Figure:
     numbers = [c.number for c in found.figures.classes if c.number in answered]
     names, count = [short(found.names[number], 18) for number in numbers], len(numbers)
     is_named = count <= MOST_NAMED
-    side = 4.2 + 0.22 * count if is_named else 9.0
-    figure = Figure(figsize=(side + (1.2 if is_named else 5.5), side), layout="constrained")
+    side = 4.2 + 0.22 * count if is_named else 11.0
+    figure = Figure(figsize=(side + (1.2 if is_named else 4.2), side), layout="constrained")
     axes: Axes
     if is_named:
         axes = figure.subplots()
     else:
-        axes, beside = figure.subplots(1, 2, width_ratios=(9, 4.2))
+        axes, beside = figure.subplots(1, 2, width_ratios=(11, 2.6))
         _list_pairs(beside, found)
     cells = min(count, MOST_CELLS)
     place = {number: at * cells // count for at, number in enumerate(numbers)}
     matrix = np.zeros((cells, cells))
     for label, prediction, images in confusions(found.scores):
         matrix[place[label], place[prediction]] += images
-    colours = matplotlib_colours()
     image = axes.imshow(
-        np.ma.masked_equal(matrix, 0), cmap=colours, norm=LogNorm(1, max(2, matrix.max())), interpolation="nearest"
+        np.ma.masked_equal(matrix, 0), cmap=COLOURS, norm=LogNorm(1, max(2, matrix.max())), interpolation="nearest"
     )
     axes.set_facecolor("#f2f2f2")
-    figure.colorbar(image, ax=axes, label="images (logarithmic; grey: none)", shrink=0.8)
-    per_cell = "" if cells == count else f", {count / cells:.1f} a cell"
+    figure.colorbar(image, ax=axes, label="images (logarithmic; grey: none)", shrink=0.8, format="%g")
+    per_cell = "" if cells == count else f", {count / cells:.3g} a cell"
     axes.set_xlabel(f"predicted class{'' if is_named else f' (all {count:,}, in their order{per_cell})'}")
     axes.set_ylabel("true class")
     axes.set_title(f"Confusion matrix: {_title(found)}", parse_math=False)
@@ -81,15 +81,6 @@ def draw_confusion(found: Evaluation) -> Figure:
                 colour = "black" if cell > dark else "white"
                 axes.text(column, row, f"{cell:,.0f}", ha="center", va="center", fontsize=8, color=colour)
     return figure
-
-
-def matplotlib_colours() -> Any:
-    """Viridis, with nothing drawn where there is no image."""
-    import matplotlib
-
-    colours = matplotlib.colormaps["viridis"].copy()
-    colours.set_bad((0, 0, 0, 0))
-    return colours
 
 
 def _list_pairs(axes: Axes, found: Evaluation) -> None:
@@ -157,6 +148,7 @@ def _bars(axes: Axes, title: str, classes: Sequence[ClassFigures]) -> None:
     axes.set_yticks(range(len(classes)), names, fontsize=9, parse_math=False)
     axes.set(title=title, xlabel="top-1 accuracy, %", xlim=(0, 125), ylim=(len(classes) - 0.5, -0.5))
     axes.set_xticks(range(0, 101, 20))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_hardest(found: Evaluation, read: Callable[[np.ndarray], np.ndarray]) -> Figure:
@@ -166,7 +158,7 @@ def draw_hardest(found: Evaluation, read: Callable[[np.ndarray], np.ndarray]) ->
     images = read(scores.ids[places])
     rows = -(-len(places) // columns)
     figure = Figure(figsize=(13.5, 0.5 + 2.75 * rows), layout="constrained")
-    figure.suptitle("The images with the highest loss: true class, prediction and its probability")
+    figure.suptitle("The images with the highest loss: true class, prediction and its probability (blue: right)")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -174,7 +166,7 @@ def draw_hardest(found: Evaluation, read: Callable[[np.ndarray], np.ndarray]) ->
         label, prediction = int(scores.labels[place]), int(scores.predictions[place])
         axes.imshow(image, interpolation="nearest" if len(image) < 64 else "antialiased")
         colour = BLUE if label == prediction else ORANGE
-        told = f"{short(found.names[label], 24)}\n→ {short(found.names[prediction], 20)} "
-        told += f"{scores.probabilities[place]:.0%}"
+        told = f"{short(found.names[label], 24)}\n→ {short(found.names[prediction], 17)} "
+        told += f"({scores.probabilities[place]:.0%})"
         axes.set_title(told, fontsize=9, color=colour, parse_math=False)
     return figure

@@ -13,6 +13,7 @@ from errors import DataError, printable
 IMAGENET = Path(__file__).with_name("imagenet_classes.tsv")
 WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
 NUMBER = re.compile(r"\d{1,4}")
+BY_NAME, BY_IMAGENET = "by name", "by what ImageNet calls them"
 ALIKE = 0.98  # of 1,000 names at their places: the others are spelled in another way
 
 
@@ -34,20 +35,20 @@ def map_classes(
     """
     own = model or []
     if [*data] == [*own]:
-        return ClassMap(np.arange(len(data)), "by name")
+        return ClassMap(np.arange(len(data)), BY_NAME)
     places = {name: number for number, name in enumerate(own)}
     by_name = np.array([places.get(name, -1) for name in data], np.int64)
     if len(places) == len(own) and (by_name >= 0).all():
-        return ClassMap(by_name, "by name")
+        return ClassMap(by_name, BY_NAME)
     by_imagenet = _by_imagenet(data, model, count)
     if by_imagenet is not None and (by_imagenet >= 0).all():
-        return ClassMap(by_imagenet, "by their names in ImageNet")
+        return ClassMap(by_imagenet, BY_IMAGENET)
     if model is None and len(data) == count:
         return ClassMap(np.arange(count), "by their order, as the model does not name its own")
     nearest = by_name if by_imagenet is None else by_imagenet
     lacking = [name for name, number in zip(data, nearest.tolist(), strict=True) if number < 0]
     if len(lacking) < len(data) and {*lacking} <= {*absent()}:
-        return ClassMap(nearest, "by name")
+        return ClassMap(nearest, BY_NAME)
     named = f"it has {_few(model)}" if model else f"it has {count:,} classes without names"
     raise DataError(
         f"the data has the class {printable(lacking[0])}, which the model has not ({named}); give data of its classes"

@@ -19,13 +19,13 @@ from model_resnet50 import head_of
 from open_data import open_validation
 from preprocess import describe_change, evaluation_loader
 from results.charts import draw_all
-from results.class_map import ClassMap, imagenet_class_names, imagenet_numbers, map_classes
+from results.class_map import BY_IMAGENET, BY_NAME, ClassMap, imagenet_class_names, map_classes
 from results.figures import figures_of, fit_temperature
 from results.real_labels import read_real_labels
 from results.report import FILES, Evaluation, describe, make_folder, safe, write_files
 from results.scores import Judge, collect
 from results.settings import FLAGS, NAMES_DATA, evaluation_settings
-from stream.labels import without_images
+from stream.labels import first_difference, without_images
 from stream.loader import Loader
 from stream.source import ImageDataset
 from training.predictor import Predictor, build_predictor
@@ -75,22 +75,24 @@ def evaluate(given: Mapping[str, Any]) -> None:
 
 def _open(source: Source, config: Config, given: Mapping[str, Any], model: nn.Module) -> Task:
     """Open the data and find its classes among the model's. Raises DataError, UsageError, SnapshotError."""
-    is_named = bool(given.keys() & NAMES_DATA)
-    revision = None if is_named or source.config is None else source.state.get("revision")
-    opened = open_validation(config, revision, sampled_with_training=not is_named)
+    may_differ = bool(given.keys() & NAMES_DATA) or bool(given.get("any_data")) or source.config is None
+    revision = None if may_differ else source.state.get("revision")
+    opened = open_validation(config, revision, sampled_with_training=not may_differ)
     if not len(opened):
         raise DataError(f"{config.dataset_id} has no image to evaluate on; give another")
     count = len(model.state_dict()[f"{head_of(model)}.weight"])
-    found = map_classes(opened.classes, source.classes, count, lambda: without_images(opened))
+    try:
+        found = map_classes(opened.classes, source.classes, count, lambda: without_images(opened))
+    except DataError as error:
+        if may_differ:
+            raise
+        raise _refused(source, first_difference(source.classes or [], opened.classes) or str(error)) from error
     dataset = opened
-    if source.classes is not None and found.how == "by name":
-        dataset = opened if opened.classes == source.classes else opened.with_classes(source.classes)
+    if source.classes is not None and found.how == BY_NAME and opened.classes != source.classes:
+        dataset = opened.with_classes(source.classes)
     changes = _changes(source, dataset) if source.config else None
-    if changes and not is_named and not given.get("any_data"):
-        raise UsageError(
-            f"the data is not what {source.told} was evaluated on in training: {'; '.join(changes)}; give that again, "
-            "or evaluate on this by naming it, with --dataset, --data_dir or --val_split"
-        )
+    if changes and not may_differ:
+        raise _refused(source, "; ".join(changes))
     names = source.classes or _names(opened, found, count)
     allowed = None if changes == [] or given.get("all_classes") else _allowed(opened, found, count, config)
     options = None
@@ -100,15 +102,21 @@ def _open(source: Source, config: Config, given: Mapping[str, Any], model: nn.Mo
     return Task(source, config, dataset, names, Judge(numbers, allowed, options), found.how, changes)
 
 
+def _refused(source: Source, why: str) -> UsageError:
+    return UsageError(
+        f"the data is not what {source.told} was evaluated on in training: {why}; give that again, or evaluate on this "
+        "by naming it, with --dataset, --data_dir or --val_split"
+    )
+
+
 def _names(dataset: ImageDataset, found: ClassMap, count: int) -> list[str]:
     """Names for the classes of a model that does not name them: ImageNet's, else the data's."""
-    if count == 1000 and found.how != "by order" and imagenet_numbers(dataset.classes) is not None:
+    if count == 1000 and found.how == BY_IMAGENET:
         return imagenet_class_names()
     names = [str(number) for number in range(count)]
     for name, number in zip(dataset.classes, found.numbers.tolist(), strict=True):
-        if not name.isdecimal() and number >= 0:
-            names[number] = name
-    return imagenet_class_names() if count == 1000 and names == [*map(str, range(count))] else names
+        names[number] = name
+    return names
 
 
 def _allowed(dataset: ImageDataset, found: ClassMap, count: int, config: Config) -> np.ndarray | None:

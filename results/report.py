@@ -77,7 +77,8 @@ def describe(found: Evaluation) -> list[str]:
     for label, prediction, count in figures.confused:
         lines.append(f"confused  {short(names[label])} taken for {short(names[prediction])}: {count:,}")
     for worst in figures.with_images[:WORST]:
-        assert worst.recall is not None
+        if worst.recall is None or worst.recall == 1:
+            break
         lines.append(f"worst     {short(worst.name)}: {worst.recall:.2%} of {worst.images:,}")
     return [*lines, f"speed     {found.images_per_s:,.0f} images/s, the start of reading included"]
 
