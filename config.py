@@ -1,6 +1,5 @@
 """Every flag, declared once, and parsed with argparse into one frozen, validated `Config`."""
 
-import math
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -8,7 +7,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
-from defaults import ADAPTIVE_LR, LINEAR_SCALING_BATCH, PEAK_MOMENTUM, PRESETS, RESIDENT, first_guess, fit_to
+from defaults import (
+    EVALUATED_ONLY,
+    PRESETS,
+    RESIDENT,
+    first_guess,
+    fit_to,
+)
 from errors import SnapshotError, UsageError
 from flags import (
     FROM_PRESET,
@@ -173,6 +178,7 @@ class Config:
             (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
+            (self.dataset in EVALUATED_ONLY and not self.data_dir, f"--dataset {self.dataset} needs --data_dir: a folder with a folder a class"),
             (self.val_share and (self.val_split or self.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
             (self.progressive_size and size_points(self.progressive_size)[-1][0] != self.image_size, f"--progressive_size {self.progressive_size} ends at another size than --image_size {self.image_size}; leave that out"),
             (self.loss == "bce" and self.class_weights, "--class_weights are for --loss ce; leave them out"),
@@ -198,7 +204,12 @@ class Config:
     @property
     def dataset_id(self) -> str:
         """The Hub id, folder or dataset name that the data comes from."""
-        names = {"imagenet1k": "ILSVRC/imagenet-1k", "hf": self.dataset_name, "imagefolder": self.data_dir}
+        names = {
+            "imagenet1k": "ILSVRC/imagenet-1k",
+            "hf": self.dataset_name,
+            "imagefolder": self.data_dir,
+            **dict.fromkeys(EVALUATED_ONLY, self.data_dir),
+        }
         return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
 
     def size_at(self, epoch: int) -> int:
@@ -296,9 +307,9 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     """
     if not isinstance(saved, dict):
         raise SnapshotError("the snapshot holds no settings of this program; give another")
-    overrides = dict(_parse_override(text) for text in given.get("override", ()) if text != OTHER_DATA)
+    insisted = overrides(given)
     changed = {name: given[name] for name in _names("fixed") & given.keys() if given[name] != saved.get(name)}
-    changed = {name: value for name, value in changed.items() if overrides.get(name) != value}
+    changed = {name: value for name, value in changed.items() if insisted.get(name) != value}
     if changed:
         insist = " ".join(f"--override {name}={value}" for name, value in changed.items())
         rows = [f"  --{name:<28} saved {saved.get(name)!s:<20} now {value}" for name, value in changed.items()]
@@ -309,9 +320,14 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     try:
         if "extend_epochs" in given:
             kept["epochs"] += given["extend_epochs"]
-        return resolve(kept | new | overrides)
+        return resolve(kept | new | insisted)
     except (LookupError, TypeError, ValueError) as error:
         raise SnapshotError("the snapshot holds no settings of this program; give another") from error
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that --override names, with their values. Raises UsageError."""
+    return dict(_parse_override(text) for text in given.get("override", ()) if text != OTHER_DATA)
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -326,24 +342,3 @@ def _parse_override(text: str) -> tuple[str, Any]:
             raise UsageError(f"--override {text}: {name} is either true or false")
         return name, value.lower() == "true"
     return name, parse("", "", [f"--{name}={value}"])[name]
-
-
-def default_lr(config: Config) -> tuple[float, str]:
-    """The learning rate by scaling with the batch, and its derivation and source in words.
-
-    SGD's is proportional to the batch (Goyal et al. 2017) and keeps rate / (1 - momentum); that of AdamW and LAMB grows
-    with its square root (Krizhevsky 2014).
-    """
-    if config.optimizer in ADAPTIVE_LR:
-        base, batch, source = ADAPTIVE_LR[config.optimizer]
-        lr = base * math.sqrt(config.batch_size / batch)
-        return lr, f"{lr:.4g} = {base:g} x sqrt({config.batch_size} / {batch}) ({source})"
-    preset = PRESETS[config.dataset]
-    base, source = preset.constant_lr, preset.constant_lr_source
-    if config.scheduler == "onecycle":
-        base, source = preset.lr, preset.lr_source
-        if config.onecycle_fixed_momentum and config.momentum < 1:
-            base *= (1 - config.momentum) / (1 - PEAK_MOMENTUM)
-            source += f", and {config.momentum:g} now"
-    lr = base * config.batch_size / LINEAR_SCALING_BATCH
-    return lr, f"{lr:.4g} = {base:.4g} x {config.batch_size} / {LINEAR_SCALING_BATCH} ({source})"

@@ -78,7 +78,12 @@ PRESETS = {
     "digits": DIGITS,
     "imagefolder": IMAGENET,
     "hf": IMAGENET,
+    "imagenet_v2": IMAGENET,
+    "imagenet_a": IMAGENET,
+    "imagenet_r": IMAGENET,
+    "imagenet_sketch": IMAGENET,
 }
+EVALUATED_ONLY = frozenset({"imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"})  # folders of class folders
 
 
 def streams_for(batch: int, ranks: int, most: int) -> int:

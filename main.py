@@ -7,7 +7,7 @@
     python main.py --dataset imagefolder --data_dir photos             # photos/train/CLASS/*.jpg and photos/val/
     python main.py --resume_from runs/NAME                             # resume after a kill, as if nothing happened
     python main.py ... --run_dir runs/NAME --resume_from auto          # the same command starts or resumes the run
-    python main.py --resume_from runs/NAME --evaluate                  # only evaluate
+    python main.py --resume_from runs/NAME --evaluate                  # evaluate.py on its newest snapshot
     python main.py --resume_from runs/NAME --extend_epochs 5           # a trapezoid, as if it had been planned longer
     torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process per GPU
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config as configuration
+import evaluate
 import run_lr_finder
 from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, run_front_door
@@ -45,6 +46,12 @@ def _run(argv: list[str]) -> None:
     given = configuration.parse("main.py", __doc__ or "", argv)
     if given.get("find_lr"):
         raise SystemExit(run_lr_finder.main(argv))
+    if given.get("evaluate"):
+        source = _resume_source(given) or given.get("use_pretrained")
+        if source is None:
+            raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
+        evaluate.evaluate(evaluate.flags_of_main(given, str(source)))
+        return
 
     import distributed
     from preflight import describe_data, in_passes_that_fit
@@ -65,9 +72,6 @@ def _run(argv: list[str]) -> None:
     training = build_training(config, len(data.classes), device, len(data.train), labels, source)
     if snapshot is not None:
         _compare_data(snapshot, data, config)
-    if config.evaluate:
-        _evaluate(data, training, snapshot, config)
-        return
     if snapshot is None and "accumulate_steps" not in given:
         config, data = in_passes_that_fit(config, data, training)
     _train(config, data, training, snapshot, argv)
@@ -116,7 +120,7 @@ def _pinned_revision(snapshot: "Snapshot | None", config: Config) -> str | None:
 def _classes(snapshot: "Snapshot | None", config: Config) -> list[str] | None:
     """The classes of a snapshot's model, which labels are to count where other data than the run's is allowed."""
     told = snapshot.state.get("classes") if snapshot is not None else None
-    allowed = config.evaluate or config.expects_other_data
+    allowed = config.expects_other_data
     return told if allowed and isinstance(told, list) and all(isinstance(name, str) for name in told) else None
 
 
@@ -135,25 +139,6 @@ def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
         )
     for line in lines:
         print0(f"data      {line}")
-
-
-def _evaluate(data: "Data", training: "Training", snapshot: "Snapshot | None", config: Config) -> None:
-    from distributed import print0
-    from train import evaluate, evaluate_average
-    from training.signals import StopRequest
-    from training.state import restore
-
-    if snapshot is not None:
-        restore(snapshot, training.model, training.optimizer, training.scaler, training.average)
-    elif not config.use_pretrained:
-        raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
-    result = evaluate(training, data.val, StopRequest())
-    print0(
-        f"val loss {result['val_loss']:.4f}  top1 {result['val_top1']:.2%} ({result['correct1']} of {result['images']})"
-        f"  top5 {result['val_top5']:.2%} ({result['correct5']})"
-    )
-    if average := evaluate_average(training, data.val, StopRequest()):
-        print0("ema loss {ema_loss:.4f}  top1 {ema_top1:.2%}  top5 {ema_top5:.2%}".format(**average))
 
 
 def _train(
@@ -276,7 +261,9 @@ def _known_lr(config: Config) -> float:
     elif config.lr is not None:
         lr, why = float(config.lr), f"{config.lr:g} as given{' or by the recipe' if config.recipe else ''}"
     else:
-        lr, why = configuration.default_lr(config)
+        from training.optim import default_lr
+
+        lr, why = default_lr(config)
     print0(f"lr        {why}")
     return lr
 

@@ -8,10 +8,10 @@ import numpy as np
 
 import distributed
 from config import Config
-from defaults import SMALL_SET
+from defaults import EVALUATED_ONLY, SMALL_SET
 from errors import DataError, printable
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
-from stream.image_folders import open_image_folder
+from stream.image_folders import open_image_folder, open_to_evaluate
 from stream.labels import CLASSES_TOLD, NUMBER, without_images
 from stream.local import LocalDataset, load_cifar, load_digits, load_mnist
 from stream.picks import fair_sample, hold_out, places
@@ -41,6 +41,29 @@ def open_sets(
         notes.append(f"no image of {len(absent)} of the {len(train.classes):,} classes: {_few(absent)}")
     told_of_val = [note for note in val.notes if CLASSES_TOLD not in note]  # training's classes are what counts
     return train, val, window, list(dict.fromkeys([*train.notes, *told_of_val, *notes]))
+
+
+def open_validation(config: Config, revision: str | None, sampled_with_training: bool = False) -> ImageDataset:
+    """The set to evaluate on, and of training only what tells which images that is: where --val_share holds it out.
+
+    A sample of it is, as in training, one of the classes of the sample to train on if `sampled_with_training`. An image
+    folder without splits is evaluated whole. Raises DataError.
+    """
+    limit = config.max_samples
+    if config.val_share or (limit and sampled_with_training):
+        return _load(config, revision)[1]
+    val_splits = [config.val_split] if config.val_split else VAL_SPLITS
+    if config.dataset in ("imagenet1k", "hf"):
+        return _opener(config, revision)(split=val_splits, max_samples=limit)
+    if config.dataset == "imagefolder" or config.dataset in EVALUATED_ONLY:
+        labels = Path(config.val_labels) if config.val_labels else None
+        splits = [] if config.dataset in EVALUATED_ONLY else val_splits
+        other = open_to_evaluate(Path(config.data_dir or ""), splits, labels)
+    else:
+        _, val = _open_local(config, val_splits)
+        assert val is not None
+        other = val
+    return other.take(fair_sample(other.all_labels(), limit)) if limit else other
 
 
 def _agree(

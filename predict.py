@@ -67,7 +67,7 @@ def _run(argv: list[str]) -> None:
     from config import resolve
     from distributed import init
     from results.prediction import find_images, image_loader, predictions
-    from training.predictor import predictor_of
+    from training.predictor import build_predictor
     from training.sources import open_source
 
     paths = find_images(given["images"])
@@ -76,7 +76,7 @@ def _run(argv: list[str]) -> None:
     patience = 60 * resolve(about_images).network_patience
     source = open_source(given["source"], given.get("which"), given.get("model", "auto"), patience)
     config = resolve({name: value for name, value in source.settings.items() if value is not None} | about_images)
-    predictor = predictor_of(source.build(), config, init(config.device))
+    predictor = build_predictor(source.build(), config, init(config.device))
     loader = image_loader(paths, config, predictor.device)
     found = predictions(predictor, loader, given["top"])
     classes = source.classes or [str(number) for number in range(source.count)]

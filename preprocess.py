@@ -17,6 +17,7 @@ import torch
 
 import distributed
 from config import Config
+from defaults import EVALUATED_ONLY
 from errors import DataError, UsageError
 from open_data import open_sets
 from stream import inventory
@@ -116,15 +117,8 @@ class Data:
         lines = [renamed] if renamed else []
         for name, now in self.fingerprint.items():
             before: dict[str, Any] = saved["data"][name]
-            if before == now:
-                continue
-            kept = inventory.load(folder, str(before["digest"])) if folder else {}
-            told = inventory.describe_changes(kept, self._sets[name].inventory()) if kept else ""
-            if before["images"] != now["images"]:
-                line = f"{now['images']:,} {name} images, not {before['images']:,}"
-            else:
-                line = f"other {name} images, though as many"
-            lines.append(f"{line} ({told})" if told else line)
+            if before != now:
+                lines.append(describe_change(name, before, self._sets[name], folder))
         return lines
 
     def keep_inventory(self, folder: Path) -> None:
@@ -136,6 +130,17 @@ class Data:
     @property
     def _sets(self) -> dict[str, ImageDataset]:
         return {"training": self.train.dataset, "validation": self.val.dataset}
+
+
+def describe_change(name: str, before: Mapping[str, Any], part: ImageDataset, folder: Path | None) -> str:
+    """How a set differs from the one that a snapshot describes, with what the run's folder remembers of its files."""
+    kept = inventory.load(folder, str(before["digest"])) if folder else {}
+    told = inventory.describe_changes(kept, part.inventory()) if kept else ""
+    if before["images"] != len(part):
+        line = f"{len(part):,} {name} images, not {before['images']:,}"
+    else:
+        line = f"other {name} images, though as many"
+    return f"{line} ({told})" if told else line
 
 
 def get_data_loaders(
@@ -151,27 +156,16 @@ def get_data_loaders(
     are fitted to a small set. Raises DataError when the data is missing, unreachable or unusable, UsageError when the
     batch size does not fit it.
     """
+    if config.dataset in EVALUATED_ONLY:
+        raise UsageError(f"--dataset {config.dataset} is there to evaluate on, with evaluate.py; train on another")
     world = distributed.world_size()
     train, val, window, notes = open_sets(config, revision, classes)
     config, lines = config.fitted(len(train), derived, world)
     config.check_world(world)
-    batch_size, eval_batch = config.batch_size // world, min(config.batch_size // config.accumulate_steps, EVAL_BATCH)
-    val_ids = _rank_share(len(val), eval_batch)
-
-    def make(dataset: Any, transform: AlbumentationsAdapter, **options: Any) -> Loader:
-        if config.is_small:
-            return ResidentLoader(dataset, device=device, **options)
-        return StreamingDataLoader(
-            dataset,
-            transform,
-            device=device,
-            seed=config.seed,
-            num_workers=config.num_workers,
-            max_bad_fraction=config.max_bad_fraction,
-            **options,
-        )
-
-    train_loader = make(
+    batch_size = config.batch_size // world
+    train_loader = _loader(
+        config,
+        device,
         train,
         train_transform(config),
         order=partial(_rank_order, train.block_rows, config, window),
@@ -183,21 +177,48 @@ def get_data_loaders(
     )
     if config.progressive_size:
         train_loader.of_epoch = partial(_of_epoch, config)
-    if not len(train_loader) and not config.evaluate:
+    if not len(train_loader):
         raise UsageError(_too_large(config, "batch_size" in derived, len(train)))
-    val_loader = make(
-        val,
-        eval_transform(config),
-        order=lambda epoch: [val_ids],
-        batch_size=eval_batch,
-        image_size=config.eval_size,
-        train=False,
-    )
+    val_loader = evaluation_loader(config, device, val)
     data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in notes), *lines])
     facts: dict[str, Any] = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
     facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
     distributed.require_agreement(facts, DataError)
     return data
+
+
+def evaluation_loader(
+    config: Config, device: torch.device, dataset: ImageDataset, ids: np.ndarray | None = None
+) -> Loader:
+    """A loader of this process's share of a dataset as it is evaluated, or of the samples with these `ids` (int64)."""
+    batch = min(config.batch_size // config.accumulate_steps, EVAL_BATCH)
+    share = _rank_share(len(dataset), batch) if ids is None else ids
+    return _loader(
+        config,
+        device,
+        dataset,
+        eval_transform(config),
+        order=lambda epoch: [share],
+        batch_size=batch,
+        image_size=config.eval_size,
+        train=False,
+    )
+
+
+def _loader(
+    config: Config, device: torch.device, dataset: Any, transform: AlbumentationsAdapter, **options: Any
+) -> Loader:
+    if config.is_small:
+        return ResidentLoader(dataset, device=device, **options)
+    return StreamingDataLoader(
+        dataset,
+        transform,
+        device=device,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+        **options,
+    )
 
 
 def _too_large(config: Config, is_derived: bool, images: int) -> str:

@@ -55,7 +55,7 @@ def plot_curves(run_dir: Path) -> Path:
     for axes in (loss, top1):
         axes.legend()
         axes.grid(alpha=0.3)
-    return save_figure(figure, run_dir / "plots" / "curves.png")
+    return save_picture(figure, run_dir / "plots" / "curves.png")
 
 
 class RunPictures:
@@ -119,7 +119,7 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
     momentum = axes.twinx()
     momentum.plot(steps, momenta, "C3--")
     momentum.set_ylabel("momentum (dashed)", color="C3")
-    return save_figure(figure, path)
+    return save_picture(figure, path)
 
 
 def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> Path:
@@ -134,7 +134,7 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
         axes.imshow(image)
         name = printable(classes[label].split(",")[0])[:18]
         axes.set_title(name, fontsize=8, parse_math=False)
-    return save_figure(figure, path)
+    return save_picture(figure, path)
 
 
 def plot_lr_finder(
@@ -161,10 +161,10 @@ def plot_lr_finder(
     axes.set(title=f"Learning rate range test: {stopped}", xlabel="learning rate", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    return save_figure(figure, path)
+    return save_picture(figure, path)
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_picture(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)

@@ -1,4 +1,14 @@
-"""What comes after training: from a model source to figures, predictions and exports.
+"""What comes of a trained model: its figures, and the forms in which it is handed on.
+
+Evaluation
+    evaluation   from a model source to the files
+    settings     which data a model is evaluated on, and how its images are prepared
+    class_map    which class of a model each class of the data is
+    real_labels  the several labels that an image of ImageNet may have
+    scores       what a model says of every image, gathered from all ranks
+    figures      accuracies, precision, recall, calibration and confusions of these
+    report       them as text, JSON and CSV
+    charts       them as pictures
 
 Prediction
     prediction   the classes of image files, one after another

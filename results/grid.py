@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from errors import printable
 from results.prediction import Prediction
-from visualization import save_figure
+from visualization import save_picture
 
 COLUMNS = 6
 LONGEST = 24  # characters of a line of a caption
@@ -40,7 +40,7 @@ def plot_predictions(
         name, likeliest = Path(one.image).name, classes[one.indices[0]].split(",")[0]
         caption = f"{_short(name)}\n{_short(likeliest)}\n{100 * one.probabilities[0]:.1f} %"
         axes.set_xlabel(caption, fontsize=8, parse_math=False)
-    return save_figure(figure, path)
+    return save_picture(figure, path)
 
 
 def _short(text: str) -> str:

@@ -65,6 +65,34 @@ def _open_splits(
     return _open(folder / split), _open(val) if labels is None else _open_flat(val, labels)
 
 
+def open_to_evaluate(folder: Path, splits: Sequence[str], labels: Path | None) -> LocalDataset:
+    """The images in the first of the `splits` of a folder, or in its own class folders if it has no splits.
+
+    Raises DataError.
+    """
+    try:
+        part = next((folder / name for name in splits if (folder / name).is_dir()), None)
+        if part is None:
+            _require_classes(folder, splits)
+        found = _open(part or folder) if labels is None else _open_flat(part or folder, labels)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); mend it, or give another --data_dir"
+        ) from error
+    found.root = folder
+    return found
+
+
+def _require_classes(folder: Path, splits: Sequence[str]) -> None:
+    """Raise DataError where the folders in a folder are splits, or there is none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give --data_dir one with a folder a class")
+    inner = [f"{part.name}/{sub.name}/" for part in _class_folders(folder) for sub in _class_folders(part)]
+    layout = layout_of([*inner, *(f"{part.name}/" for part in _class_folders(folder))])
+    if splits and inner and layout.split_level == 0:
+        raise DataError(f"{folder} has no folder {' or '.join(splits)}; name the one to evaluate with --val_split")
+
+
 def _class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []

@@ -66,10 +66,11 @@ def small_model() -> Iterator[None]:
     """Runs take a moment, and their snapshots no room."""
     from killable import small_with_dropout
 
-    from training import step
+    from training import sources, step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "build_model", small_with_dropout(step.build_model))
+        for module in (step, sources):
+            patch.setattr(module, "build_model", small_with_dropout(module.build_model))
         yield
 
 

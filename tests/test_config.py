@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from config import FROM_PRESET, PRESETS, Config, default_lr, parse, resolve, resume
+from config import FROM_PRESET, PRESETS, Config, parse, resolve, resume
 from errors import UsageError
+from training.optim import default_lr
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [item.name for item in dataclasses.fields(Config)]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import assert_same_run, cut, results, run, train
+from program import assert_same_run, cut, results, run, snapshot_path, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import evaluate
 from training.ema import EMA
 
 FLAGS = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--ema_decay", 0.9, "--ema_every", 2)
@@ -84,7 +85,9 @@ def test_the_average_is_evaluated_judged_by_kept_and_resumed_to_the_bit(tmp_path
     ]
     assert len(differing) > 20
     evaluated = run("--resume_from", tmp_path / "whole", "--evaluate")
-    assert f"ema loss {float(rows[-1]['ema_loss']):.4f}" in evaluated.out
+    assert f"val loss {float(rows[-1]['val_loss']):.4f}" in evaluated.out
+    evaluated = run(snapshot_path(tmp_path / "whole", int(rows[-1]["step"])), "--which", "ema", entry=evaluate.main)
+    assert f"val loss {float(rows[-1]['ema_loss']):.4f}" in evaluated.out
 
 
 @pytest.mark.usefixtures("small_model")

@@ -16,7 +16,7 @@ from slow import SlowTransform
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from config import FEWEST_LR_STEPS, default_lr, resolve
+from config import FEWEST_LR_STEPS, resolve
 from errors import DivergedError, UsageError
 from lr_finder import (
     METHODS,
@@ -31,7 +31,7 @@ from lr_finder import (
 from stream.loader import StreamingDataLoader
 from stream.local import LocalDataset
 from training.lr_curve import Curve, lowest, minimum, slide, steepest, valley
-from training.optim import build_optimizer, build_schedule
+from training.optim import build_optimizer, build_schedule, default_lr
 from training.state import rng_state
 
 DIGITS = resolve({})

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from config import Config
+from defaults import ADAPTIVE_LR, LINEAR_SCALING_BATCH, PEAK_MOMENTUM, PRESETS
 from errors import UsageError
 
 PLAN = (
@@ -87,6 +88,27 @@ def restart(optimizer: Optimizer) -> None:
 def momentum_of(group: Mapping[str, Any]) -> float:
     """The momentum of a parameter group; for Adam, its first beta."""
     return float(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def default_lr(config: Config) -> tuple[float, str]:
+    """The learning rate by scaling with the batch, and its derivation and source in words.
+
+    SGD's is proportional to the batch (Goyal et al. 2017) and keeps rate / (1 - momentum); that of AdamW and LAMB grows
+    with its square root (Krizhevsky 2014).
+    """
+    if config.optimizer in ADAPTIVE_LR:
+        base, batch, source = ADAPTIVE_LR[config.optimizer]
+        lr = base * math.sqrt(config.batch_size / batch)
+        return lr, f"{lr:.4g} = {base:g} x sqrt({config.batch_size} / {batch}) ({source})"
+    preset = PRESETS[config.dataset]
+    base, source = preset.constant_lr, preset.constant_lr_source
+    if config.scheduler == "onecycle":
+        base, source = preset.lr, preset.lr_source
+        if config.onecycle_fixed_momentum and config.momentum < 1:
+            base *= (1 - config.momentum) / (1 - PEAK_MOMENTUM)
+            source += f", and {config.momentum:g} now"
+    lr = base * config.batch_size / LINEAR_SCALING_BATCH
+    return lr, f"{lr:.4g} = {base:.4g} x {config.batch_size} / {LINEAR_SCALING_BATCH} ({source})"
 
 
 def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_epoch: int, step: int = 0) -> LRScheduler:

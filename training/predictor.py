@@ -50,11 +50,17 @@ class Predictor:
         return logits
 
 
-def predictor_of(model: nn.Module, config: Config, device: torch.device) -> Predictor:
-    """A model, moved to a device, with what `config` says of images, precision and mirror images."""
+def build_predictor(model: nn.Module, config: Config, device: torch.device) -> Predictor:
+    """A trained model on its device, prepared as in training, with the normalisation and precision of the settings."""
+    torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
+    model = model.to(device).to(memory_format=torch.channels_last)
+    normalize = normalize_of(config).to(device)
+    if config.compile:
+        model.compile()
+        normalize.compile()
     return Predictor(
-        model=model.to(device).to(memory_format=torch.channels_last),
-        normalize=normalize_of(config).to(device),
+        model=model,
+        normalize=normalize,
         device=device,
         amp_dtype=amp_dtype_of(config, device),
         mirrored=config.tta == "flip",
