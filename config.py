@@ -38,7 +38,7 @@ class Config:
     """The settings of one run. Construct it with `parse` or `resolve`, which fill in the dataset's defaults."""
 
     # fmt: off
-    dataset: str = flag("data", "what to train on", "digits", choices=tuple(PRESETS))
+    dataset: str = flag("data", "what to train on", "digits", short="digits; hf with --dataset_name, imagefolder with --data_dir", choices=tuple(PRESETS))
     dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
     dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
     dataset_config: str | None = flag("data", "with --dataset hf: which configuration of the dataset, where its card tells several", None, short="its default")
@@ -175,6 +175,7 @@ class Config:
             (self.freeze_backbone >= self.epochs, f"--freeze_backbone {self.freeze_backbone} leaves none of --epochs {self.epochs} for the rest of the model; use less"),
             (self.dataset == "hf" and not self.dataset_name, "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"),
             (self.dataset != "hf" and (self.dataset_name or self.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {self.dataset}"),
+            (self.data_dir and self.dataset in ("digits", "imagenet1k", "hf"), f"--dataset {self.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if self.dataset == 'hf' else ''}"),
             (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
             (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
             (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
@@ -286,7 +287,10 @@ def parse(prog: str, description: str, argv: Sequence[str] | None) -> dict[str, 
 def resolve(given: Mapping[str, Any]) -> Config:
     """A complete `Config`: the given flags, and the dataset's defaults for the rest. Raises UsageError."""
     values = dict(given)
-    preset = PRESETS[values.get("dataset", "digits")]
+    values.setdefault(
+        "dataset", "hf" if "dataset_name" in values else "imagefolder" if "data_dir" in values else "digits"
+    )
+    preset = PRESETS[values["dataset"]]
     if values.get("progressive_size"):
         values.setdefault("image_size", size_points(values["progressive_size"])[-1][0])
     for name in ("image_size", "weight_decay"):

@@ -1,6 +1,7 @@
 """Which datasets a `Config` names: opened, made to agree on their classes, sampled and held out of each other."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from config import Config
 from defaults import EVALUATED_ONLY, SMALL_SET
 from errors import DataError, printable
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
-from stream.image_folders import open_image_folder, open_to_evaluate
+from stream.image_folders import is_unsplit, open_image_folder, open_to_evaluate
 from stream.labels import CLASSES_TOLD, NUMBER, without_images
 from stream.local import LocalDataset, load_cifar, load_digits, load_mnist
 from stream.picks import fair_sample, hold_out, places
@@ -20,6 +21,7 @@ from stream.source import ImageDataset
 from stream.synthetic import make_dummy_data
 
 VAL_SPLITS = ["validation", "val", "valid", "test"]
+VAL_SHARE = 0.2
 
 
 def open_sets(
@@ -64,6 +66,15 @@ def open_validation(config: Config, revision: str | None, sampled_with_training:
         assert val is not None
         other = val
     return other.take(fair_sample(other.all_labels(), limit)) if limit else other
+
+
+def with_val_share(config: Config) -> tuple[Config, list[str]]:
+    """The settings with a share to validate on, where an image folder has no splits and none are named; and a note."""
+    named = config.val_share or config.val_split or config.val_labels
+    if config.dataset != "imagefolder" or named or not is_unsplit(Path(config.data_dir or ""), config.train_split):
+        return config, []
+    note = f"{config.data_dir} has no splits: --val_share {VAL_SHARE:g} of each class is held out for validation"
+    return replace(config, val_share=VAL_SHARE), [note]
 
 
 def _agree(

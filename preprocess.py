@@ -19,7 +19,7 @@ import distributed
 from config import Config
 from defaults import EVALUATED_ONLY
 from errors import DataError, UsageError
-from open_data import open_sets
+from open_data import open_sets, with_val_share
 from stream import inventory
 from stream.augment import Augment, BatchAugment, Chain
 from stream.auto_augment import AutoAugment
@@ -159,6 +159,7 @@ def get_data_loaders(
     if config.dataset in EVALUATED_ONLY:
         raise UsageError(f"--dataset {config.dataset} is there to evaluate on, with evaluate.py; train on another")
     world = distributed.world_size()
+    config, told = with_val_share(config)
     train, val, window, notes = open_sets(config, revision, classes)
     config, lines = config.fitted(len(train), derived, world)
     config.check_world(world)
@@ -180,7 +181,7 @@ def get_data_loaders(
     if not len(train_loader):
         raise UsageError(_too_large(config, "batch_size" in derived, len(train)))
     val_loader = evaluation_loader(config, device, val)
-    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in notes), *lines])
+    data = Data(train_loader, val_loader, config, [*(f"note      {line}" for line in (*told, *notes)), *lines])
     facts: dict[str, Any] = {"the steps of an epoch": len(train_loader), "the images": (len(train), len(val))}
     facts |= {"the classes": data.classes, "the dataset's commit": data.revision}
     distributed.require_agreement(facts, DataError)

@@ -45,9 +45,7 @@ def _open_splits(
             raise DataError(
                 f"{folder / split} has no class folders; --data_dir needs train/ and val/ with a folder a class"
             )
-        inner = [f"{part.name}/{sub.name}/" for part in _class_folders(folder) for sub in _class_folders(part)]
-        layout = layout_of([*inner, *(f"{part.name}/" for part in _class_folders(folder))])
-        if not whole or (inner and layout.split_level == 0):
+        if not whole or not is_unsplit(folder, split):
             raise DataError(
                 f"{folder / split} is not a folder of class folders; --data_dir needs train/ and val/ with a folder a "
                 "class, or with --val_share 0.1, which holds out a part for validation, a folder a class; "
@@ -91,6 +89,15 @@ def _require_classes(folder: Path, splits: Sequence[str]) -> None:
     layout = layout_of([*inner, *(f"{part.name}/" for part in _class_folders(folder))])
     if splits and inner and layout.split_level == 0:
         raise DataError(f"{folder} has no folder {' or '.join(splits)}; name the one to evaluate with --val_split")
+
+
+def is_unsplit(folder: Path, split: str) -> bool:
+    """Whether a folder has class folders, and neither a folder for the split nor one for another."""
+    parts = _class_folders(folder)
+    if not parts or _class_folders(folder / split):
+        return False
+    inner = [f"{part.name}/{sub.name}/" for part in parts for sub in _class_folders(part)]
+    return not inner or layout_of([*inner, *(f"{part.name}/" for part in parts)]).split_level != 0
 
 
 def _class_folders(folder: Path) -> list[Path]:

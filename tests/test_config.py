@@ -99,6 +99,8 @@ def test_help_and_config_import_nothing_heavy(front_door: str) -> None:
         (["--dataset", "cifar100"], 32, 128, 30, 5e-4),
         (["--dataset", "imagenet1k"], 224, 256, 90, 1e-4),
         (["--dataset", "imagefolder", "--data_dir", "photos"], 224, 256, 90, 1e-4),
+        (["--data_dir", "photos"], 224, 256, 90, 1e-4),
+        (["--dataset_name", "a/b"], 224, 256, 90, 1e-4),
         (["--dataset", "hf", "--dataset_name", "timm/mini-imagenet"], 224, 256, 90, 1e-4),
     ],
 )
@@ -166,9 +168,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "--freeze_backbone 10": ("--freeze_backbone 10", "--epochs 10"),
     "--lr_start 1 --lr_end 0.1": ("--lr_end", "--lr_start"),
     "--dataset hf": ("--dataset_name",),
-    "--dataset_name a/b": ("--dataset_name", "--dataset hf"),
+    "--dataset digits --dataset_name a/b": ("--dataset_name", "--dataset hf"),
     "--dataset cifar10 --dataset_name a/b": ("--dataset_name", "cifar10"),
     "--dataset imagefolder": ("--data_dir", "train/", "val/"),
+    "--dataset digits --data_dir photos": ("--dataset digits", "--data_dir"),
+    "--dataset hf --dataset_name a/b --data_dir photos": ("--dataset hf", "--data_dir", "--dataset_name"),
     "--epochs 0": ("--epochs 0", "1"),
     "--warmup_epochs 10": ("--warmup_epochs 10", "--epochs 10"),
     "--batch_size 60 --streams 8": ("60", "8", "56 or 64"),
@@ -318,7 +322,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
 
 
 def test_kept_settings_may_change_on_a_resume_and_stay_otherwise() -> None:
-    before = saved("--log_steps", "7", "--ledger")
+    before = saved("--log_steps", "7", "--ledger", "--data_dir", "photos")
     assert resume(before, {}).log_steps == 7
     after = resume(before, {"log_steps": 9, "data_dir": "elsewhere", "save_best": True})
     assert (after.log_steps, after.data_dir, after.save_best, after.ledger) == (9, "elsewhere", True, True)

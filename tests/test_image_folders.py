@@ -141,13 +141,27 @@ def test_classes_that_are_called_like_splits_are_classes(tmp_path: Path) -> None
     assert len(data) == 8
 
 
-def test_without_a_split_the_refusal_names_the_flag_that_helps(tmp_path: Path) -> None:
-    make_classes(tmp_path / "flat")
+def test_without_validation_the_refusal_names_the_flag_that_helps(tmp_path: Path) -> None:
     make_classes(tmp_path / "split" / "train")
-    for folder in ("flat", "split"):
-        done = run("--dataset", "imagefolder", "--data_dir", tmp_path / folder, *QUICK, "--run_dir", tmp_path / "run")
-        assert (done.status, done.err.count("\n")) == (3, 1)
-        assert "--val_share 0.1" in done.err
+    done = run("--data_dir", tmp_path / "split", *QUICK, "--run_dir", tmp_path / "run")
+    assert (done.status, done.err.count("\n")) == (3, 1)
+    assert "--val_share 0.1" in done.err
+
+
+def test_a_folder_of_class_folders_is_enough(tmp_path: Path) -> None:
+    make_classes(tmp_path / "photos", each=10)
+    done = train("--data_dir", tmp_path / "photos", *QUICK, "--batch_size", 8, "--run_dir", tmp_path / "run")
+    assert "has no splits: --val_share 0.2 of each class is held out" in done.out
+    assert "16 for training, 4 for validation" in done.out
+    resumed = train("--resume_from", tmp_path / "run", "--override", "epochs=2")
+    assert "16 for training, 4 for validation" in resumed.out
+
+
+def test_splits_of_other_names_are_not_taken_for_classes(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train_images")
+    make_classes(tmp_path / "test")
+    done = run("--data_dir", tmp_path, *QUICK, "--run_dir", tmp_path / "run")
+    assert (done.status, done.err.count("\n")) == (3, 1)
 
 
 @pytest.mark.parametrize("split", ["", "train"])
