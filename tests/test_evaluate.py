@@ -320,8 +320,8 @@ def test_any_number_of_ranks_writes_the_same_files_and_counts_97_images_once(tmp
         (data / "cat" / f"{number}.png").unlink()
     torch.manual_seed(0)
     torch.save(models.resnet18(num_classes=3).state_dict(), tmp_path / "model.pth")
-    flags = ("--eval_size", 64, "--num_workers", 0, "--batch_size", 12, "--temperature")
-    flags += ("--dataset", "imagefolder", "--data_dir", data)
+    given = ("--eval_size", 64, "--num_workers", 0, "--batch_size", 12, "--temperature")
+    flags = (*given, "--dataset", "imagefolder", "--data_dir", data)
     told, files = [], []
     for ranks in (1, 2, 3):
         out = tmp_path / str(ranks)
