@@ -28,10 +28,11 @@ from results.settings import FLAGS
 def main(argv: Sequence[str] | None = None) -> int:
     """The front door. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_front_door(lambda: evaluate(_parse(arguments)), debug="--debug" in arguments)
+    return run_front_door(lambda: evaluate(parse(arguments)), debug="--debug" in arguments)
 
 
-def _parse(argv: list[str]) -> dict[str, Any]:
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The flags that were given, by name, and `source`. Raises UsageError."""
     parser = door_parser(Config, "evaluate.py", __doc__ or "", FLAGS)
     group = parser.add_argument_group("evaluation")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}

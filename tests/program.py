@@ -80,10 +80,12 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | own | {"OMP_NUM_THREADS": "1"} | changes
 
 
-def start(*arguments: object, ranks: int = 0, restarts: int = 0, **env: str) -> "subprocess.Popen[str]":
+def start(
+    *arguments: object, ranks: int = 0, restarts: int = 0, door: str = "main.py", **env: str
+) -> "subprocess.Popen[str]":
     """A process of its own, or with `ranks` torchrun with so many; whoever starts it must wait for it."""
     launcher = [*TORCHRUN, str(ranks), "--max_restarts", str(restarts)] if ranks else []
-    command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, arguments)]
+    command = [sys.executable, *launcher, str(ROOT / door), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
 

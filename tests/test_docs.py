@@ -11,6 +11,7 @@ from program import ROOT, run
 from torch import nn
 
 import config
+import evaluate
 from training import step
 
 DOCUMENTS = ["docs/LR_FINDER_USAGE.md", "docs/ONECYCLE_LR_GUIDE.md"]
@@ -26,10 +27,14 @@ def commands(document: str) -> list[str]:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "README.md"])
 def test_every_command_has_flags_that_exist(document: str) -> None:
-    front_doors = [command for command in commands(document) if re.search(r"\b(main|run_lr_finder)\.py", command)]
+    front_doors = [
+        command for command in commands(document) if re.search(r"\b(main|run_lr_finder|evaluate)\.py", command)
+    ]
     assert front_doors
     for command in front_doors:
-        config.parse("", "", shlex.split(command.partition(".py")[2]))
+        door, _, flags = command.partition(".py")
+        parse = evaluate.parse if door.endswith("evaluate") else lambda argv: config.parse("", "", argv)
+        parse(shlex.split(flags))
 
 
 @pytest.mark.slow
