@@ -93,8 +93,8 @@ def _require_classes(folder: Path, splits: Sequence[str]) -> None:
 
 def is_unsplit(folder: Path, split: str) -> bool:
     """Whether a folder has class folders, and neither a folder for the split nor one for another."""
-    parts = _class_folders(folder)
-    if not parts or _class_folders(folder / split):
+    parts, named = _class_folders(folder), folder / split
+    if not parts or _class_folders(named) or (named.is_dir() and not any(images_in(named, Counter()))):
         return False
     inner = [f"{part.name}/{sub.name}/" for part in parts for sub in _class_folders(part)]
     return not inner or layout_of([*inner, *(f"{part.name}/" for part in parts)]).split_level != 0

@@ -333,3 +333,14 @@ def test_a_folder_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "place", ["weights.safetensors", "weights.pth", "folder/config.json", "folder/imagenet1k.json"]
+)
+def test_a_pipe_in_the_place_of_a_model_holds_nothing_up(place: str, tmp_path: Path) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(DataError):
+        open_source(str(path if path.suffix != ".json" else path.parent))

@@ -19,6 +19,7 @@ from config import Config, resolve, resume
 from errors import DataError, SnapshotError, UsageError
 from model_resnet50 import CIFAR_STEM_UP_TO, build_model, head_of, load_weights, read_transformers_resnet
 from stream.explain import one_line_errors
+from stream.files import read_small
 from stream.retry import Network, patiently
 from training import snapshot as snapshots
 from training.weight_files import read_weights, resnet_of
@@ -109,8 +110,10 @@ def open_source(text: str, which: str | None = None, model: str = "auto", patien
     path = Path(text).expanduser()
     if path.is_dir():
         source = _of_folder(path, which)
-    elif path.exists():
+    elif path.is_file():
         source = _of_file(path, which, model)
+    elif path.exists():
+        raise DataError(f"{text} is neither a folder nor a file; give a model")
     elif HUB_ID.fullmatch(text) and path.suffix not in (".pth", ".pt", ".safetensors"):
         source = _of_folder(_fetched(text, patience), None, text)
     else:
@@ -163,7 +166,7 @@ def _of_folder(folder: Path, which: str | None, told: str | None = None) -> Sour
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty without a file. Raises DataError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_small(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
