@@ -8,5 +8,6 @@ Export
     sampling     resizing and cropping as products with matrices, in a graph of any image size
     agreement    the images that an export is compared on, and how far it may differ
     card         the model card
+    snippets     the code of the card that loads an export
     publishing   sending an export to the Hub
 """
