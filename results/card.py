@@ -205,7 +205,9 @@ def _preprocessing(order: Order) -> str:
     size, short = source.settings["eval_size"], short_side(source)
     mean, std = channels_of(source)
     kind = source.settings["eval_interpolation"]
-    told = f"The short side is resized to {short} pixels ({filter_of(source)}, antialiased), the middle {size} x {size} "
+    told = (
+        f"The short side is resized to {short} pixels ({filter_of(source)}, antialiased), the middle {size} x {size} "
+    )
     told += f"are kept, and pixels in 0..1 are normalised with mean {mean} and deviation {std}."
     if order.format in PROGRAMS:
         how = "by areas where the image shrinks and bilinear where it grows" if kind == "fast" else filter_of(source)

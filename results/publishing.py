@@ -13,7 +13,9 @@ def require_repo_id(hub_id: str) -> None:
     try:
         validate_repo_id(hub_id)
     except HFValidationError as error:
-        raise UsageError(f"--push_to_hub {printable(hub_id)} is no id of a repository; give one like NAME/MODEL") from error
+        raise UsageError(
+            f"--push_to_hub {printable(hub_id)} is no id of a repository; give one like NAME/MODEL"
+        ) from error
 
 
 def describe(folder: Path, hub_id: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Resizing and cropping as products with two matrices, made of tensors only, so that a graph of any image size holds it.
+"""Resizing and cropping as products with two matrices, made of tensors only, for graphs of any image size.
 
 The matrices are computed from the image's height and width; of the resized image only the crop is. The filters are
 those of Pillow (Pillow's Resample.c) and of cv2 as albumentations calls it, which is what `eval_transform` uses.

@@ -5,10 +5,11 @@ import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("stream", "training")
+WINGS = ("stream", "training", "results")
 LAYERS = (
     {"main"},
-    {"run_lr_finder"},
+    {"run_lr_finder", "export"},
+    {"results"},
     {"train"},
     {"preflight", "lr_finder", "visualization"},
     {"preprocess", "training"},
