@@ -85,7 +85,11 @@ def loaded(name: str, folder: Path) -> tuple[Any, Any]:
 
         made = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         told = timm.data.resolve_model_data_config(made)
-        assert (told["input_size"], told["interpolation"], int(64 / told["crop_pct"])) == ((3, 64, 64), "bilinear", 73)
+        assert (tuple(told["input_size"]), told["interpolation"], int(64 / told["crop_pct"])) == (
+            (3, 64, 64),
+            "bilinear",
+            73,
+        )
         return made, timm.data.create_transform(**told)
     from safetensors.torch import load_file
     from torchvision import models, transforms

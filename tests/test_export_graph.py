@@ -1,5 +1,6 @@
 """The preprocessing inside programs is that of evaluation, and evaluation's is that of the libraries."""
 
+import functools
 import io
 from typing import Any
 
@@ -42,9 +43,10 @@ def test_the_graph_resizes_and_cuts_images_of_any_size_as_evaluation_does(kind: 
         theirs = graph(torch.from_numpy(image)).permute(1, 2, 0).numpy()
         apart = np.abs(ours(image, (0, 0, 0)).astype(int) - theirs.astype(int))
         assert apart.max() <= 1, (height, width)
-        assert apart.mean() <= 0.05, (height, width)
+        assert apart.mean() <= 0.1, (height, width)
 
 
+@functools.cache
 def pictures() -> list[Image.Image]:
     """200 crops like photographs."""
     generator, found = np.random.default_rng(5), []
