@@ -89,7 +89,9 @@ def _handler_of(hub: PushHub) -> type[BaseHTTPRequestHandler]:
                 )
             elif "/commit/" in path:
                 hub.commit([json.loads(line) for line in body.splitlines()])
-                self._answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.url}/commit/1"})
+                self._answer(
+                    {"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.url}/me/birds/commit/{1:040}"}
+                )
             elif path.startswith("/api/models/"):
                 name = "/".join(path.split("/")[3:5])
                 sha = "0" * 40
@@ -102,6 +104,7 @@ def _handler_of(hub: PushHub) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("Connection", "close")  # so that a closed hub answers nobody
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
