@@ -118,7 +118,7 @@ def _share_of_same(theirs: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 def images_of(source: Source) -> tuple[list[bytes], str]:
-    """Encoded images to compare an export on, and what they are: of the source's own validation set if it is at hand."""
+    """Encoded images to compare an export on, and what they are: the source's validation images if they are at hand."""
     own = _validation_images(source)
     if len(own) == IMAGES:
         return own, "validation images"

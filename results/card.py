@@ -10,7 +10,6 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from config import Config
 from errors import printable, redact

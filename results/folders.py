@@ -82,7 +82,7 @@ def _load_transformers(order: Order, folder: Path, classes: int) -> Loaded:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor: Any = AutoImageProcessor.from_pretrained(folder)
     return Loaded(
         lambda inputs: model(pixel_values=inputs).logits,
         lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0],

@@ -1,5 +1,6 @@
 """Programs with the whole preprocessing inside: one image, uint8 (H, W, 3) of any size, in; probabilities out."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def write_program(order: Order, model: nn.Module, folder: Path) -> None:
     settings = order.source.settings
     mean, std = channels_of(order.source)
     crop = ResizedCrop(short_side(order.source), settings["eval_size"], settings["eval_interpolation"])
+    model.requires_grad_(False)  # so that what a loaded program returns is free of it
     program = Program(crop, Normalize(tuple(mean), tuple(std)), model, order.precision == "fp16").eval()
     example = torch.zeros(96, 80, 3, dtype=torch.uint8)
     sizes = {"image": {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}}
@@ -89,10 +91,6 @@ def load_program(order: Order, folder: Path, classes: int) -> Loaded:
 
 
 def _require_onnx() -> None:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as error:
-        raise UsageError(f"{MISSING} ({error.name} is missing)") from error
-    assert onnx and onnxruntime and onnxscript
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"{MISSING} ({name} is missing)")

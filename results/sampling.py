@@ -97,7 +97,8 @@ class ResizedCrop(nn.Module):
         kept = torch.floor(between * (STEPS / 16))
         above, below, part = self._neighbours(rows, *down)
         ends = [(of.float() @ kept).double() * weight for of, weight in ((above, 1 - part), (below, part))]
-        return torch.floor(sum(torch.floor(end * (STEPS / 65536)) for end in ends) / 4 + 0.5).float()
+        upper, lower = (torch.floor(end * (STEPS / 65536)) for end in ends)
+        return torch.floor((upper + lower) / 4 + 0.5).float()
 
     def _neighbours(
         self, places: torch.Tensor, old: torch.Tensor, new: torch.Tensor

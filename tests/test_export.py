@@ -5,6 +5,7 @@ import io
 import json
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from training.sources import open_source
 
 WITH_WEIGHTS = ("transformers", "timm", "torchvision")
 PROGRAMS = ("onnx", "torch_export")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_images() -> Iterator[None]:
+    """Exports are compared in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "IMAGES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,7 @@ def exports(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("exports")
     for name in (*WITH_WEIGHTS, *PROGRAMS):
         done = export_to(source, name, folder / name, "--license", "apache-2.0")
-        assert "compared  50 generated images and photographs" in done.out
+        assert "compared  8 generated images and photographs" in done.out
     return {name: folder / name for name in (*WITH_WEIGHTS, *PROGRAMS)}
 
 
@@ -116,14 +125,14 @@ def test_a_program_gives_the_models_probabilities_for_encoded_images_of_any_size
         assert session.get_inputs()[0].shape == ["height", "width", 3]
         program = lambda pixels: session.run(["probabilities"], {"image": pixels})[0]
     else:
-        module = torch.export.load(exports[name] / "model.pt2").module()
+        module: Any = torch.export.load(exports[name] / "model.pt2").module()
         program = lambda pixels: module(torch.tensor(pixels)).numpy()
     for image, expected in zip(images, ours, strict=True):
         pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
         assert np.abs(program(pixels) - expected.numpy()).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", (*WITH_WEIGHTS, *PROGRAMS))
+@pytest.mark.parametrize("name", [*WITH_WEIGHTS, *PROGRAMS])
 def test_the_code_of_the_card_runs_and_names_the_class(
     name: str, source: Path, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -211,6 +220,16 @@ def test_an_export_that_differs_is_an_error_and_leaves_nothing(
     assert (done.status, done.err.count("\n")) == (1, 1)
     assert "does not compute what the model does" in done.err
     assert [*(tmp_path / "new").iterdir()] == []
+
+
+def test_fifty_validation_images_of_the_run_are_compared_where_they_are_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(agreement, "IMAGES", 50)
+    folder = make_run(tmp_path / "run", [*map(str, range(10))], dataset="digits", dataset_name=None, image_size=8)
+    for name in ("torchvision", "torch_export"):
+        assert "compared  50 validation images" in export_to(folder, name, tmp_path / name).out
 
 
 def test_only_an_earlier_export_is_replaced(source: Path, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Source:
     """Weights by name, and what belongs to them.
 
     `model` is what --model takes. `settings` are those flags that the images need to suit the weights, PREPROCESSING
-    and those of `options`. `config` and `state` are the run's, of a snapshot. `told` says where the weights are from, `averaged` whether they are a run's average.
+    and those of `options`. `config` and `state` are the run's, of a snapshot. `told` says where the weights are from,
+    `averaged` whether they are a run's average.
     """
 
     told: str
