@@ -46,7 +46,9 @@ def load_folder(order: Order, folder: Path, classes: int) -> Loaded:
 
 def _write_transformers(order: Order, weights: dict[str, torch.Tensor], folder: Path) -> None:
     from transformers import ResNetConfig, ResNetForImageClassification
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     source, name = order.source, resnet_name(order.source)
     names = class_names(source, len(weights["fc.weight"]))
     config = ResNetConfig(

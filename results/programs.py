@@ -1,6 +1,7 @@
 """Programs with the whole preprocessing inside: one image, uint8 (H, W, 3) of any size, in; probabilities out."""
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,11 @@ def _write_onnx(order: Order, traced: Any, folder: Path) -> None:
 
         exact = whole.with_suffix(".fp32")
         whole.rename(exact)
-        quantize_dynamic(exact, whole, weight_type=QuantType.QUInt8)
+        logging.disable(logging.WARNING)  # it advises a preparation that the exporter has done
+        try:
+            quantize_dynamic(exact, whole, weight_type=QuantType.QUInt8)
+        finally:
+            logging.disable(logging.NOTSET)
         exact.unlink()
 
 
