@@ -114,6 +114,7 @@ def test_a_program_gives_the_models_probabilities_for_encoded_images_of_any_size
 ) -> None:
     images = photographs(8)
     ours = logits_of(source, images).softmax(1)
+    program: Any
     if name == "onnx":
         import onnx
         import onnxruntime
