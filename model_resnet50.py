@@ -326,6 +326,23 @@ def _torchvision_name(name: str) -> str:
     return f"{prefix}.{'bn' if is_norm else 'conv'}{int(inner[1]) + 1}.{leaf}"
 
 
+def transformers_name(name: str) -> str:
+    """A parameter's name in torchvision's ResNet -> its name in transformers', the inverse of `_torchvision_name`."""
+    first, *path = name.split(".")
+    if first == "fc":
+        return f"classifier.1.{path[-1]}"
+    if not first.startswith("layer"):
+        part = "normalization" if first == "bn1" else "convolution"
+        return f"resnet.embedder.embedder.{part}.{path[-1]}"
+    block, inner, *rest = path
+    prefix = f"resnet.encoder.stages.{int(first[-1]) - 1}.layers.{block}"
+    if inner == "downsample":
+        part = "normalization" if rest[0] == "1" else "convolution"
+        return f"{prefix}.shortcut.{part}.{rest[-1]}"
+    part = "normalization" if inner.startswith("bn") else "convolution"
+    return f"{prefix}.layer.{int(inner[-1]) - 1}.{part}.{rest[-1]}"
+
+
 def describe(model: nn.Module, image_size: int) -> str:
     """One line: name, stem, parameters, size in float32, and GMACs (billions of multiply-adds) of a forward pass."""
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -47,6 +47,7 @@ def build_from_library(
             reason = reason or " ".join(str(error).split())
             continue
         model.name = name  # type: ignore[assignment]
+        model.made_with = options | sizes  # type: ignore[assignment]
         return model
     raise UsageError(f"--model {name} does not work with --image_size {image_size} ({reason[:200]}); give another")
 

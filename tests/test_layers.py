@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WINGS = ("stream", "training", "results")
 LAYERS = (
     {"main"},
-    {"run_lr_finder", "evaluate", "predict"},
+    {"run_lr_finder", "evaluate", "predict", "export"},
     {"results"},
     {"train"},
     {"preflight", "lr_finder", "visualization"},

@@ -4,6 +4,7 @@ It is a run folder, a snapshot, a folder that export.py wrote, a transformers or
 of torchvision or timm. No pickle is run: .pth files are read with `weights_only`.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import nn
 
 from config import Config, resolve, resume
 from errors import DataError, SnapshotError, UsageError
+from flags import channels
 from model_resnet50 import CIFAR_STEM_UP_TO, build_model, head_of, load_weights, read_transformers_resnet
 from stream.explain import one_line_errors
 from stream.files import read_small
@@ -28,6 +30,7 @@ SIDECAR = "imagenet1k.json"  # beside exported weights: model, options, layout, 
 OPTIONS = ("drop_path", "blurpool", "zero_init_gamma")
 PREPROCESSING = ("image_size", "eval_size", "eval_crop_pct", "eval_interpolation", "mean", "std")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MOST_PIXELS = 4096  # a side of what a model is evaluated on
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 FOREIGN = {"eval_size": 224, "eval_crop_pct": 0.875, "eval_interpolation": "bilinear"}  # torchvision's first weights
 
@@ -37,7 +40,8 @@ class Source:
     """Weights by name, and what belongs to them.
 
     `model` is what --model takes. `settings` are those flags that the images need to suit the weights, PREPROCESSING
-    and those of `options`. `config` and `state` are the run's, of a snapshot. `told` says where the weights are from.
+    and those of `options`. `config` and `state` are the run's, of a snapshot. `told` says where the weights are from,
+    `averaged` whether they are a run's average.
     """
 
     told: str
@@ -49,6 +53,7 @@ class Source:
     config: Config | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
+    averaged: bool = False
 
     def build(self) -> nn.Module:
         """The model with these weights, on the CPU, for evaluation. Raises UsageError, DataError."""
@@ -210,7 +215,7 @@ def _of_snapshot(found: snapshots.Snapshot, which: str | None) -> Source:
     if model == "auto":
         model = resnet_of(weights) or model
     run = found.path.parent.parent if found.path.parent.name == "snapshots" else None
-    return Source(told, model, weights, classes, settings, options, config, state, run)
+    return Source(told, model, weights, classes, settings, options, config, state, run, part == "ema.")
 
 
 def _of_export(folder: Path, told: str) -> Source:
@@ -218,17 +223,32 @@ def _of_export(folder: Path, told: str) -> Source:
     if not (folder / "model.safetensors").is_file():
         raise DataError(f"{told} holds a program and no weights; give the run, or one of its exports with weights")
     try:
-        model, classes, settings = str(kept["model"]), [str(name) for name in kept["classes"]], dict(kept["settings"])
+        model, classes = str(kept["model"]), [str(name) for name in kept["classes"]]
         options = {name: kept["options"][name] for name in OPTIONS}
-        settings = {name: settings[name] for name in PREPROCESSING}
-        layout = kept["layout"]
-    except (LookupError, TypeError, ValueError) as error:
+        settings = _checked({name: kept["settings"][name] for name in PREPROCESSING})
+        is_resnet = kept["layout"] == "transformers" and _json(folder / "config.json").get("model_type") == "resnet"
+    except (LookupError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise DataError(f"{folder / SIDECAR} is not what export.py writes; export the model again") from error
-    if layout == "transformers":
+    if is_resnet:
         _, weights, _ = read_transformers_resnet(str(folder))
     else:
         weights = read_weights(folder / "model.safetensors")
     return Source(told, model, weights, classes, settings, options)
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of preprocessing from a file, of the types that flags have. Raises TypeError, ValueError."""
+    sizes, share = [settings[name] for name in ("image_size", "eval_size")], settings["eval_crop_pct"]
+    if not all(type(size) is int and 0 < size <= MOST_PIXELS for size in sizes):
+        raise ValueError(sizes)
+    if share is not None and not 0 < float(share) <= 1:
+        raise ValueError(share)
+    if settings["eval_interpolation"] not in ("fast", *RESAMPLE.values()):
+        raise ValueError(settings["eval_interpolation"])
+    for name in ("mean", "std"):
+        if settings[name] is not None:
+            channels(settings[name])
+    return settings
 
 
 def _of_timm(folder: Path, config: dict[str, Any], told: str) -> Source:

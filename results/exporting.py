@@ -1,0 +1,96 @@
+"""An export from its source to its folder: written beside it, loaded again, compared, and only then put in place."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from errors import SnapshotError, UsageError
+from model_resnet50 import head_of
+from results.agreement import Agreement, compare, images_of
+from results.card import model_card, origin
+from results.folders import load_folder, write_folder
+from results.formats import FILES, PROGRAMS, Order, class_names, require_place
+from results.programs import load_program, write_program
+from training.sources import OPTIONS, PREPROCESSING, SIDECAR
+
+
+def export(order: Order, tell: Callable[[str], None]) -> Agreement:
+    """Make the export; `tell` prints a line. The folder appears complete and checked, or not at all.
+
+    Raises UsageError for what the format has no place for and a folder that is in use, DisagreementError.
+    """
+    require_place(order.source, order.format, order.precision)
+    require_free(order.out)
+    order.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{order.out.name}.", dir=order.out.parent))
+    try:
+        agreement = _fill(order, temporary, tell)
+        temporary.chmod(0o777 & ~_umask())
+        _put_in_place(temporary, order.out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return agreement
+
+
+def require_free(out: Path) -> None:
+    """Refuse a folder with anything else in it than an earlier export. Raises UsageError."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"--out {out} is no folder; give another")
+    names = {path.name for path in out.iterdir()}
+    if names and (SIDECAR not in names or names - FILES):
+        odd = sorted(names - FILES) or sorted(names)
+        raise UsageError(f"--out {out} holds something else than an export ({odd[0]}); give an empty or a new folder")
+
+
+def _fill(order: Order, folder: Path, tell: Callable[[str], None]) -> Agreement:
+    source = order.source
+    model = source.build()
+    classes = len(model.get_submodule(head_of(model)).weight)  # type: ignore[arg-type]
+    is_program = order.format in PROGRAMS
+    (write_program if is_program else write_folder)(order, model, folder)
+    loaded = (load_program if is_program else load_folder)(order, folder, classes)
+    agreement = compare(order, loaded, *images_of(source))
+    tell(f"compared  {agreement}")
+    kept: dict[str, Any] = {
+        "model": source.model,
+        "options": {name: source.options.get(name) for name in OPTIONS},
+        "layout": order.format,
+        "classes": class_names(source, classes),
+        "settings": {name: source.settings[name] for name in PREPROCESSING},
+        "precision": order.precision,
+        "source": origin(source),
+    }
+    (folder / SIDECAR).write_text(json.dumps(kept, indent=2))
+    curves = source.run / "plots" / "curves.png" if source.run else None
+    if curves is not None and curves.is_file():
+        shutil.copyfile(curves, folder / "curves.png")
+    card = model_card(order, agreement, kept["classes"], sorted(path.name for path in folder.iterdir()))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return agreement
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Give the finished folder its name, in place of an earlier export."""
+    try:
+        if out.exists():
+            earlier = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            out.rename(earlier)
+            temporary.rename(out)
+            shutil.rmtree(earlier)
+        else:
+            temporary.rename(out)
+    except OSError as error:
+        raise SnapshotError(f"cannot write {out} ({error.strerror}); give another --out") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
