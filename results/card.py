@@ -153,7 +153,7 @@ def _figures_text(source: Source, figures: dict[str, float], has_curves: bool) -
         told = f"On the run's validation images, at step {int(source.state['step'])}:"
         parts.append("\n".join([told, "", "| figure | value |", "|---|---|", *rows]))
     for path in sorted((source.run / "evaluation").glob("*/evaluation.json")) if source.run else []:
-        found = _numbers(path)
+        found = _numbers(path, source)
         if found:
             rows = [f"| {name} | {_figure(name, value)} |" for name, value in found.items()]
             told = f"As evaluate.py left it with the run, on {plain(path.parent.name)}:"
@@ -163,11 +163,14 @@ def _figures_text(source: Source, figures: dict[str, float], has_curves: bool) -
     return "\n\n".join(parts) or "None are recorded with these weights."
 
 
-def _numbers(path: Path) -> dict[str, float]:
+def _numbers(path: Path, source: Source) -> dict[str, float]:
+    """The figures of an evaluation; none of one of other weights of the run."""
     try:
         found = json.loads(path.read_text())
+        if found["source"].rpartition(": ")[2] != source.told.rpartition(": ")[2]:
+            return {}
         return {name: float(found[name]) for name in FIGURES if isinstance(found.get(name), int | float)}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
