@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WINGS = ("stream", "training")
 LAYERS = (
     {"main"},
-    {"run_lr_finder"},
+    {"run_lr_finder", "dry_run"},
     {"train"},
     {"preflight", "lr_finder", "visualization"},
     {"preprocess", "training"},
