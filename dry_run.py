@@ -163,8 +163,8 @@ def time_lines(config: Config, times: Times, data: Data, progress: Progress) -> 
         f"time      {_of_steps(times, config.batch_size)}; {_of_data(times, config.batch_size, overlap)}",
         f"          about {epoch} an epoch of {steps:,} steps, {duration(validation)} of it for the evaluation of "
         f"{len(data.val):,} batches",
-        f"          about {duration(whole)} for {epochs_left:,} epochs, {remaining:,} steps, without pictures, snapshots "
-        "and waiting for the network",
+        f"          about {duration(whole)} for {epochs_left:,} epochs, {remaining:,} steps, without pictures, "
+        "snapshots and waiting for the network",
     ]
 
 
@@ -232,10 +232,8 @@ def changed_settings(config: Config) -> list[str]:
     """The settings that are not the dataset's defaults, as flags."""
     values = asdict(config)
     usual = asdict(resolve({name: values[name] for name in LABELS if values[name]}))
-    skipped = {"dry_run", "debug", "resume_from", "override"}
-    return [_as_flag(name, value) for name, value in values.items() if name not in skipped and value != usual[name]] + [
-        f"--{name} {redact(str(values[name]))}" for name in LABELS if values[name] and values[name] is not True
-    ]
+    changed = [name for name in values if values[name] != usual[name] and name not in NO_SETTINGS]
+    return [_as_flag(name, values[name]) for name in [*(name for name in LABELS if values[name]), *changed]]
 
 
 def _as_flag(name: str, value: Any) -> str:

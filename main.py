@@ -47,6 +47,11 @@ def _run(argv: list[str]) -> None:
     given = configuration.parse("main.py", __doc__ or "", argv)
     if given.get("find_lr"):
         raise SystemExit(run_lr_finder.main(argv))
+    if given.get("doctor"):
+        from doctor import examine
+
+        examine(given)
+        return
 
     import distributed
     from preflight import describe_data, in_passes_that_fit
