@@ -23,6 +23,7 @@ from machine import Gpu, Machine
 from preflight import as_size, free_bytes
 from speed import Speed
 from stream import jpeg, reach
+from stream.cache import FileStore
 from stream.decode_pool import PROCESS_BYTES
 from stream.reach import Reach
 
@@ -59,11 +60,19 @@ class Line(NamedTuple):
         return f"{self.mark:<8}{self.topic:<11}{redact(self.text)}"
 
 
+class Room(NamedTuple):
+    """A folder, the free bytes of its disk, and the bytes that it holds."""
+
+    folder: Path
+    free: int
+    held: int
+
+
 @dataclass(frozen=True)
 class Facts:
     """What was found. `threads` are PyTorch's; `cuda` is what it was built for; `driver` is NVIDIA's, if there is one.
 
-    `disks` are the free bytes of folders by their use; `packages` are versions, None of those that are missing.
+    `disks` are the rooms of folders by their use; `packages` are versions, None of those that are missing.
     """
 
     machine: Machine
@@ -79,7 +88,7 @@ class Facts:
     revision: str = ""
     jpeg_library: str | None = None
     compiler: str | None = None
-    disks: Mapping[str, tuple[Path, int]] = field(default_factory=dict)
+    disks: Mapping[str, Room] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
 
 
@@ -121,7 +130,7 @@ def find(config: Config, measured: Config) -> Facts:
         revision=machine.told_by("git", "describe", "--always", "--dirty"),
         jpeg_library=jpeg.library_path() if jpeg.can_decode_regions() else None,
         compiler=next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None),
-        disks={use: (folder, free_bytes(folder)) for use, folder in _folders(config).items()},
+        disks={use: _room(folder) for use, folder in _folders(config).items()},
         packages={name: machine.package_version(name) for name in (*PACKAGES, *OPTIONAL)},
     )
 
@@ -136,6 +145,10 @@ def _folders(config: Config) -> dict[str, Path]:
     if config.no_streaming:
         folders["downloads"] = Path(constants.HF_HUB_CACHE)
     return folders
+
+
+def _room(folder: Path) -> Room:
+    return Room(folder, free_bytes(folder), sum(FileStore(folder).sizes().values()))
 
 
 def report(facts: Facts, config: Config, measured: Config) -> Iterator[Line]:
@@ -248,21 +261,19 @@ def of_memory(facts: Facts, config: Config) -> Iterator[Line]:
 
 def of_disks(facts: Facts, config: Config) -> Iterator[Line]:
     """The room in each folder against what a run puts there."""
-    for use, (folder, free) in facts.disks.items():
+    flags = {"snapshots": "--run_dir", "cache": "--cache_limit_gb or --cache_dir", "downloads": "HF_HOME"}
+    for use, room in facts.disks.items():
         need, what = 0.0, ""
         if use == "snapshots" and facts.speed.snapshot:
             count = config.keep_snapshots + 1 + config.save_best + (config.scheduler == "trapezoid")
-            need, what = count * facts.speed.snapshot, f" for {count} snapshots of {as_size(facts.speed.snapshot)}"
-        elif config.dataset == "imagenet1k" and not config.dummy_data and not config.max_samples:
-            need = min(
-                IMAGENET_BYTES, (config.cache_limit_gb or IMAGENET_BYTES) * 1e9 if use == "cache" else IMAGENET_BYTES
-            )
-            what = " for ImageNet-1K" + (", less with --cache_short_side" if use == "cache" else "")
-        told = f"{as_size(free)} free in {folder}" + (f", {as_size(need)} needed{what}" if what else "")
-        flag = {"snapshots": "--run_dir", "cache": "--cache_limit_gb or another --cache_dir", "downloads": "HF_HOME"}[
-            use
-        ]
-        mend = "" if free >= need else f": make room, or give {flag}"
+            need, what = count * facts.speed.snapshot, f"{count} snapshots of {as_size(facts.speed.snapshot)}"
+        elif use != "snapshots" and config.dataset == "imagenet1k" and not config.dummy_data and not config.max_samples:
+            limit = config.cache_limit_gb if use == "cache" else None
+            need = max(0, (min(IMAGENET_BYTES, limit * 1e9) if limit else IMAGENET_BYTES) - room.held)
+            smaller = ", less with --cache_short_side" if use == "cache" else ""
+            what = f"ImageNet-1K beyond the {as_size(room.held)} that are there{smaller}"
+        told = f"{as_size(room.free)} free in {room.folder}{f', {as_size(need)} needed for {what}' if what else ''}"
+        mend = "" if room.free >= need else f": make room, or change {flags[use]}"
         yield Line(WARNING if mend else OK, use, told + mend)
 
 
