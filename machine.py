@@ -1,5 +1,6 @@
 """What this machine has for a run, as the system tells it: cores, memory, limits, GPUs and packages."""
 
+import contextlib
 import importlib.metadata
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 UNLIMITED = 2**60  # bytes: what version 1 of cgroups tells where there is no limit is more
+PATIENCE = 5.0  # seconds for a program, as a broken driver lets nvidia-smi hang
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM name instructions
@@ -48,10 +50,12 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that PyTorch can use."""
+    """The GPUs that PyTorch sees. One that another process keeps for itself has no free memory."""
     found = []
     for number in range(torch.cuda.device_count()):
-        free, whole = torch.cuda.mem_get_info(number)
+        free, whole = 0, torch.cuda.get_device_properties(number).total_memory
+        with contextlib.suppress(RuntimeError):
+            free, whole = torch.cuda.mem_get_info(number)
         with torch.cuda.device(number):
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         found.append(Gpu(torch.cuda.get_device_name(number), whole, free, has_bf16))
@@ -149,8 +153,11 @@ def package_version(name: str) -> str | None:
 
 
 def told_by(*command: str) -> str:
-    """The first line that a program prints, nothing if it is missing or fails."""
+    """The first line that a program prints, nothing if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return ""
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""

@@ -16,9 +16,10 @@ from errors import UserError
 from preprocess import train_transform
 from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import decode_into
+from stream.retry import first_line
 from training.snapshot import SPARE_BYTES
 from training.state import Progress, capture
-from training.step import Training, build_training, is_out_of_memory, train_step
+from training.step import Training, build_training, train_step
 
 DECODE_SECONDS = 5.0
 STEP_SECONDS = 3.0
@@ -52,14 +53,12 @@ def measure(config: Config, device: torch.device) -> Speed:
     decoded, trained, snapshot, problem = None, None, None, None
     try:
         decoded = decoding_rate(config)
-    except WorkerDied:
+    except (WorkerDied, threading.BrokenBarrierError):
         problem = "a decoding process died, for lack of memory perhaps; use fewer --num_workers"
     try:
         trained, snapshot = training_rate(config, device, batch)
-    except (UserError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        problem = str(error).partition("\n")[0]
+    except (UserError, RuntimeError) as error:  # also of a GPU for which PyTorch has no kernels
+        problem = f"a step of training fails: {first_line(error)}"
     return Speed(config.num_workers, decoded, batch, trained, snapshot, problem)
 
 
@@ -85,21 +84,27 @@ def decoding_rate(config: Config) -> float:
     pool, packed = (shared_pool(threads), pack(transform)) if config.num_workers else (None, b"")
     ready = threading.Barrier(threads)
 
+    def decode_some(number: int, rounds: int) -> None:
+        out = np.empty((TASK, size, size, 3), np.uint8)
+        chosen = [photographs[(number + rounds + place) % PHOTOGRAPHS] for place in range(TASK)]
+        jobs = [Job(image, (number, rounds, place), sound=True) for place, image in enumerate(chosen)]
+        if pool is not None:
+            pool.run(packed, jobs, out)
+            return
+        for row, job in zip(out, jobs, strict=True):
+            decode_into(row, job.image, transform, job.seed, job.sound)
+
     def decode(number: int) -> float:
-        out, rounds, until = np.empty((TASK, size, size, 3), np.uint8), -1, 0.0
-        while rounds < 0 or perf_counter() < until:
-            chosen = [photographs[(number + rounds + place) % PHOTOGRAPHS] for place in range(TASK)]
-            jobs = [Job(image, (number, rounds + 1, place), sound=True) for place, image in enumerate(chosen)]
-            if pool is not None:
-                pool.run(packed, jobs, out)
-            else:
-                for row, job in zip(out, jobs, strict=True):
-                    decode_into(row, job.image, transform, job.seed, job.sound)
+        try:
+            decode_some(number, 0)
+            ready.wait()  # until all processes have started
+        except BaseException:
+            ready.abort()
+            raise
+        began, rounds = perf_counter(), 0
+        while not rounds or perf_counter() < began + DECODE_SECONDS:
             rounds += 1
-            if not rounds:  # the processes have started
-                ready.wait()
-                began = perf_counter()
-                until = began + DECODE_SECONDS
+            decode_some(number, rounds)
         return rounds * TASK / (perf_counter() - began)
 
     with ThreadPoolExecutor(threads) as executor:
@@ -109,7 +114,7 @@ def decoding_rate(config: Config) -> float:
 def training_rate(config: Config, device: torch.device, batch: int) -> tuple[float, int]:
     """Images a second that the device trains on in steps of `batch` black ones, and the bytes of a snapshot.
 
-    Raises UserError, and RuntimeError when memory runs out.
+    Raises UserError, and RuntimeError where the device cannot do it.
     """
     plain = replace(config, compile=False, class_weights=None, accumulate_steps=1)
     with contextlib.redirect_stdout(io.StringIO()):  # which tells of the model

@@ -17,6 +17,7 @@ from doctor import NOTE, OK, WARNING, Facts, Line, Room
 from machine import Gpu, Machine, cgroup_limits
 from speed import Speed
 from stream import reach
+from stream.decode_pool import Job, WorkerDied
 from stream.reach import Answer, Reach
 
 MIB, GIB = 2**20, 2**30
@@ -336,6 +337,27 @@ def test_a_step_that_fails_costs_its_line_only(monkeypatch: pytest.MonkeyPatch) 
     found = speed.measure(config, doctor.torch.device("cpu"))
     assert (found.decoded is not None, found.trained, found.snapshot) == (True, None, None)
     assert "no_such" in str(found.problem)
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_decoding_process_that_dies_costs_its_line_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        def run(self, packed: bytes, jobs: list[Job], out: object) -> None:
+            if jobs[0].seed[0]:  # all but the first, which waits for the others
+                raise WorkerDied
+
+    monkeypatch.setattr(speed, "shared_pool", lambda processes: Dying())
+    config = settings("--num_workers", "3", "--model", "resnet18", "--image_size", "32")
+    found = speed.measure(config, doctor.torch.device("cpu"))
+    assert (found.decoded, found.trained is not None) == (None, True)
+    assert "--num_workers" in str(found.problem)
+
+
+def test_a_program_that_hangs_or_is_missing_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PATIENCE", 0.1)
+    assert machine.told_by("sleep", "9") == ""
+    assert machine.told_by("no-such-program") == ""
+    assert machine.told_by("echo", "one") == "one"
 
 
 def test_other_ranks_and_the_finder_do_not_report(monkeypatch: pytest.MonkeyPatch) -> None:
