@@ -29,7 +29,7 @@ def init(device_flag: str, patience: float = 1800.0) -> torch.device:
     does not arrive reports that first. Raises UsageError for a device that this machine does not have.
     """
     global _host_group
-    device = _pick_device(device_flag)
+    device = pick_device(device_flag)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         timeout = datetime.timedelta(seconds=patience + MARGIN)
         _join("nccl" if device.type == "cuda" else "gloo", timeout)
@@ -52,7 +52,8 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
-def _pick_device(flag: str) -> torch.device:
+def pick_device(flag: str) -> torch.device:
+    """The device that --device names. Raises UsageError for one that this machine does not have."""
     if flag == "auto":
         flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if flag == "cuda" and "LOCAL_RANK" in os.environ:

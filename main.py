@@ -9,6 +9,8 @@
     python main.py ... --run_dir runs/NAME --resume_from auto          # the same command starts or resumes the run
     python main.py --resume_from runs/NAME --evaluate                  # evaluate.py on its newest snapshot
     python main.py --resume_from runs/NAME --extend_epochs 5           # a trapezoid, as if it had been planned longer
+    python main.py ... --dry_run                                       # all but training: what the run would take
+    python main.py ... --doctor                                        # is this machine ready? what will be slow?
     torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process per GPU
 
 A run writes config.json, results.csv, metrics.jsonl, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
@@ -46,6 +48,11 @@ def _run(argv: list[str]) -> None:
     given = configuration.parse("main.py", __doc__ or "", argv)
     if given.get("find_lr"):
         raise SystemExit(run_lr_finder.main(argv))
+    if given.get("doctor"):
+        from doctor import examine
+
+        examine(given)
+        return
     if given.get("evaluate"):
         source = _resume_source(given) or given.get("use_pretrained")
         if source is None:
@@ -158,6 +165,11 @@ def _train(
             print0(line)
     if why := progress.why_over(config):
         print0(f"nothing left to do: {why}")
+        return
+    if config.dry_run:
+        from dry_run import rehearse
+
+        within_memory(training, config, lambda: rehearse(config, data, training, progress))
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
         within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot))

@@ -1,7 +1,9 @@
 """What a run will read, mix and hold in memory, printed before it starts, and what it does to fit into that."""
 
+import shutil
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -59,19 +61,26 @@ def describe_data(config: Config, data: Data) -> list[str]:
     return [
         f"revision  {train.revision or 'a local folder'}",
         *lines,
-        f"blocks    {len(sizes):,} for training, {len(val.blocks):,} for validation, of {_size(sizes.max())} at most",
-        f"bytes     {_size(sizes.sum())} for training, {_size(val_bytes)} for validation, in each epoch",
+        f"blocks    {len(sizes):,} for training, {len(val.blocks):,} for validation, of {as_size(sizes.max())} at most",
+        f"bytes     {as_size(sizes.sum())} for training, {as_size(val_bytes)} for validation, in each epoch",
         f"streams   {config.streams}, {config.streams // ranks} for each of {ranks} ranks",
         *([f"mixing    {_mixing_line(config, train)}"] if len(data.train) else []),
-        f"memory    about {_size(memory_bytes(config, data))} a rank (and {_size(LARGEST_PICTURE)} while one of "
+        f"memory    about {as_size(memory_bytes(config, data))} a rank (and {as_size(LARGEST_PICTURE)} while one of "
         f"{LARGEST_PIXELS / 1e6:.0f} megapixels, the largest that are read, is decoded) for {_holders(config, data)}",
         f"cache     {_cache_line(train)}",
         *_request_lines(train, val),
     ]
 
 
-def _size(count: float) -> str:
+def as_size(count: float) -> str:
+    """Bytes in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def free_bytes(folder: Path) -> int:
+    """The room on the disk of a folder, or of where it would be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _holders(config: Config, data: Data) -> str:
@@ -84,7 +93,7 @@ def _holders(config: Config, data: Data) -> str:
         return f"windows, {rest}"
     beyond = windows_bytes(config, data)
     if beyond:
-        return f"{_size(beyond)} of windows beyond --cache_limit_gb, {rest}; other windows are mapped from the cache"
+        return f"{as_size(beyond)} of windows beyond --cache_limit_gb, {rest}; other windows are mapped from the cache"
     return f"{rest}; windows are mapped from the cache"
 
 
@@ -237,5 +246,5 @@ def _cache_line(train: HuggingFaceImageNetDataset) -> str:
         return "none" if train.revision is None else "none, every epoch streams everything again; see --cache_dir"
     names = train.cache.names()
     kept = sum(train.cache_name(number) in names for number in range(len(train.blocks)))
-    limit = f"at most {_size(train.cache.limit)}" if train.cache.limit else "no limit"
+    limit = f"at most {as_size(train.cache.limit)}" if train.cache.limit else "no limit"
     return f"{train.cache.folder}: {kept:,} of {len(train.blocks):,} training blocks, {limit}"

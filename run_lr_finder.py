@@ -39,6 +39,8 @@ def _run(argv: list[str]) -> None:
     configuration.resolve(given)
     if given.get("resume_from"):
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
+    if given.get("dry_run") or given.get("doctor"):
+        raise UsageError("--dry_run and --doctor are for main.py; the finder has nothing to rehearse")
 
     import distributed
     from preflight import describe_data, in_passes_that_fit

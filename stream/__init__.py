@@ -32,6 +32,7 @@ How it gets here
     client       the HTTP client that the Hub's libraries share: no wait without a bound
     retry        waiting for the network: for how long, and what to say meanwhile
     allowance    how fast the Hub may be asked
+    reach        whether the Hub can be reached, takes the token and lets a dataset be read
     explain      what errors mean, in one line that says what to do
     cache        bytes that processes share on one disk
     blocks       images and labels as one run of bytes, in memory that goes back to the system

@@ -100,6 +100,12 @@ def can_decode_regions() -> bool:
     return _library() is not None and _own.handle is not None
 
 
+def library_path() -> str | None:
+    """The file of the library that decodes, None without it."""
+    library = _library()
+    return None if library is None else str(library._name)
+
+
 def decode_region(encoded: Encoded, left: int, top: int, right: int, bottom: int) -> np.ndarray | None:
     """A region of an RGB or greyscale JPEG, uint8 RGB (H, W, 3), with the same pixels as in the decoded whole image.
 

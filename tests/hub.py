@@ -274,6 +274,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path.removeprefix(self.server.hub.prefix))
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         api = parts[0] == "api"
+        if parts == ["api", "whoami-v2"] and not self.server.hub.mirror:
+            self._tell_who()
+            return
         parts = parts[1:] if api else parts
         kind = parts.pop(0) if parts[:1] and parts[0] in ("datasets", "models") else "models"
         if len(parts) < 2 or not self.path.startswith(self.server.hub.prefix):
@@ -297,6 +300,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({})
         else:
             raise Refused(404, "", f"No such page: {url.path}")
+
+    def _tell_who(self) -> None:
+        """Answers /api/whoami-v2. Raises Refused."""
+        token = self.headers.get("Authorization", "").partition("Bearer ")[2]
+        if not token or token != self.server.hub.token:
+            raise Refused(401, "", "Invalid username or password.")
+        self._send_json({"type": "user", "name": "someone"})
 
     def _send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()

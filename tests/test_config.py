@@ -24,7 +24,8 @@ RELIED_ON = set(
         label_smoothing scheduler warmup_epochs step_size gamma onecycle_pct_start onecycle_div_factor
         onecycle_final_div_factor onecycle_anneal_strategy onecycle_three_phase amp amp_dtype max_grad_norm
         accumulate_steps max_samples no_streaming num_workers seed deterministic device find_lr lr_start lr_end lr_iter
-        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate""",
+        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate dry_run
+        doctor""",
     )
 )
 
@@ -167,6 +168,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "--lr 1 --lr_from lr_finder.json": ("--lr ", "--lr_from"),
     "--freeze_backbone 10": ("--freeze_backbone 10", "--epochs 10"),
     "--lr_start 1 --lr_end 0.1": ("--lr_end", "--lr_start"),
+    "--dry_run --evaluate": ("--dry_run", "--evaluate"),
+    "--dry_run --find_lr": ("--dry_run", "--find_lr"),
+    "--dry_run --doctor": ("--dry_run", "--doctor"),
+    "--doctor --evaluate": ("--doctor", "--evaluate"),
+    "--doctor --find_lr": ("--doctor", "--find_lr"),
+    "--doctor --resume_from runs/x": ("--doctor", "--resume_from"),
     "--dataset hf": ("--dataset_name",),
     "--dataset digits --dataset_name a/b": ("--dataset_name", "--dataset hf"),
     "--dataset cifar10 --dataset_name a/b": ("--dataset_name", "cifar10"),
@@ -300,6 +307,8 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
             "override",
             "evaluate",
             "profile",
+            "dry_run",
+            "doctor",
             "debug",
         )
     }

@@ -8,20 +8,20 @@ ROOT = Path(__file__).resolve().parent.parent
 WINGS = ("stream", "training", "results")
 LAYERS = (
     {"main"},
-    {"run_lr_finder", "evaluate", "predict", "export"},
+    {"run_lr_finder", "evaluate", "predict", "export", "dry_run", "doctor"},
     {"results"},
     {"train"},
-    {"preflight", "lr_finder", "visualization"},
+    {"preflight", "lr_finder", "visualization", "speed"},
     {"preprocess", "training"},
     {"open_data"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
-    {"flags", "model_zoo", "recipe"},
+    {"flags", "model_zoo", "recipe", "machine"},
     {"defaults", "errors"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
-UNKNOWN_TO_STREAM = {"config", "defaults", "flags", "model_resnet50", "model_zoo", "recipe"}
+UNKNOWN_TO_STREAM = {"config", "defaults", "flags", "model_resnet50", "model_zoo", "recipe", "machine"}
 
 
 def modules() -> dict[str, str]:

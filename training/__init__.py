@@ -10,6 +10,7 @@ The step
     optim        parameter groups, optimisers, and schedules that count in steps
     losses       cross-entropy and binary cross-entropy, of labels and of mixed targets
     mixing       mixup and cutmix of a step's images and targets
+    layers       a table of a model's layers
     lr_curve     reading the curve of a learning rate range test
 
 What is kept
