@@ -75,12 +75,9 @@ class Config:
     mean: str | None = flag("augmentation", "mean of each channel that images are normalised with, of pixels in 0..1", None, type=channels, metavar="X,X,X", short="ImageNet's, or what pretrained weights ask for")
     std: str | None = flag("augmentation", "standard deviation, likewise", None, type=channels, metavar="X,X,X", short="the same")
     tta: str | None = flag("augmentation", "evaluation: flip averages the logits of an image and its mirror image", None, choices=("flip",))
-
-
-    model: str = flag("model", "resnet18, resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
+    model: str = flag("model", "resnet18, resnet20 (for small images), resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet20 for digits")
     use_pretrained: str | None = flag("model", "start from these weights: a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file (microsoft/resnet-50 if none is named); their preprocessing comes with them", None, nargs="?", const="microsoft/resnet-50")
     freeze_backbone: int = flag("model", "first epochs in which only the classifier learns", 0, least=0)
-
     drop_path: float = flag("model", "probability that the last block is left out, of earlier ones linearly less (stochastic depth)", 0.0, least=0, most=0.9)
     blurpool: bool = flag("model", "blur before each stride after the stem (Zhang 2019)", False)
     zero_init_gamma: bool | None = flag("model", "start residual blocks as the identity", None, short="on for bottlenecks")
@@ -150,10 +147,12 @@ class Config:
     snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept", least=0)
     keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept", least=1)
     max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept", least=1)
-    log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept", least=1)
+    log_steps: int = flag("run", "steps between progress reports; the device is asked for numbers only then", 50, on_resume="kept", least=1)
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
     profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten", least=0)
     early_stop: int = flag("run", "end after this many epochs without a better val_top1 (with --ema_decay ema_top1); 0: never", 0, on_resume="kept", least=0)
+    quiet: bool = flag("run", "print a line an epoch, warnings, errors and the last lines only", False, on_resume="forgotten")
+    verbose: bool = flag("run", "print all that there is to say: a line every --log_steps, more about streaming and time", False, on_resume="forgotten")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 
@@ -177,6 +176,7 @@ class Config:
             (self.progressive_size and size_points(self.progressive_size)[-1][0] != self.image_size, f"--progressive_size {self.progressive_size} ends at another size than --image_size {self.image_size}; leave that out"),
             (self.loss == "bce" and self.class_weights, "--class_weights are for --loss ce; leave them out"),
             (self.loss == "ce" and self.bce_threshold is not None, "--bce_threshold goes with --loss bce"),
+            (self.quiet and self.verbose, "--quiet and --verbose ask for opposite things; give one of them"),
             (self.val_labels and self.dataset != "imagefolder", f"--val_labels goes with --dataset imagefolder, not with --dataset {self.dataset}"),
             (self.batch_size % self.streams, f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"),
         ):

@@ -21,6 +21,7 @@ from training.step import Training, passes_that_fit
 POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
+LISTED = 10  # classes
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
@@ -48,7 +49,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
     lines = [
         f"images    {config.dataset_id}: {len(train):,} for training, {len(val):,} for validation; "
         f"{len(data.train):,} steps an epoch",
-        f"classes   {len(data.classes):,}: {printable(data.classes[0])} ... {printable(data.classes[-1])}",
+        _class_line(data),
         *data.notes,
     ]
     if not isinstance(train, HuggingFaceImageNetDataset) or not isinstance(val, HuggingFaceImageNetDataset):
@@ -68,6 +69,16 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"cache     {_cache_line(train)}",
         *_request_lines(train, val),
     ]
+
+
+def _class_line(data: Data) -> str:
+    """The classes with their training images if they are few and their labels at hand, else the first and the last."""
+    names, train = [printable(name) for name in data.classes], data.train.dataset
+    start = f"classes   {len(names):,}: "
+    if len(names) > LISTED or isinstance(train, HuggingFaceImageNetDataset):
+        return f"{start}{names[0]} ... {names[-1]}"
+    counts = np.bincount(train.all_labels(), minlength=len(names)).tolist()
+    return start + ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts, strict=True))
 
 
 def _size(count: float) -> str:
