@@ -22,6 +22,7 @@ POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
 LISTED = 10  # classes
+LONGEST_NAME = 32  # of a class, characters
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
@@ -71,12 +72,19 @@ def describe_data(config: Config, data: Data) -> list[str]:
     ]
 
 
+def _short(name: str) -> str:
+    text = printable(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+
+
 def _class_line(data: Data) -> str:
-    """The classes with their training images if they are few and their labels at hand, else the first and the last."""
-    names, train = [printable(name) for name in data.classes], data.train.dataset
+    """The classes if they are few, with their training images if labels are at hand; else the first and the last."""
+    names, train = [_short(name) for name in data.classes], data.train.dataset
     start = f"classes   {len(names):,}: "
-    if len(names) > LISTED or isinstance(train, HuggingFaceImageNetDataset):
+    if len(names) > LISTED:
         return f"{start}{names[0]} ... {names[-1]}"
+    if isinstance(train, HuggingFaceImageNetDataset):  # whose labels would have to be fetched
+        return start + ", ".join(names)
     counts = np.bincount(train.all_labels(), minlength=len(names)).tolist()
     return start + ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts, strict=True))
 

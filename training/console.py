@@ -43,7 +43,12 @@ def header(lines: Iterable[str], config: Config) -> None:
     """Print lines before training, folded to the width there is, without those that only --verbose shows."""
     for line in lines:
         if config.verbose or not line.startswith(DETAILS):
-            print0(*textwrap.wrap(line, columns(), subsequent_indent=INDENT, break_on_hyphens=False), sep="\n")
+            print0(
+                *textwrap.wrap(
+                    line, columns(), subsequent_indent=INDENT, break_on_hyphens=False, break_long_words=False
+                ),
+                sep="\n",
+            )
 
 
 def duration(seconds: float) -> str:
@@ -85,7 +90,7 @@ class Console:
         form = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}" if columns() >= 120 else "{desc} |{bar}| {postfix}"
         self._bar = tqdm(
             total=self._steps, initial=done, desc=self._title, leave=False, file=sys.stdout, bar_format=form,
-            dynamic_ncols=True,
+            ncols=columns(),
         )  # fmt: skip
 
     def waits_for(self, text: str) -> None:
@@ -118,6 +123,7 @@ class Console:
         whole = self._epoch_seconds or left + seconds
         run = left + (self._epochs - self._epoch) * whole
         if self._bar is not None:
+            self._bar.ncols = columns()  # a window may have been resized
             self._bar.set_postfix_str(self._beside_bar(row, waiting, left, run), refresh=True)
         elif self._is_due(row["step"], is_last=done == self._steps):
             self._say(
