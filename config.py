@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import recipe
+from checks import require_consistency, require_even_shares
 from defaults import (
     EVALUATED_ONLY,
     PRESETS,
@@ -80,7 +81,7 @@ class Config:
     mean: str | None = flag("augmentation", "mean of each channel that images are normalised with, of pixels in 0..1", None, type=channels, metavar="X,X,X", short="ImageNet's, or what pretrained weights ask for")
     std: str | None = flag("augmentation", "standard deviation, likewise", None, type=channels, metavar="X,X,X", short="the same")
     tta: str | None = flag("augmentation", "evaluation: flip averages the logits of an image and its mirror image", None, choices=("flip",))
-    model: str = flag("model", "resnet18, resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet18 for digits")
+    model: str = flag("model", "resnet18, resnet20 (for small images), resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet20 for digits")
     use_pretrained: str | None = flag("model", "start from these weights: a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file (microsoft/resnet-50 if none is named); their preprocessing comes with them", None, nargs="?", const="microsoft/resnet-50")
     freeze_backbone: int = flag("model", "first epochs in which only the classifier learns", 0, least=0)
     drop_path: float = flag("model", "probability that the last block is left out, of earlier ones linearly less (stochastic depth)", 0.0, least=0, most=0.9)
@@ -152,45 +153,21 @@ class Config:
     snapshot_steps: int = flag("run", "also write a snapshot every this many steps; 0: at the end of each epoch only", 0, on_resume="kept", least=0)
     keep_snapshots: int = flag("run", "newest snapshots kept", 3, on_resume="kept", least=1)
     max_bad_steps: int = flag("run", "stop after this many steps in a row without a finite loss, or skipped by the gradient scaler", 20, on_resume="kept", least=1)
-    log_steps: int = flag("run", "steps between progress lines; the device is asked for numbers only then", 50, on_resume="kept", least=1)
+    log_steps: int = flag("run", "steps between progress reports; the device is asked for numbers only then", 50, on_resume="kept", least=1)
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
     profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten", least=0)
     early_stop: int = flag("run", "end after this many epochs without a better val_top1 (with --ema_decay ema_top1); 0: never", 0, on_resume="kept", least=0)
     dry_run: bool = flag("run", "do all but train: open the data, build the model, take a few steps, print what the run would take; no run folder is written", False, on_resume="forgotten")
     doctor: bool = flag("run", "report on this machine, the Hub and what will be slow or fail here, then stop", False, on_resume="forgotten")
+    quiet: bool = flag("run", "print a line an epoch, warnings, errors and the last lines only", False, on_resume="forgotten")
+    verbose: bool = flag("run", "print all that there is to say: a line every --log_steps, more about streaming and time", False, on_resume="forgotten")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 
     def __post_init__(self) -> None:
         for item in fields(self):
             check_bounds(f"--{item.name}", getattr(self, item.name), item.metadata["bounds"])
-        lower = self.batch_size // self.streams * self.streams
-        nearest = " or ".join(str(batch) for batch in (lower, lower + self.streams) if batch)
-        # fmt: off
-        for wrong, message in (
-            (self.warmup_epochs >= self.epochs, f"--warmup_epochs {self.warmup_epochs:g} leaves nothing of --epochs {self.epochs}; use less"),
-            (self.lr_end <= self.lr_start, f"--lr_end {self.lr_end:g} must be greater than --lr_start {self.lr_start:g}"),
-            (self.lr is not None and self.lr_from, "--lr and --lr_from both name a learning rate; give one of them"),
-            (self.freeze_backbone >= self.epochs, f"--freeze_backbone {self.freeze_backbone} leaves none of --epochs {self.epochs} for the rest of the model; use less"),
-            (self.dataset == "hf" and not self.dataset_name, "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"),
-            (self.dataset != "hf" and (self.dataset_name or self.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {self.dataset}"),
-            (self.data_dir and self.dataset in ("digits", "imagenet1k", "hf"), f"--dataset {self.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if self.dataset == 'hf' else ''}"),
-            (self.dummy_data and self.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
-            (not self.cache_dir and (self.cache_limit_gb or self.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
-            (self.dataset == "imagefolder" and not self.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
-            (self.dataset in EVALUATED_ONLY and not self.data_dir, f"--dataset {self.dataset} needs --data_dir: a folder with a folder a class"),
-            (self.val_share and (self.val_split or self.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
-            (self.progressive_size and size_points(self.progressive_size)[-1][0] != self.image_size, f"--progressive_size {self.progressive_size} ends at another size than --image_size {self.image_size}; leave that out"),
-            (self.loss == "bce" and self.class_weights, "--class_weights are for --loss ce; leave them out"),
-            (self.loss == "ce" and self.bce_threshold is not None, "--bce_threshold goes with --loss bce"),
-            (self.dry_run and (self.evaluate or self.find_lr or self.doctor), "--dry_run rehearses training; leave out --evaluate, --find_lr and --doctor"),
-            (self.doctor and (self.evaluate or self.find_lr or self.resume_from), "--doctor looks at the machine alone; leave out --evaluate, --find_lr and --resume_from"),
-            (self.val_labels and self.dataset != "imagefolder", f"--val_labels goes with --dataset imagefolder, not with --dataset {self.dataset}"),
-            (self.batch_size % self.streams, f"--batch_size {self.batch_size} is not divisible by --streams {self.streams}; use {nearest}, or other --streams"),
-        ):
-            if wrong:
-                raise UsageError(message)
-        # fmt: on
+        require_consistency(self)
 
     @property
     def expects_other_data(self) -> bool:
@@ -253,17 +230,7 @@ class Config:
 
     def check_world(self, world: int) -> None:
         """Refuse a number of ranks that cannot share this batch evenly."""
-        share = self.batch_size // world
-        # fmt: off
-        for wrong, message in (
-            (self.batch_size % world, f"--batch_size {self.batch_size} is not divisible by {world} ranks; give a multiple of {world}, or use other ranks"),
-            (self.streams % world, f"--streams {self.streams} is not divisible by {world} ranks; give --streams a multiple of {world}"),
-            (share % self.accumulate_steps, f"a rank's share of {share} images is not divisible by --accumulate_steps {self.accumulate_steps}; change this or --batch_size"),
-            (share // self.accumulate_steps < 2, "BatchNorm needs two images in a pass; use a larger --batch_size or fewer --accumulate_steps"),
-        ):
-            if wrong:
-                raise UsageError(message)
-        # fmt: on
+        require_even_shares(self, world)
 
 
 def _names(*on_resume: str) -> set[str]:

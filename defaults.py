@@ -64,9 +64,9 @@ DIGITS = Preset(
     batch_size=64,
     epochs=10,
     weight_decay=5e-4,
-    lr=0.12,
+    lr=0.4,
     lr_source="measured here",
-    constant_lr=0.12 * CONSTANT_SHARE,
+    constant_lr=0.4 * CONSTANT_SHARE,
     constant_lr_source="a quarter of OneCycle's peak",
 )
 PRESETS = {

@@ -5,9 +5,11 @@ gloo group on the host, which never makes a GPU wait.
 """
 
 import atexit
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,8 +20,10 @@ from errors import UsageError, UserError
 
 T = TypeVar("T")
 MARGIN = 600.0  # seconds
+WAIT_SECONDS = 1.0
 
 _host_group: Any = None
+_quiet = False
 
 
 def init(device_flag: str, patience: float = 1800.0) -> torch.device:
@@ -85,10 +89,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*values: Any, sep: str = " ") -> None:
+def be_quiet(quiet: bool) -> None:
+    """Whether `print0` leaves out from now on what is neither a warning nor said `always`."""
+    global _quiet
+    _quiet = quiet
+
+
+def print0(*values: Any, sep: str = " ", always: bool = False) -> None:
     """Print on rank 0 only, and flush."""
-    if rank() == 0:
+    if rank() == 0 and (always or not _quiet or any("WARNING" in str(value) for value in values)):
         print(*values, sep=sep, flush=True)
+
+
+@contextlib.contextmanager
+def announced(text: str) -> Iterator[None]:
+    """A context around what may take long: rank 0 tells of it if it takes more than a moment."""
+    timer = threading.Timer(WAIT_SECONDS, lambda: print0(f"wait      {text}"))
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _group_of(tensor: torch.Tensor) -> Any:

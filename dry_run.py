@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import distributed
-from config import Config, default_lr, resolve
+from config import Config, resolve
 from distributed import print0
 from errors import redact
 from preflight import as_size, free_bytes
@@ -24,7 +24,7 @@ from stream.loader import BATCHES_AHEAD, Loader, StreamingDataLoader
 from train import evaluate
 from training.freezing import set_frozen
 from training.layers import layer_table
-from training.optim import build_schedule, describe_schedule, schedule_at
+from training.optim import build_schedule, default_lr, describe_schedule, schedule_at
 from training.signals import StopRequest, batches_until
 from training.snapshot import SPARE_BYTES
 from training.state import Progress, capture

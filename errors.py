@@ -4,9 +4,12 @@ import errno
 import io
 import os
 import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -66,6 +69,13 @@ def printable(text: str) -> str:
 def complain(line: str) -> None:
     """Write a line to stderr with one call, because several ranks may write at once."""
     sys.stderr.write(f"{line}\n")
+
+
+def greet(arguments: Sequence[str]) -> None:
+    """Say on rank 0 what was started, and when, before anything slow is imported."""
+    if os.environ.get("RANK", "0") == "0" and "--quiet" not in arguments:
+        told = redact(f"{Path(sys.argv[0]).name} {shlex.join(arguments)}")
+        print(f"start     {time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(told)[:120]}", flush=True)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -28,7 +28,7 @@ import config as configuration
 import evaluate
 import run_lr_finder
 from config import FITTED, Config
-from errors import SnapshotError, UsageError, complain, run_front_door
+from errors import SnapshotError, UsageError, complain, greet, run_front_door
 
 if TYPE_CHECKING:
     from preprocess import Data
@@ -60,27 +60,33 @@ def _run(argv: list[str]) -> None:
         evaluate.evaluate(evaluate.flags_of_main(given, str(source)))
         return
 
+    greet(argv)
     import distributed
     from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
+    from training.console import header
     from training.step import build_training
 
-    config, snapshot, source = _settings(given)
+    distributed.be_quiet(bool(given.get("quiet")))
+    with distributed.announced("for the snapshot or the weights to start from"):
+        config, snapshot, source = _settings(given)
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     if config.recipe:
         distributed.print0(f"recipe    {config.recipe}")
     derived = FITTED - given.keys() if snapshot is None else ()
     pinned, classes = _pinned_revision(snapshot, config), _classes(snapshot, config)
-    data = get_data_loaders(config, device, pinned, classes, derived)
+    with distributed.announced(f"for the index or the files of {config.dataset_id}"):
+        data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
-    distributed.print0(*describe_data(config, data), sep="\n")
+    header(describe_data(config, data), config)
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, len(data.train), labels, source)
     if snapshot is not None:
         _compare_data(snapshot, data, config)
     if snapshot is None and "accumulate_steps" not in given:
-        config, data = in_passes_that_fit(config, data, training)
+        with distributed.announced("for a trial step, which tells whether a batch fits into memory"):
+            config, data = in_passes_that_fit(config, data, training)
     _train(config, data, training, snapshot, argv)
 
 
@@ -152,19 +158,22 @@ def _train(
     config: Config, data: "Data", training: "Training", snapshot: "Snapshot | None", argv: Sequence[str]
 ) -> None:
     from distributed import print0
+    from training.console import last_lines
     from training.logs import open_run_folder
     from training.state import Progress, restore
     from training.step import within_memory
 
     config.check_schedule(len(data.train))
     if snapshot is None:
-        progress = Progress(lr=_known_lr(config))
+        progress = Progress()
+        progress.lr, lr_source = _known_lr(config)
     else:
         progress = restore(snapshot, training.model, training.optimizer, training.scaler, training.average)
+        lr_source = f"{snapshot.path}"
         for line in _changes(snapshot, config, progress, len(data.train)):
             print0(line)
     if why := progress.why_over(config):
-        print0(f"nothing left to do: {why}")
+        print0(f"nothing left to do: {why}", always=True)
         return
     if config.dry_run:
         from dry_run import rehearse
@@ -172,8 +181,9 @@ def _train(
         within_memory(training, config, lambda: rehearse(config, data, training, progress))
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
-        within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot))
-        print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/")
+        within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot, lr_source))
+        print0(*last_lines(config, folder), sep="\n", always=True)
+        print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/", always=True)
 
 
 def _folder_of(snapshot: "Snapshot | None") -> Path | None:
@@ -190,12 +200,14 @@ def _fit(
     progress: "Progress",
     folder: Path,
     snapshot: "Snapshot | None",
+    lr_source: str,
 ) -> None:
     import distributed
     from distributed import print0
     from train import Run, fit
+    from training.console import header, plan_lines
     from training.journal import Journal
-    from training.logs import UnreadableLog
+    from training.logs import UnreadableLog, note_resolved
     from training.optim import build_schedule, describe_schedule
     from training.signals import StopRequest
     from visualization import RunPictures, drawn, plot_schedule
@@ -203,10 +215,12 @@ def _fit(
     stop, steps = StopRequest.listening(data.train, data.val), len(data.train)
     if snapshot is None and config.lr == "auto":
         progress.lr = run_lr_finder.search(config, data, training, folder, stop)
-        print0(f"lr        {progress.lr:.4g} from the finder")
+        lr_source = "the finder"
+        print0(f"lr        {progress.lr:.4g} from {lr_source}")
     distributed.require_agreement({"the learning rate": progress.lr, "the step to go on from": progress.step})
     schedule = build_schedule(training.optimizer, config, progress.lr, steps, progress.step)
-    print0(f"schedule  {describe_schedule(config, config.epochs * steps)}")
+    plan = describe_schedule(config, config.epochs * steps)
+    header([f"schedule  {plan}", *plan_lines(config, steps, folder)], config)
     on_rank0 = distributed.rank() == 0
     if config.plot_schedule and on_rank0:
         path = folder / "plots" / "schedule.png"
@@ -219,6 +233,8 @@ def _fit(
         loader.report = UnreadableLog(folder / "unreadable.csv", progress)
     if on_rank0:
         data.keep_inventory(folder)
+        sizes = {"steps_per_epoch": steps, "classes": len(data.classes), "ranks": distributed.world_size()}
+        note_resolved(folder / "config.json", training.model, {"lr": progress.lr, "lr_source": lr_source, **sizes})
     journal = Journal(config, training, progress, data.train, record, folder if on_rank0 else None, pictures)
     dropped = journal.rewind()
     if snapshot is not None:
@@ -248,7 +264,7 @@ def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_p
     if (config.lr, config.lr_from) != (saved["config"]["lr"], saved["config"]["lr_from"]):
         if config.lr == "auto":
             raise UsageError("the finder starts from fresh weights, not from a snapshot; override lr with a number")
-        progress.lr = _known_lr(config)
+        progress.lr, _ = _known_lr(config)
     lines = compare_plans(saved["config"], saved["lr"], config, progress.lr, steps_per_epoch, progress.step)
     ranks = distributed.world_size()
     if ranks != saved["ranks"]:
@@ -259,12 +275,12 @@ def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_p
     return lines
 
 
-def _known_lr(config: Config) -> float:
-    """The (peak) learning rate, or 0.0 when only the finder can tell it. Prints where it comes from."""
+def _known_lr(config: Config) -> tuple[float, str]:
+    """The (peak) learning rate, or 0.0 when only the finder can tell it, and where it comes from, which it prints."""
     from distributed import print0
 
     if config.lr == "auto":
-        return 0.0
+        return 0.0, ""
     if config.lr_from is not None:
         from lr_finder import load_suggestion
 
@@ -277,7 +293,7 @@ def _known_lr(config: Config) -> float:
 
         lr, why = default_lr(config)
     print0(f"lr        {why}")
-    return lr
+    return lr, why
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""ResNet-18 to -152 with torchvision's parameter names, and ResNet-50 weights from the Hub.
+"""ResNet-18 to -152 and ResNet-20 with torchvision's parameter names, and ResNet-50 weights from the Hub.
 
-Source: He et al. 2016, Deep Residual Learning; v1.5 puts a bottleneck's stride on its 3x3 convolution.
+Source: He et al. 2016, Deep Residual Learning; v1.5 puts a bottleneck's stride on its 3x3 convolution. ResNet-20 is
+that of section 4.2, for small images: three stages of 16 to 64 channels, but with projections as shortcuts.
 """
 
 import copy
@@ -18,7 +19,8 @@ from errors import DataError, UsageError, printable
 from model_zoo import build_from_library
 
 CIFAR_STEM_UP_TO = 32
-LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 20: (3, 3, 3)}
+FIRST_WIDTH = {3: 16, 4: 64}  # channels of the first of so many stages; each has twice those of the one before
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -113,7 +115,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
-        layers: tuple[int, int, int, int],
+        layers: tuple[int, ...],
         num_classes: int,
         cifar_stem: bool = False,
         drop_path: float = 0.0,
@@ -122,17 +124,19 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self._blurpool = blurpool
-        self._inputs = 64
-        self.conv1 = conv3x3(3, 64) if cifar_stem else nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self._inputs = width = FIRST_WIDTH[len(layers)]
+        self.conv1 = conv3x3(3, width) if cifar_stem else nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if cifar_stem else nn.MaxPool2d(3, 2, padding=1)
-        self.layer1 = self._layer(block, 64, layers[0], stride=1)
-        self.layer2 = self._layer(block, 128, layers[1], stride=2)
-        self.layer3 = self._layer(block, 256, layers[2], stride=2)
-        self.layer4 = self._layer(block, 512, layers[3], stride=2)
+        self.layer1 = self._layer(block, width, layers[0], stride=1)
+        self.layer2 = self._layer(block, 2 * width, layers[1], stride=2)
+        self.layer3 = self._layer(block, 4 * width, layers[2], stride=2)
+        self.layer4: nn.Module = nn.Identity()
+        if len(layers) > 3:
+            self.layer4 = self._layer(block, 8 * width, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self.fc = nn.Linear(self._inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -175,7 +179,7 @@ def _blur_strides(block: nn.Module) -> None:
 
 
 class ResNet34(ResNet):
-    """ResNet-34 or -18, made of basic blocks."""
+    """ResNet-34, -20 or -18, made of basic blocks."""
 
     def __init__(self, num_classes: int = 1000, depth: int = 34, cifar_stem: bool = False, **options: Any) -> None:
         super().__init__(BasicBlock, LAYERS[depth], num_classes, cifar_stem, **options)
@@ -190,13 +194,13 @@ class ResNet50(ResNet):
         self.name = f"ResNet-{depth}"
 
 
-DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+DEPTHS = {"resnet20": 20, "resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 
 
 def build_model(
     num_classes: int, image_size: int, name: str = "auto", options: Mapping[str, Any] = MappingProxyType({})
 ) -> nn.Module:
-    """The ResNet called `name`; `auto` chooses by image size: ResNet-18 up to 8 pixels, -34 up to 32, else -50.
+    """The ResNet called `name`; `auto` chooses by image size: ResNet-20 up to 8 pixels, -34 up to 32, else -50.
 
     Images of up to 32 pixels get the CIFAR stem. `torchvision:NAME` and `timm:NAME` are those libraries' models. The
     `options` are `ResNet`'s: drop_path, blurpool, zero_init_gamma. Raises UsageError for an unknown name, and for
@@ -206,7 +210,7 @@ def build_model(
         return build_from_library(name, num_classes, image_size, **options)
     cifar_stem = image_size <= CIFAR_STEM_UP_TO
     if name == "auto":
-        name = "resnet50" if not cifar_stem else "resnet34" if image_size > 8 else "resnet18"
+        name = "resnet50" if not cifar_stem else "resnet34" if image_size > 8 else "resnet20"
     if name not in DEPTHS:
         choices = f"auto, {', '.join(DEPTHS)}, torchvision:NAME, timm:NAME"
         raise UsageError(f"there is no model {name}; choose --model from {choices}")
@@ -216,12 +220,13 @@ def build_model(
 
 def transformers_config(depth: int) -> dict[str, Any]:
     """The configuration of transformers' ResNet that computes what this ResNet of the ImageNet stem computes."""
-    widths = [width * (4 if depth >= 50 else 1) for width in (64, 128, 256, 512)]
+    layers, expansion = LAYERS[depth], 4 if depth >= 50 else 1
+    width = FIRST_WIDTH[len(layers)]
     return {
         "layer_type": "bottleneck" if depth >= 50 else "basic",
-        "depths": [*LAYERS[depth]],
-        "hidden_sizes": widths,
-        "embedding_size": 64,
+        "depths": [*layers],
+        "hidden_sizes": [width * 2**stage * expansion for stage in range(len(layers))],
+        "embedding_size": width,
         "num_channels": 3,
         "hidden_act": "relu",
         "downsample_in_bottleneck": False,
@@ -349,7 +354,7 @@ def describe(model: nn.Module, image_size: int) -> str:
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
     stem = "CIFAR stem, " if isinstance(model, ResNet) and model.conv1.stride == (1, 1) else ""
-    return (
-        f"{model.name}, {stem}{parameters:,} parameters, {parameters * 4 / 1e6:.1f} MB, "
-        f"{counter.get_total_flops() / 2e9:.2f} GMACs at {image_size}x{image_size}"
-    )
+    macs = counter.get_total_flops() / 2e9
+    told = f"{macs:.2f} GMACs" if macs >= 0.01 else f"{macs * 1000:.2f} million MACs"
+    size = f"{parameters:,} parameters, {parameters * 4 / 1e6:.1f} MB"
+    return f"{model.name}, {stem}{size}, {told} at {image_size}x{image_size}"

@@ -23,6 +23,8 @@ from training.step import Training, passes_that_fit
 POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
+LISTED = 10  # classes
+LONGEST_NAME = 32  # of a class, characters
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
@@ -50,7 +52,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
     lines = [
         f"images    {config.dataset_id}: {len(train):,} for training, {len(val):,} for validation; "
         f"{len(data.train):,} steps an epoch",
-        f"classes   {len(data.classes):,}: {printable(data.classes[0])} ... {printable(data.classes[-1])}",
+        _class_line(data),
         *data.notes,
     ]
     if not isinstance(train, HuggingFaceImageNetDataset) or not isinstance(val, HuggingFaceImageNetDataset):
@@ -70,6 +72,23 @@ def describe_data(config: Config, data: Data) -> list[str]:
         f"cache     {_cache_line(train)}",
         *_request_lines(train, val),
     ]
+
+
+def _short(name: str) -> str:
+    text = printable(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+
+
+def _class_line(data: Data) -> str:
+    """The classes if they are few, with their training images if labels are at hand; else the first and the last."""
+    names, train = [_short(name) for name in data.classes], data.train.dataset
+    start = f"classes   {len(names):,}: "
+    if len(names) > LISTED:
+        return f"{start}{names[0]} ... {names[-1]}"
+    if isinstance(train, HuggingFaceImageNetDataset):  # whose labels would have to be fetched
+        return start + ", ".join(names)
+    counts = np.bincount(train.all_labels(), minlength=len(names)).tolist()
+    return start + ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts, strict=True))
 
 
 def as_size(count: float) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import config as configuration
 from config import Config
-from errors import Interrupted, UsageError, run_front_door
+from errors import Interrupted, UsageError, greet, run_front_door
 
 if TYPE_CHECKING:
     from lr_finder import RangeTest
@@ -42,31 +42,37 @@ def _run(argv: list[str]) -> None:
     if given.get("dry_run") or given.get("doctor"):
         raise UsageError("--dry_run and --doctor are for main.py; the finder has nothing to rehearse")
 
+    greet(argv)
     import distributed
     from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
+    from training.console import header
     from training.logs import open_run_folder
     from training.signals import StopRequest
     from training.sources import resolve_with_weights
     from training.step import build_training, within_memory
 
+    distributed.be_quiet(bool(given.get("quiet")))
     config, source = resolve_with_weights(given)
-
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
-    data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
+    with distributed.announced(f"for the index or the files of {config.dataset_id}"):
+        data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
     config = data.config
-    distributed.print0(*describe_data(config, data), sep="\n")
+    header(describe_data(config, data), config)
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, labels=labels, source=source)
     if "accumulate_steps" not in given:
-        config, data = in_passes_that_fit(config, data, training)
+        with distributed.announced("for a trial step, which tells whether a batch fits into memory"):
+            config, data = in_passes_that_fit(config, data, training)
     with open_run_folder(config, None, argv) as folder:
         stop = StopRequest.listening(data.train, data.val)
         lr = within_memory(training, config, lambda: search(config, data, training, folder, stop))
     kept = shlex.join(argument for argument in argv if argument != "--find_lr")
-    distributed.print0(f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}")
-    distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}")
+    distributed.print0(
+        f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}", always=True
+    )
+    distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}", always=True)
 
 
 def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> float:
@@ -120,10 +126,10 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
     if rank() == 0:
         _write(result, config, folder / "lr_finder")
     values = "  ".join(f"{name} {'none' if lr is None else f'{lr:.3g}'}" for name, lr in result.suggestions.items())
-    print0(f"finder    {result.sweeps} x {len(result.lr)} steps, {result.stopped}; {values}")
+    print0(f"finder    {result.sweeps} x {len(result.lr)} steps, {result.stopped}; {values}", always=True)
     lr = result.suggested_lr if config.scheduler == "onecycle" else result.constant_lr
     sure, why = result.confidence
-    print0(f"finder    {result.method} is used; confidence {sure}: {why}")
+    print0(f"finder    {result.method} is used; confidence {sure}: {why}", always=True)
     print0(f"finder    max_lr {result.suggested_lr:.3g} for onecycle, lr {result.constant_lr:.3g} for cosine and step")
     return lr
 

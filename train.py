@@ -45,9 +45,8 @@ def train_epoch(run: Run) -> None:
     run.journal.start_epoch()
     for batch in batches_until(run.stop, loader, every_step=True):
         with run.journal.timed_step(batch):
-            numbers = train_step(
-                run.training, batch.images, batch.labels, run.training.mix(progress.step, batch.images)
-            )
+            mix = run.training.mix(progress.step, batch.images)
+            numbers = train_step(run.training, batch.images, batch.labels, mix, run.journal.is_log_step())
             if run.training.ema is not None:
                 run.training.ema.update(run.training.model, progress.step + 1)
         run.journal.step(batch, numbers)
@@ -136,7 +135,7 @@ def fit(run: Run) -> None:
                 result |= evaluate_average(run.training, run.data.val, run.stop)
             run.journal.end_epoch(result, watch.seconds())
         if run.progress.epoch < run.epochs:
-            distributed.print0(f"stopped early: {why}")
+            distributed.print0(f"stopped early: {why}", always=True)
     except (Interrupted, DataError) as stop:
         signum = stop.status - 128 if isinstance(stop, Interrupted) else None
         run.journal.save_before_stopping(signal.Signals(signum).name if signum else "a failure of the data")

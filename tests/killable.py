@@ -80,7 +80,7 @@ def small_with_dropout(build: Callable[..., Any]) -> Callable[..., Any]:
         model = build(*arguments)
         model.layer3, model.layer4 = nn.Identity(), nn.Identity()
         model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(0.1))
-        model.fc = nn.Linear(128, model.fc.out_features)
+        model.fc = nn.Linear(2 * model.conv1.out_channels, model.fc.out_features)
         return model
 
     return built

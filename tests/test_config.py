@@ -309,6 +309,8 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
             "profile",
             "dry_run",
             "doctor",
+            "quiet",
+            "verbose",
             "debug",
         )
     }
@@ -370,14 +372,14 @@ CIFAR = "weiaicunzai's and Random-Erasing's 0.1 for 128"
         ),
         (["--dataset", "cifar10"], 0.1, f"0.1 = 0.2 x 128 / 256 ({CIFAR})"),
         (["--dataset", "cifar100", "--scheduler", "step"], 0.1, f"0.1 = 0.2 x 128 / 256 ({CIFAR})"),
-        ([], 0.03, "0.03 = 0.12 x 64 / 256 (measured here)"),
+        ([], 0.1, "0.1 = 0.4 x 64 / 256 (measured here)"),
         (
             ["--dataset", "imagenet1k", "--optimizer", "lamb", "--batch_size", "2048"],
             5e-3,
             f"0.005 = 0.005 x sqrt(2048 / 2048) ({RSB})",
         ),
         (["--dataset", "imagenet1k", "--optimizer", "adamw"], 5e-4, f"0.0005 = 0.001 x sqrt(256 / 1024) ({DEIT})"),
-        (["--scheduler", "cosine"], 0.0075, "0.0075 = 0.03 x 64 / 256 (a quarter of OneCycle's peak)"),
+        (["--scheduler", "cosine"], 0.025, "0.025 = 0.1 x 64 / 256 (a quarter of OneCycle's peak)"),
     ],
 )
 def test_the_default_rate_scales_with_the_batch_and_names_its_source(argv: list[str], lr: float, text: str) -> None:

@@ -55,7 +55,7 @@ def test_every_offline_command_runs_as_written(document: str, tmp_path: Path, mo
 def first_blocks(*arguments: Any) -> Any:
     model: Any = BUILD_MODEL(*arguments)
     model.layer2 = model.layer3 = model.layer4 = nn.Identity()  # type: ignore[assignment]
-    model.fc = nn.Linear(64, model.fc.out_features)
+    model.fc = nn.Linear(model.conv1.out_channels, model.fc.out_features)
     return model
 
 

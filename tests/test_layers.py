@@ -16,12 +16,13 @@ LAYERS = (
     {"open_data"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
-    {"flags", "model_zoo", "recipe", "machine"},
+    {"checks", "model_zoo", "recipe", "machine"},
+    {"flags"},
     {"defaults", "errors"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
-UNKNOWN_TO_STREAM = {"config", "defaults", "flags", "model_resnet50", "model_zoo", "recipe", "machine"}
+UNKNOWN_TO_STREAM = {"checks", "config", "defaults", "flags", "model_resnet50", "model_zoo", "recipe", "machine"}
 
 
 def modules() -> dict[str, str]:

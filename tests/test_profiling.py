@@ -90,7 +90,9 @@ def test_each_part_gets_its_seconds_and_the_rest_of_training_goes_to_data(monkey
     assert spent.shares() == {"data": 0.0, "step": 0.0, "evaluation": 0.0, "snapshot": 0.0, "other": 1.0}
 
 
-def test_a_run_says_once_an_epoch_where_its_time_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_says_with_verbose_once_an_epoch_where_its_time_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def noting(shares: dict[str, float], *rest: Any) -> str:
@@ -98,7 +100,7 @@ def test_a_run_says_once_an_epoch_where_its_time_went(tmp_path: Path, monkeypatc
         return describe_time(shares, *rest)
 
     monkeypatch.setattr(journal, "describe_time", noting)
-    done = train(*SMALL, "--epochs", 3, "--snapshot_steps", 3, "--run_dir", tmp_path / "run")
+    done = train(*SMALL, "--epochs", 3, "--snapshot_steps", 3, "--run_dir", tmp_path / "run", "--verbose")
     lines = [line for line in done.out.splitlines() if line.startswith("time ")]
     assert len(lines) == len(seen) == 3
     for line, shares in zip(lines, seen, strict=True):
@@ -212,7 +214,19 @@ def times_of(folder: Path, read: float, transform: float, epochs: int) -> list[s
         patch.setattr(open_data, "open_image_folder", lambda *given, **options: (slow, val))
         patch.setattr(preprocess, "train_transform", lambda config: SlowTransform(transform))
         data = ("--dataset", "imagefolder", "--data_dir", folder, "--image_size", 32)
-        flags = ("--num_workers", 2, "--model", "resnet18", "--batch_size", 16, "--epochs", epochs, "--lr", 0.01)
+        flags = (
+            "--verbose",
+            "--num_workers",
+            2,
+            "--model",
+            "resnet18",
+            "--batch_size",
+            16,
+            "--epochs",
+            epochs,
+            "--lr",
+            0.01,
+        )
         done = train(*data, *flags, "--run_dir", folder / "run")
     return [line for line in done.out.splitlines() if line.startswith("time ")]
 

@@ -104,7 +104,7 @@ def small(build: Callable[..., Any], case: Case) -> Callable[..., Any]:
     def built(*arguments: Any) -> Any:
         model = build(*arguments)
         model.layer2 = model.layer3 = model.layer4 = nn.Identity()
-        model.fc = nn.Linear(64, model.fc.out_features)
+        model.fc = nn.Linear(model.conv1.out_channels, model.fc.out_features)
         if not case.batch_norm:
             for part in [*model.modules()]:
                 for name, norm in part.named_children():

@@ -17,10 +17,11 @@ What is kept
     state        what the next step depends on: captured from a run and restored
     snapshot     the files that hold it: written in the background, verified, pruned
     extension    a run planned longer after it ended
-    logs         the run's folder, the console, results.csv, metrics.jsonl, the ledger
+    logs         the run's folder, results.csv, metrics.jsonl, the ledger
 
 Around it
     journal      the records of a run while it trains: logs, snapshots, time and pictures, called by the loop
+    console      what a run says while it trains, and its last lines
     signals      how a run is stopped from outside
     timing       where the time of an epoch went; traces of single steps
 """

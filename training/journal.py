@@ -14,6 +14,7 @@ from config import Config
 from distributed import print0
 from errors import DivergedError
 from stream.loader import Batch, Loader
+from training.console import Console, header, resume_command
 from training.logs import Stopwatch, Tracker
 from training.optim import cooldown_start, momentum_of
 from training.snapshot import BEST, SnapshotStore
@@ -60,17 +61,23 @@ class Journal:
         self.pictures = pictures
         self.spent = TimeSpent(training.device)
         self.tracker = Tracker(folder, config.ledger)
+        self.console = Console(config, len(loader), len(record.get("classes", ())), speaks=folder is not None)
         self.store = SnapshotStore(folder / "snapshots", config.keep_snapshots, self.tracker.logs) if folder else None
         self.cooldown = cooldown_start(config, len(loader)) if config.scheduler == "trapezoid" else None
         self.profiler: StepProfiler | None = None
         if config.profile and folder:
             self.profiler = StepProfiler(config.profile, folder / "profile" / "trace.json", training.device)
         self._watch = Stopwatch()
+        self._flushed = 0, 0.0  # steps and seconds of the epoch
+        self._seconds_before = 0.0  # of the epochs before this one
+        self._told = ""
+        self._is_first = True  # the step that comes
         self._pending: list[dict[str, Any]] = []
 
     def rewind(self) -> list[str]:
         """Delete logs and snapshots of steps after `progress`; returns the names of the deleted snapshots."""
         self.tracker.rewind(self.progress.step, self.progress.epoch)
+        self._seconds_before = self.tracker.seconds_logged()
         dropped = self.store.rewind(self.progress.step) if self.store else []
         if BEST in dropped:
             self.progress.best_top1 = -1.0  # no earlier best has a file any more: the next epoch becomes the best
@@ -80,18 +87,34 @@ class Journal:
         """Begin an epoch, at the step in `progress`."""
         steps = len(self.loader)
         first = self.progress.step - self.progress.epoch * steps
-        self.tracker.start_epoch(self.progress.epoch + 1, self.config.epochs, steps, first)
+        self.console.start_epoch(self.progress.epoch + 1, first)
+        if self._is_first:
+            workers = getattr(self.loader, "num_workers", 0)
+            self.console.waits_for(f"for the first batch{f' of {workers} decoding processes' if workers else ''}")
         self._watch = Stopwatch(self.progress.train_seconds)
+        self._flushed = first, self.progress.train_seconds
         self.spent.begin()
 
     @contextlib.contextmanager
     def timed_step(self, batch: Batch) -> Iterator[None]:
         """A context around the training step on this batch."""
+        self.console.over()
         if self.progress.step == 0 and self.pictures is not None:
             with self.spent.part("other"):
                 self.pictures.samples(batch)
+        if self._is_first:
+            compiles = ", which compiles the model: about a minute" if self.config.compile else ""
+            self.console.waits_for(f"for the first step{compiles}")
         with self.spent.step():
             yield
+        if self._is_first:
+            self.console.over()
+            self._is_first = False
+
+    def is_log_step(self) -> bool:
+        """Whether the step that begins is one after which numbers are fetched."""
+        done, steps = self.progress.step + 1, len(self.loader)
+        return done % self.config.log_steps == 0 or done == (self.progress.epoch + 1) * steps
 
     def step(self, batch: Batch, numbers: StepNumbers) -> None:
         """Record a finished step, before the schedule moves; log and save when due.
@@ -99,16 +122,18 @@ class Journal:
         Raises DivergedError and SnapshotError, see `flush` and `save`.
         """
         config, progress, group = self.config, self.progress, self.training.optimizer.param_groups[0]
+        is_due_to_log = self.is_log_step()
         progress.step += 1
         progress.last_lr = group["lr"]
         plan = {"lr": group["lr"], "momentum": momentum_of(group)}
         row = {"step": progress.step, "epoch": progress.epoch + 1, **plan, "ids": batch.ids, "numbers": numbers}
-        self._pending.append(row)
+        self._pending.append(row | {"seconds": self._watch.seconds()})
+        self.console.tick()
         if self.profiler is not None:
             with self.spent.part("other"):
                 self.profiler.step()
         is_last = progress.step == (progress.epoch + 1) * len(self.loader)
-        if progress.step % config.log_steps == 0 or is_last:
+        if is_due_to_log:
             self.flush()
         is_due = config.snapshot_steps and progress.step % config.snapshot_steps == 0
         if (is_due or progress.step == self.cooldown) and not is_last:
@@ -132,41 +157,54 @@ class Journal:
         means = distributed.mean_over_ranks(numbers).tolist()  # the one place where training waits for the device
         self.progress.train_seconds = self._watch.seconds()
         self.spent.collect()
+        done = self.progress.step - self.progress.epoch * len(self.loader)
+        speed = self._speed(done)
         diverged_at = 0
-        for row, row_ids, (loss, correct, skipped) in zip(rows, ids, means, strict=True):
+        for row, row_ids, (loss, correct, skipped, grad_norm) in zip(rows, ids, means, strict=True):
             all_correct = round(correct * distributed.world_size())
             row.update(loss=loss, top1=all_correct / self.config.batch_size, ids=row_ids, skipped=bool(skipped))
+            row.update(grad_norm=grad_norm, seconds=self._seconds_before + row["seconds"], images_per_s=speed)
             self.progress.add(loss, all_correct, bool(skipped))
             if self.progress.bad_steps >= self.config.max_bad_steps and not diverged_at:
                 diverged_at = row["step"] - self.progress.bad_steps + 1
-        done = self.progress.step - self.progress.epoch * len(self.loader)
-        self.tracker.log_steps(rows, done, done * self.config.batch_size / max(self.progress.train_seconds, 1e-9))
+        self.tracker.log_steps(rows)
+        self.console.steps(rows[-1], done, self.progress.train_seconds, self.spent.waiting())
         if diverged_at:
             raise self._diverged(diverged_at)
+
+    def _speed(self, done: int) -> float:
+        """Images a second since the last flush, at the end of `done` steps of the epoch."""
+        (steps, seconds), self._flushed = self._flushed, (done, self.progress.train_seconds)
+        return (done - steps) * self.config.batch_size / max(self.progress.train_seconds - seconds, 1e-9)
 
     def end_epoch(self, result: dict[str, float], seconds: float) -> None:
         """Log an epoch and its evaluation, which took `seconds`, count the epoch as completed, and save."""
         progress = self.progress
         images, train_seconds = len(self.loader) * self.config.batch_size, progress.train_seconds
-        self.tracker.end_epoch(
-            {
-                "epoch": progress.epoch + 1,
-                "step": progress.step,
-                "train_loss": progress.loss_sum / progress.losses if progress.losses else math.nan,
-                "train_top1": progress.correct / images,
-                **result,
-                "lr": progress.last_lr,
-                "images_per_s": images / train_seconds,
-                "seconds": train_seconds + seconds,
-            }
-        )
-        if self.pictures is not None:
-            self.pictures.curves()
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "train_loss": progress.loss_sum / progress.losses if progress.losses else math.nan,
+            "train_top1": progress.correct / images,
+            **result,
+            "lr": progress.last_lr,
+            "images_per_s": images / train_seconds,
+            "seconds": train_seconds + seconds,
+        }
         judged = result.get("ema_top1", result["val_top1"])
         is_best = judged > progress.best_top1
+        self.tracker.end_epoch(row)
+        self.console.end_epoch(row, is_best)
+        self._seconds_before += row["seconds"]
+        if self.pictures is not None:
+            self.pictures.curves()
         progress.end_epoch(judged)
         self.save(best=is_best and self.config.save_best)
-        print0(f"time      {describe_time(self.spent.shares(), self.config, self.loader, train_seconds)}")
+        told = describe_time(self.spent.shares(), self.config, self.loader, train_seconds)
+        cause = told.partition("; ")[2]
+        if self.config.verbose or cause != self._told:  # once, and again where it changes
+            header([f"time      {told}"], self.config)
+        self._told = cause
 
     def save(self, best: bool = False) -> Path | None:
         """Flush, then save everything the next step depends on. Rank 0 writes, and returns the path.
@@ -189,15 +227,16 @@ class Journal:
     def save_before_stopping(self, cause: str) -> None:
         """Save a snapshot, wait until it is on disk, and print its path."""
         self.flush()
-        self.tracker.close()
+        self.console.close()
         path = self.save()
         if self.store is not None:
             self.store.wait()
-        print0(f"stopped by {cause} at step {self.progress.step}; snapshot {path}")
+            print0(f"stopped by {cause} at step {self.progress.step}; snapshot {path}", always=True)
+            print0(f"resume    {resume_command(self.store.folder.parent)}", always=True)
 
     def close(self) -> None:
         """Finish writing and drawing. Raises SnapshotError."""
-        self.tracker.close()
+        self.console.close()
         for part in (self.profiler, self.pictures):
             if part is not None:
                 part.close()

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: its folder, the console, results.csv, metrics.jsonl and the ledger."""
+"""Where a run's numbers go: its folder with config.json, results.csv, metrics.jsonl and the ledger."""
 
 import contextlib
 import csv
@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -21,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import nn
 
 import distributed
 from config import Config
@@ -71,7 +72,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
             _note_launch(folder / "config.json", config, argv)
         except OSError as error:
             raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
-        print(f"run       {folder}", flush=True)
+        distributed.print0(f"run       {folder}")
         yield folder
 
 
@@ -109,6 +110,15 @@ def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:
     write_durably(path, json.dumps(report, indent=2).encode())
 
 
+def note_resolved(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+    """Add to a run's config.json what its settings came to. A disk that refuses costs only that."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    resolved = facts | {"model": str(getattr(model, "name", type(model).__name__)), "parameters": count}
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads(read_small(path))
+        write_durably(path, json.dumps(report | {"resolved": resolved}, indent=2).encode())
+
+
 def _launch(argv: Sequence[str]) -> dict[str, Any]:
     revision = None
     if shutil.which("git"):
@@ -128,16 +138,12 @@ def _launch(argv: Sequence[str]) -> dict[str, Any]:
 
 
 class Tracker:
-    """Logs one dict per step and one per finished epoch. `folder` is None on all ranks but 0; these write nothing.
-
-    On a terminal an epoch has a live progress bar; in a log file, a plain line each time numbers arrive.
-    """
+    """Logs one dict per step and one per finished epoch. `folder` is None on all ranks but 0; these write nothing."""
 
     def __init__(self, folder: Path | None, ledger: bool) -> None:
         self.folder = folder
         self.ledger = ledger
         self.logs = [folder / name for name in LOGS] if folder else []
-        self._bar: tqdm[Any] | None = None
 
     def rewind(self, step: int, epoch: int) -> None:
         """Remove log entries after this step, and epochs after this one, because a resume will log them again."""
@@ -147,35 +153,30 @@ class Tracker:
             _keep_lines(self.folder / name, lambda line: json.loads(line)["step"] <= step)
         _keep_lines(self.folder / "results.csv", lambda line: line.startswith("epoch") or _csv_epoch(line) <= epoch)
 
-    def start_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Start the display of epoch number `epoch` (from 1), of whose `steps` `done` are completed."""
-        self._title = f"epoch {epoch}/{epochs}"
-        self._steps = steps
-        if self.folder is not None:
-            self._bar = tqdm(total=steps, initial=done, desc=self._title, unit="step", leave=False, disable=None)
+    def seconds_logged(self) -> float:
+        """The seconds of all epochs in results.csv."""
+        path = self.folder / "results.csv" if self.folder else None
+        if path is None or not path.exists():
+            return 0.0
+        seconds = 0.0
+        for row in csv.DictReader(read_small(path, most=2**32).decode(errors="replace").splitlines()):
+            with contextlib.suppress(ValueError, TypeError):
+                seconds += float(row.get("seconds", 0.0))
+        return seconds
 
-    def log_steps(self, rows: list[dict[str, Any]], step_in_epoch: int, images_per_s: float) -> None:
-        """Log consecutive steps: `step, epoch, loss, top1, lr, momentum, skipped`, and with a ledger `ids`."""
+    def log_steps(self, rows: list[dict[str, Any]]) -> None:
+        """Log consecutive steps: `step, epoch, lr, momentum, loss, top1, skipped` and so on, and with a ledger `ids`.
+
+        A number that is not finite is null, as JSON has none; a gradient norm that was not asked for is left out.
+        """
         if self.folder is None or not rows:
             return
-        last = rows[-1]
-        line = (
-            f"step {step_in_epoch}/{self._steps}  loss {last['loss']:.4f}  top1 {last['top1']:6.2%}  "
-            f"lr {last['lr']:.3g}  momentum {last['momentum']:.3f}  {images_per_s:,.0f} images/s"
-        )
-        if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(line.partition("  ")[2], refresh=False)
-            self._bar.update(step_in_epoch - self._bar.n)
-        else:
-            print(f"{self._title}  {line}", flush=True)
-        plain = [{key: value for key, value in row.items() if key != "ids"} for row in rows]
-        _append(self.folder / "metrics.jsonl", (json.dumps(row) for row in plain))
+        _append(self.folder / "metrics.jsonl", (json.dumps(_plain(row), allow_nan=False) for row in rows))
         if self.ledger:
             _append(self.folder / "ledger.jsonl", (json.dumps(ledger_row(row)) for row in rows))
 
     def end_epoch(self, result: dict[str, Any]) -> None:
-        """Write the epoch's row to results.csv, and print its line."""
-        self.close()
+        """Write the epoch's row to results.csv."""
         if self.folder is None:
             return
         path = self.folder / "results.csv"
@@ -187,19 +188,16 @@ class Tracker:
             if not header:
                 writer.writeheader()
             writer.writerow(result)
-        print(
-            f"{self._title}  train loss {result['train_loss']:.4f} top1 {result['train_top1']:.2%}  "
-            f"val loss {result['val_loss']:.4f} top1 {result['val_top1']:.2%} top5 {result['val_top5']:.2%}  "
-            f"{'ema top1 {ema_top1:.2%}  '.format(**result) if 'ema_top1' in result else ''}"
-            f"{result['images_per_s']:,.0f} images/s  {result['seconds']:.1f} s",
-            flush=True,
-        )
 
-    def close(self) -> None:
-        """Remove the progress bar from the terminal."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """One step for metrics.jsonl."""
+    asked = {key: value for key, value in row.items() if key != "ids"}
+    if math.isnan(asked.get("grad_norm", 0.0)):
+        del asked["grad_norm"]
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asked.items()
+    }
 
 
 def ledger_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A model and everything that trains it on one device, and the optimiser step."""
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -153,7 +154,8 @@ def _device_name(device: torch.device) -> str:
 
 
 class StepNumbers(NamedTuple):
-    """This rank's mean loss (float32), correct images (int64), and whether the gradient scaler skipped the step (bool).
+    """This rank's mean loss (float32), correct images (int64), whether the gradient scaler skipped the step (bool), and
+    the global L2 norm of the gradient before clipping (float32), NaN unless it was asked for.
 
     They are 0-d tensors that stay on the device, so that the host does not wait for it.
     """
@@ -161,12 +163,16 @@ class StepNumbers(NamedTuple):
     loss: torch.Tensor
     correct: torch.Tensor
     skipped: torch.Tensor
+    grad_norm: torch.Tensor
 
 
-def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None) -> StepNumbers:
+def train_step(
+    training: Training, images: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None, norm: bool = False
+) -> StepNumbers:
     """One optimiser step on uint8 images (N, H, W, 3) and int64 labels (N,), both on the device.
 
-    Of mixed images those count as correct that are taken for the class of their own label.
+    Of mixed images those count as correct that are taken for the class of their own label. `norm` asks for that of the
+    gradient.
     """
     parts = training.accumulate_steps
     loss_sum = torch.zeros((), device=training.device)
@@ -189,8 +195,17 @@ def train_step(training: Training, images: torch.Tensor, labels: torch.Tensor, m
         correct += (logits.detach().argmax(1) == y).sum()
     if training.max_grad_norm is not None:
         training.scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(training.model.parameters(), training.max_grad_norm)
-    return StepNumbers(loss_sum, correct, _apply(training))
+        grad_norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.max_grad_norm)
+    else:
+        grad_norm = _grad_norm(training) if norm else loss_sum.new_full((), math.nan)
+    return StepNumbers(loss_sum, correct, _apply(training), grad_norm)
+
+
+def _grad_norm(training: Training) -> torch.Tensor:
+    """The global L2 norm of the gradient, without the scaler's factor; a 0-d tensor on the device."""
+    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+    total, scaler = nn.utils.get_total_norm(gradients), training.scaler
+    return total / cast(torch.Tensor, scaler._get_scale_async()) if scaler.is_enabled() else total
 
 
 def _partners(training: Training, mix: Mix | None, *batch: torch.Tensor) -> list[torch.Tensor]:

@@ -60,6 +60,11 @@ class TimeSpent:
         self._seconds["step"] += sum(first.elapsed_time(last) for first, last in self._events) / 1000
         self._events.clear()
 
+    def waiting(self) -> float:
+        """The share of the time since `begin` that no part accounts for so far, which went by waiting for data."""
+        total = perf_counter() - self._began
+        return max(0.0, 1 - sum(self._seconds.values()) / max(total, 1e-9))
+
     def end_training(self) -> None:
         """Count the time that no part has accounted for so far as waiting for data."""
         self._seconds["data"] = max(0.0, perf_counter() - self._began - sum(self._seconds.values()))

@@ -75,6 +75,6 @@ def resnet_of(weights: dict[str, torch.Tensor]) -> str | None:
     )
     is_deep = "layer1.0.conv3.weight" in weights
     for depth, layers in LAYERS.items():
-        if layers == blocks and (depth >= 50) == is_deep and "conv1.weight" in weights:
+        if (*layers, 0)[:4] == blocks and (depth >= 50) == is_deep and "conv1.weight" in weights:
             return f"resnet{depth}"
     return None
