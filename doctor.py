@@ -100,6 +100,7 @@ def examine(given: Mapping[str, Any]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     config = configuration.resolve(given)
+    print(Line(NOTE, "doctor", "looks, asks the Hub and measures, which takes about 20 s"), flush=True)
     measured = config
     if config.is_small:  # nothing to decode: measured is what photographs would take
         kept = {name: given[name] for name in KEPT if name in given}
