@@ -20,7 +20,7 @@ import speed
 from config import Config
 from errors import UsageError, redact
 from machine import Gpu, Machine
-from preflight import as_size, free_bytes
+from preflight import as_size, duration, free_bytes
 from speed import Speed
 from stream import jpeg, reach
 from stream.cache import FileStore
@@ -100,6 +100,7 @@ def examine(given: Mapping[str, Any]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     config = configuration.resolve(given)
+    print(Line(NOTE, "doctor", "looks, asks the Hub and measures, which takes about 20 s"), flush=True)
     measured = config
     if config.is_small:  # nothing to decode: measured is what photographs would take
         kept = {name: given[name] for name in KEPT if name in given}
@@ -322,9 +323,9 @@ def of_speed(facts: Facts, config: Config) -> Iterator[Line]:
     told = f"images/s: generated photographs of {speed.WIDTH}x{speed.HEIGHT} decoded and cropped to {size}, {workers}"
     if found.trained:
         where = facts.gpus[0].name if facts.device == "cuda" and facts.gpus else facts.device
-        hours = IMAGENET_IMAGES / found.trained / 3600
         told_of_steps = f"{found.trained:,.1f} images/s at {size} pixels in steps of {found.batch} on {where}"
-        told_of_steps += f"{', --amp' if config.amp else ''}; an epoch of ImageNet-1K in {hours:,.1f} hours"
+        told_of_steps += ", --amp" if config.amp and facts.device != "cpu" else ""
+        told_of_steps += f"; an epoch of ImageNet-1K in {duration(IMAGENET_IMAGES / found.trained)}"
         yield Line(OK, "steps", told_of_steps)
     if found.decoded and found.trained and facts.device != "cpu" and found.decoded < found.trained:
         waits = f"the device would wait {1 - found.decoded / found.trained:.0%} of the time"

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +18,7 @@ import distributed
 from config import Config, resolve
 from distributed import print0
 from errors import redact
-from preflight import as_size, free_bytes
+from preflight import as_size, duration, free_bytes
 from preprocess import Data
 from stream.loader import BATCHES_AHEAD, Loader, StreamingDataLoader
 from train import evaluate
@@ -66,27 +66,28 @@ def rehearse(config: Config, data: Data, training: Training, progress: Progress)
     table = layer_table(training.model, config.image_size, data.train.batch_size // config.accumulate_steps)
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.device)
-    schedule = build_schedule(training.optimizer, config, lr, steps, progress.step)
-    first, seconds, loss = _take_steps(config, data.train, training, progress, stop)
-    del schedule
+    build_schedule(
+        training.optimizer, config, lr, steps, progress.step
+    )  # which sets the rate; it stays for these steps
+    first, seconds, made, loss = _take_steps(config, data.train, training, progress, stop)
     memory = _memory_line(config, training)
     evaluation, result = _evaluate(training, data.val, stop)
     tensors, _ = capture(training.model, training.optimizer, training.scaler, progress, training.average)
     snapshot = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-    times = Times(first, seconds[0], seconds[1], evaluation)
+    times = Times(first, seconds, made, evaluation)
     print0(*table, sep="\n")
     print0(f"step      loss {loss:.4f} in training, {result['val_loss']:.4f} in a batch of the evaluation")
     print0(f"schedule  {describe_schedule(config, config.epochs * steps)}")
     print0(f"lr        {rate_line(config, lr, steps, progress.step)}")
     print0(*time_lines(config, times, data, progress), sep="\n")
     print0(memory, f"disk      {disk_line(config, snapshot, steps, progress.step)}", sep="\n")
-    print0(f"settings  {' '.join(changed_settings(config)) or 'the defaults'}")
+    print0(f"settings  {' '.join(changed_settings(config))}")
     print0("dry run   no run folder was written; the same command without --dry_run trains")
 
 
 def _take_steps(
     config: Config, loader: Loader, training: Training, progress: Progress, stop: StopRequest
-) -> tuple[float, tuple[list[float], float | None], float]:
+) -> tuple[float, list[float], float | None, float]:
     """Train for a few steps, then only read: seconds until the first batch, of each step and of a batch; the loss."""
     loader.set_epoch(progress.epoch, progress.step - progress.epoch * len(loader))
     training.model.train()
@@ -112,9 +113,9 @@ def _take_steps(
         if _on_any_rank(came[-1] - came[0] > DATA_SECONDS):
             break
     del batches  # which ends the threads that read ahead
-    ahead = BATCHES_AHEAD if isinstance(loader, StreamingDataLoader) else 0
-    made = [after - before for before, after in zip(came[ahead:], came[ahead + 1 :], strict=False)]
-    return first, (steps, fmean(made) if made else None), loss
+    ahead = BATCHES_AHEAD if isinstance(loader, StreamingDataLoader) and loader.num_workers else 0
+    made = len(came) - 1 - ahead  # since the first of these times
+    return first, steps, (came[-1] - came[0]) / made if made > 0 else None, loss
 
 
 def _evaluate(training: Training, loader: Loader, stop: StopRequest) -> tuple[float, dict[str, float]]:
@@ -188,14 +189,6 @@ def _overlaps(loader: Loader) -> bool:
     return isinstance(loader, StreamingDataLoader) and loader.num_workers > 0 and loader.device.type != "cpu"
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, in two or three digits."""
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def rate_line(config: Config, lr: float, steps_per_epoch: int, step: int) -> str:
     """The first, the highest and the last learning rate from `step` on, each with its step."""
     last = config.epochs * steps_per_epoch - 1
@@ -229,7 +222,7 @@ def disk_line(config: Config, snapshot: int, steps_per_epoch: int, step: int) ->
 
 
 def changed_settings(config: Config) -> list[str]:
-    """The settings that are not the dataset's defaults, as flags."""
+    """The dataset, and the settings that are not its defaults, as flags."""
     values = asdict(config)
     usual = asdict(resolve({name: values[name] for name in LABELS if values[name]}))
     changed = [name for name in values if values[name] != usual[name] and name not in NO_SETTINGS]

@@ -96,6 +96,14 @@ def as_size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days, in two or three digits."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def free_bytes(folder: Path) -> int:
     """The room on the disk of a folder, or of where it would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

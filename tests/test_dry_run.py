@@ -11,8 +11,9 @@ from torch import nn
 
 import dry_run
 from config import parse, resolve
-from dry_run import changed_settings, disk_line, duration, rate_line
+from dry_run import changed_settings, disk_line, rate_line
 from model_resnet50 import build_model
+from preflight import duration
 from training import step
 from training.layers import MOST_ROWS, layer_table
 
