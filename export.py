@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_front_door(lambda: _run(arguments), debug="--debug" in arguments)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags. Raises UsageError."""
     made = door_parser(Config, "export.py", __doc__ or "", operands="--to FORMAT --out DIR")
     group = made.add_argument_group("export")
     group.add_argument("--to", required=True, choices=FORMATS, help="the library that is to load it")
@@ -43,11 +43,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--push_to_hub", metavar="ID", help="send the export to this repository of the Hub")
     group.add_argument("--private", action="store_true", help="make that repository private")
     group.add_argument("--dry_run", action="store_true", help="tell what would be sent, and send nothing")
-    return made
+    return made.parse_args(argv)
 
 
 def _run(argv: list[str]) -> None:
-    given = parser().parse_args(argv)
+    given = parse(argv)
     if given.private and not given.push_to_hub:
         raise UsageError("--private goes with --push_to_hub")
     out = Path(given.out).expanduser()

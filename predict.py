@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_front_door(lambda: _run(arguments), debug="--debug" in arguments)
 
 
-def _parse(argv: list[str]) -> dict[str, Any]:
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The flags that were given, by name. Raises UsageError."""
     parser = door_parser(Config, "predict.py", __doc__ or "", TAKEN, "IMAGE|FOLDER|PATTERN...")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns")
     group, unset = parser.add_argument_group("output"), argparse.SUPPRESS
@@ -63,7 +64,7 @@ def _parse(argv: list[str]) -> dict[str, Any]:
 
 
 def _run(argv: list[str]) -> None:
-    given = _parse(argv)
+    given = parse(argv)
     from config import resolve
     from distributed import init
     from results.prediction import find_images, image_loader, predictions

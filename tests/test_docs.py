@@ -12,9 +12,15 @@ from torch import nn
 
 import config
 import evaluate
+import export
+import predict
 from training import step
 
 DOCUMENTS = ["docs/LR_FINDER_USAGE.md", "docs/ONECYCLE_LR_GUIDE.md"]
+DOORS: dict[str, Any] = {
+    **dict.fromkeys(("main", "run_lr_finder"), lambda argv: config.parse("", "", argv)),
+    "evaluate": evaluate.parse, "predict": predict.parse, "export": export.parse,
+}
 BUILD_MODEL = step.build_model
 NEEDS_MORE = re.compile(r"imagenet1k|torchrun|benchmarks/")
 
@@ -25,16 +31,13 @@ def commands(document: str) -> list[str]:
     return [re.split(r"  #|\.\.\.", line)[0].strip() for line in lines]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", "docs/EXPORTING.md"])
 def test_every_command_has_flags_that_exist(document: str) -> None:
-    front_doors = [
-        command for command in commands(document) if re.search(r"\b(main|run_lr_finder|evaluate)\.py", command)
-    ]
+    found = [re.search(rf"\b({'|'.join(DOORS)})\.py(.*)", command) for command in commands(document)]
+    front_doors = [match.groups() for match in found if match]
     assert front_doors
-    for command in front_doors:
-        door, _, flags = command.partition(".py")
-        parse = evaluate.parse if door.endswith("evaluate") else lambda argv: config.parse("", "", argv)
-        parse(shlex.split(flags))
+    for door, flags in front_doors:
+        DOORS[door](shlex.split(flags))
 
 
 @pytest.mark.slow
