@@ -130,7 +130,8 @@ def test_what_takes_long_is_told_of_and_what_does_not_is_not(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.6, "1:00"), (185, "3:05"), (3723, "1:02:03"), (183600, "2d 03h")]
+    ("seconds", "text"),
+    [(0, "0.0s"), (9.96, "10s"), (59.6, "1:00"), (185, "3:05"), (3723, "1:02:03"), (183600, "2d 03h")],
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text

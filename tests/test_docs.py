@@ -19,7 +19,9 @@ from training import step
 DOCUMENTS = ["docs/LR_FINDER_USAGE.md", "docs/ONECYCLE_LR_GUIDE.md"]
 DOORS: dict[str, Any] = {
     **dict.fromkeys(("main", "run_lr_finder"), lambda argv: config.parse("", "", argv)),
-    "evaluate": evaluate.parse, "predict": predict.parse, "export": export.parse,
+    "evaluate": evaluate.parse,
+    "predict": predict.parse,
+    "export": export.parse,
 }
 BUILD_MODEL = step.build_model
 NEEDS_MORE = re.compile(r"imagenet1k|torchrun|benchmarks/")

@@ -189,7 +189,7 @@ def test_every_recipe_is_known_to_this_table_and_to_the_readme() -> None:
         for names, values in rows
         for name, top1 in zip(names.split("`, `"), values.split(" / "), strict=True)
     }
-    assert told == {name: published.top1 for name, published in PUBLISHED.items()} | {"digits": "98.9"}
+    assert told == {name: published.top1 for name, published in PUBLISHED.items()} | {"digits": "98.5"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

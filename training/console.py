@@ -26,7 +26,7 @@ STEP_SECONDS = 60.0  # between two of them
 FEWEST_FOR_TOP5 = 6  # classes; of fewer, the five most likely say little
 INDENT = " " * 10  # under which a long line goes on
 DETAILS = ("revision ", "blocks ", "streams ")  # lines of the header that --verbose shows
-WAIT_SECONDS = 1.0
+WIDE = 120  # columns of a terminal that has room for all numbers beside the bar
 
 
 def on_terminal() -> bool:
@@ -52,8 +52,10 @@ def header(lines: Iterable[str], config: Config) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words as short as 12s, 3:05, 1:02:03 and 2d 03h."""
+    """Seconds in words as short as 1.2s, 12s, 3:05, 1:02:03 and 2d 03h."""
     whole = max(0, round(seconds))
+    if seconds < 9.95:
+        return f"{max(0.0, seconds):.1f}s"
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
@@ -87,17 +89,15 @@ class Console:
         self._title = f"epoch {epoch:>{len(str(self._epochs))}}/{self._epochs}"
         if not self._speaks or self._quiet or not on_terminal():
             return
-        form = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}" if columns() >= 120 else "{desc} |{bar}| {postfix}"
-        self._bar = tqdm(
-            total=self._steps, initial=done, desc=self._title, leave=False, file=sys.stdout, bar_format=form,
-            ncols=columns(),
-        )  # fmt: skip
+        form = self._form("")
+        shown: dict[str, Any] = {"desc": self._title, "file": sys.stdout, "leave": False}
+        self._bar = tqdm(total=self._steps, initial=done, bar_format=form, ncols=columns(), **shown)
 
     def waits_for(self, text: str) -> None:
         """Tell on a line what the run waits for, if that takes longer than a moment. `over` ends it."""
         self.over()
         if self._speaks and not self._quiet:
-            self._wait = threading.Timer(WAIT_SECONDS, lambda: self._say(f"wait      {text}"))
+            self._wait = threading.Timer(distributed.WAIT_SECONDS, lambda: self._say(f"wait      {text}"))
             self._wait.daemon = True
             self._wait.start()
 
@@ -124,7 +124,8 @@ class Console:
         run = left + (self._epochs - self._epoch) * whole
         if self._bar is not None:
             self._bar.ncols = columns()  # a window may have been resized
-            self._bar.set_postfix_str(self._beside_bar(row, waiting, left, run), refresh=True)
+            self._bar.bar_format = self._form(self._beside_bar(row, waiting, left, run))
+            self._bar.refresh()
         elif self._is_due(row["step"], is_last=done == self._steps):
             self._say(
                 f"{self._title}  step {done}/{self._steps}  loss {row['loss']:.4f}  top1 {row['top1']:6.2%}  "
@@ -132,8 +133,12 @@ class Console:
                 f"data {waiting:.0%}  left {duration(left)}, run {duration(run)}"
             )
 
+    def _form(self, beside: str) -> str:
+        """The bar with a text beside it; tqdm's own place for that begins with a comma."""
+        return f"{{desc}}  {'{n_fmt}/{total_fmt} ' if columns() >= WIDE else ''}|{{bar}}| {beside}"
+
     def _beside_bar(self, row: dict[str, Any], waiting: float, left: float, run: float) -> str:
-        if columns() >= 120:
+        if columns() >= WIDE:
             return (
                 f"loss {row['loss']:.4f}  top1 {row['top1']:.2%}  lr {row['lr']:.3g}  "
                 f"{row['images_per_s']:,.0f} images/s  data {waiting:.0%}  left {duration(left)}, run {duration(run)}"

@@ -70,7 +70,7 @@ class Journal:
         self._watch = Stopwatch()
         self._flushed = 0, 0.0  # steps and seconds of the epoch
         self._seconds_before = 0.0  # of the epochs before this one
-        self._told = ""
+        self._told = set[str]()  # why time went
         self._is_first = True  # the step that comes
         self._pending: list[dict[str, Any]] = []
 
@@ -202,9 +202,9 @@ class Journal:
         self.save(best=is_best and self.config.save_best)
         told = describe_time(self.spent.shares(), self.config, self.loader, train_seconds)
         cause = told.partition("; ")[2]
-        if self.config.verbose or cause != self._told:  # once, and again where it changes
+        if self.config.verbose or cause not in self._told:
             header([f"time      {told}"], self.config)
-        self._told = cause
+        self._told.add(cause)
 
     def save(self, best: bool = False) -> Path | None:
         """Flush, then save everything the next step depends on. Rank 0 writes, and returns the path.
