@@ -282,6 +282,48 @@ FAULTS = (
         "copies = 0 * np.arange(repeats)[:, None]",
         "tests/test_sizes.py -k copies",
     ),
+    Fault(
+        "training/sources.py",
+        "the best snapshot gives the weights and not their average",
+        'part = "ema." if averaged and which in (None, "best", "ema")',
+        'part = "ema." if averaged and which in ("ema",)',
+        "tests/test_sources.py -k weights_that_are_asked_for",
+    ),
+    Fault(
+        "training/freezing.py",
+        "BatchNorm of a frozen backbone goes on counting",
+        "module.train(not frozen)",
+        "module.train()",
+        "tests/test_sources.py -k resume_needs_them_no_more",
+    ),
+    Fault(
+        "training/weight_files.py",
+        "a zip of weights may unpack to any size",
+        "if unpacked > MOST_UNPACKED * path.stat().st_size:",
+        "if unpacked > 1e30 * path.stat().st_size:",
+        "tests/test_sources.py -k made_to_harm",
+    ),
+    Fault(
+        "results/heatmap.py",
+        "a heatmap shows maps and not what the class owes to them",
+        "gradient.mean((2, 3), keepdim=True) * maps[0]",
+        "maps[0]",
+        "tests/test_predict.py -k warm_where",
+    ),
+    Fault(
+        "results/figures.py",
+        "macro figures count classes without images",
+        "seen = there > 0",
+        "seen = there >= 0",
+        "tests/test_results.py",
+    ),
+    Fault(
+        "results/sampling.py",
+        "a filter grows narrow where an image is enlarged",
+        "stretch = scale.clamp(min=1.0)",
+        "stretch = scale",
+        "tests/test_export_graph.py",
+    ),
 )
 
 
