@@ -159,6 +159,7 @@ class Config:
     ledger: bool = flag("run", "write ledger.jsonl: the batch, loss and rate of every step, bit for bit", False, on_resume="kept")
     profile: int = flag("run", "write a trace of this many training steps to profile/trace.json, and print the costliest operators", 0, on_resume="forgotten", least=0)
     early_stop: int = flag("run", "end after this many epochs without a better val_top1 (with --ema_decay ema_top1); 0: never", 0, on_resume="kept", least=0)
+    compare: Sequence[str] = flag("run", "tell what sets these runs apart and what came of each, write compare.html here, and stop", (), nargs="+", metavar="RUN", on_resume="forgotten")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on
 
