@@ -8,12 +8,13 @@
     python main.py --resume_from runs/NAME                             # resume after a kill, as if nothing happened
     python main.py ... --run_dir runs/NAME --resume_from auto          # the same command starts or resumes the run
     python main.py --resume_from runs/NAME --evaluate                  # evaluate.py on its newest snapshot
+    python main.py --compare runs/ONE runs/OTHER                       # settings that differ, results, compare.html
     python main.py --resume_from runs/NAME --extend_epochs 5           # a trapezoid, as if it had been planned longer
     python main.py ... --dry_run                                       # all but training: what the run would take
     python main.py ... --doctor                                        # is this machine ready? what will be slow?
     torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process per GPU
 
-A run writes config.json, results.csv, metrics.jsonl, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
+A run writes config.json, results.csv, metrics.jsonl, report.html, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
 arguments, or a resume whose settings changed; 3 data missing, unreachable, not authorised or too corrupt; 4 training
 diverged; 5 no usable snapshot, or no room to write one; 128 + signal after a signal, with a snapshot written.
 """
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     given = configuration.parse("main.py", __doc__ or "", argv)
+    if "compare" in given:
+        _compare(given)
+        return
     if given.get("find_lr"):
         raise SystemExit(run_lr_finder.main(argv))
     if given.get("doctor"):
@@ -88,6 +92,14 @@ def _run(argv: list[str]) -> None:
         with distributed.announced("for a trial step, which tells whether a batch fits into memory"):
             config, data = in_passes_that_fit(config, data, training)
     _train(config, data, training, snapshot, argv)
+
+
+def _compare(given: dict[str, object]) -> None:
+    import compare
+
+    if others := sorted(given.keys() - {"compare", "debug"}):
+        raise UsageError(f"--compare reads runs as they are; leave out --{others[0]}")
+    compare.compare(configuration.resolve(given).compare)
 
 
 def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None, Source | None]":
@@ -183,7 +195,7 @@ def _train(
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
         within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot, lr_source))
         print0(*last_lines(config, folder), sep="\n", always=True)
-        print0(f"done      {folder}: results.csv, plots/curves.png, snapshots/", always=True)
+        print0(f"done      {folder}: report.html, results.csv, snapshots/", always=True)
 
 
 def _folder_of(snapshot: "Snapshot | None") -> Path | None:
@@ -244,7 +256,11 @@ def _fit(
     if config.extend_epochs:
         progress.best_top1 = -1.0  # whose file stays behind
         journal.save()  # the copy of the run's past becomes a run, to be resumed like any other
-    fit(Run(data, training, progress, schedule, config.epochs, stop, journal))
+    try:
+        fit(Run(data, training, progress, schedule, config.epochs, stop, journal))
+    finally:
+        if pictures is not None:
+            pictures.report()  # now that the last snapshot is written
 
 
 def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_per_epoch: int) -> list[str]:

@@ -140,8 +140,7 @@ def _write(result: "RangeTest", config: Config, folder: Path) -> None:
 
     lr_finder.save(result, folder, asdict(config))
     picture = folder / "lr_finder.png"
-    curves = result.lr, result.loss, result.smoothed_loss
-    drawn(lambda: plot_lr_finder(*curves, result.suggestions, result.stopped, picture), folder)
+    drawn(lambda: plot_lr_finder(result, picture), folder)
 
 
 if __name__ == "__main__":

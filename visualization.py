@@ -1,20 +1,28 @@
 """Pictures of a run: its curves, its schedule, its first training images, and the finder's curve."""
 
-import csv
 import io
-import json
+import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from config import Config
 from errors import complain, printable
+from pages.history import History, read_history, read_steps
+from pages.markup import duration
+from pages.names import short
+from pages.svg import LOG_FROM
+from report import write_report
 from stream.files import write_durably
 from stream.loader import Batch
+from training.lr_curve import RangeTest
 from training.optim import describe_schedule, schedule_at
 
 warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a name is drawn with boxes then
@@ -22,44 +30,107 @@ warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a nam
 DPI = 110
 SCHEDULE_POINTS = 500
 CURVE_POINTS = 2000
+MARKS = 30  # on a line
+NAME_WIDTH = 20  # characters of a line above a small image
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # Okabe and Ito 2008, for all eyes
+BROWN, GREY = "#7a5c00", "#999999"
+TRAINING: dict[str, Any] = {"color": BLUE, "marker": "o", "linestyle": "-", "markersize": 4}
+VALIDATION: dict[str, Any] = {"color": ORANGE, "marker": "s", "linestyle": "--", "markersize": 4}
+AVERAGE: dict[str, Any] = {"color": GREEN, "marker": "^", "linestyle": ":", "markersize": 5}
+TOP5: dict[str, Any] = {"color": PURPLE, "marker": "D", "linestyle": "-.", "markersize": 4}
+STAR: dict[str, Any] = {
+    **{"color": "black", "marker": "*", "linestyle": "none", "markersize": 15},
+    **{"markerfacecolor": "#f0e442", "zorder": 5},
+}
+RULES: tuple[tuple[str, Any], ...] = (
+    *((GREEN, "--"), (PURPLE, ":"), (BROWN, "-.")),
+    *((GREY, (0, (8, 2, 1, 2, 1, 2))), ("black", (0, (1, 3)))),
+)
 
 
 def plot_curves(run_dir: Path) -> Path:
-    """Plot loss, accuracy, and learning rate with momentum against the step, from the run's logs.
+    """Plot loss, accuracy, plan, speed and time of a run against its epochs, from its logs.
 
-    For a long run, only CURVE_POINTS steps, or up to twice as many, are plotted.
+    For a long run, only some CURVE_POINTS steps are plotted.
     """
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines[:: max(1, len(lines) // CURVE_POINTS)]]
-    with open(run_dir / "results.csv", newline="") as file:
-        epochs = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
-    at = [row["step"] for row in epochs]
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    loss, top1, lr = figure.subplots(1, 3)
-    step = [row["step"] for row in steps]
-    loss.plot(step, [row["loss"] for row in steps], color="C0", alpha=0.3, linewidth=0.8, label="train, each step")
-    loss.plot(at, [row["train_loss"] for row in epochs], "C0o-", markersize=3, label="train")
-    loss.plot(at, [row["val_loss"] for row in epochs], "C1o-", markersize=3, label="validation")
-    loss.set(title="Loss", xlabel="step", ylim=(0, 1.5 * max(row["train_loss"] for row in epochs)))
-    top1.plot(at, [100 * row["train_top1"] for row in epochs], "C0o-", markersize=3, label="train")
-    top1.plot(at, [100 * row["val_top1"] for row in epochs], "C1o-", markersize=3, label="validation")
-    if "ema_top1" in epochs[0]:
-        top1.plot(at, [100 * row["ema_top1"] for row in epochs], "C4s-", markersize=3, label="validation, average")
-    top1.set(title=f"Top-1 accuracy, last {100 * epochs[-1]['val_top1']:.2f} %", xlabel="step", ylabel="%")
-    lr.plot(step, [row["lr"] for row in steps], "C2")
-    lr.set(title="Learning rate and momentum", xlabel="step", ylim=(0, None))
-    momentum = lr.twinx()
-    momentum.plot(step, [row["momentum"] for row in steps], "C3--")
-    lr.set_ylabel("learning rate", color="C2")
-    momentum.set_ylabel("momentum (dashed)", color="C3")
-    for axes in (loss, top1):
-        axes.legend()
+    run = read_history(run_dir)
+    steps, epochs, per_epoch = read_steps(run_dir, CURVE_POINTS), run.epochs, run.steps_per_epoch
+    at, step = [row["epoch"] for row in epochs], [row["step"] / per_epoch for row in steps]
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
+    loss, top1, beside, rate, speed, time = figure.subplots(2, 3).flat
+    each_step = {"color": BLUE, "alpha": 0.3, "linewidth": 0.8, "label": "training, each step"}
+    loss.plot(step, [row["loss"] for row in steps], **each_step)
+    shown = [("training", "train", TRAINING), ("validation", "val", VALIDATION)]
+    if run.judged == "ema_top1":
+        shown.append(("validation, average of the weights", "ema", AVERAGE))
+    every = max(1, len(epochs) // MARKS)
+    for name, column, style in shown:
+        loss.plot(at, [row[f"{column}_loss"] for row in epochs], label=name, markevery=every, **style)
+        top1.plot(at, [100 * row[f"{column}_top1"] for row in epochs], label=name, markevery=every, **style)
+    if any(row["val_top5"] < 1 for row in epochs):
+        top5 = [100 * row["val_top5"] for row in epochs]
+        top1.plot(at, top5, label="validation, top-5", markevery=every, **TOP5)
+    told = f"last {epochs[-1][run.judged]:.2%}"
+    if (best := run.best) is not None:
+        told = f"best {best[run.judged]:.2%} (epoch {best['epoch']:.0f}), {told}"
+        top1.plot(best["epoch"], 100 * best[run.judged], label="best epoch", **STAR)
+    _frame_losses(loss, [row[f"{column}_loss"] for row in epochs for _, column, _ in shown])
+    loss.set(title=f"Loss: last {epochs[-1]['val_loss']:.4f} in validation", ylabel="cross-entropy")
+    top1.set(title=f"Top-1 accuracy: {told}", ylabel="%")
+    _plot_plan(rate, step, [row["lr"] for row in steps], [row["momentum"] for row in steps])
+    speed.plot(at, [row["images_per_s"] for row in epochs], markevery=every, **TRAINING)
+    speed.set(title=f"Speed: {epochs[-1]['images_per_s']:,.0f} images/s in training", ylabel="images/s", ylim=(0, None))
+    _plot_time(time, run)
+    for axes in (loss, top1, rate, speed, time):
+        axes.set_xlabel(f"epoch (of {per_epoch:,.0f} steps)")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(alpha=0.3)
+    handles = {label: handle for axes in (top1, loss) for handle, label in zip(*axes.get_legend_handles_labels())}
+    beside.axis("off")
+    beside.legend(handles.values(), handles.keys(), loc="center", title="In loss and accuracy", fontsize=11)
     return save_picture(figure, run_dir / "plots" / "curves.png")
 
 
+def _frame_losses(axes: Axes, values: Sequence[float]) -> None:
+    """Show all of these losses of epochs, on a logarithmic axis where they differ much; those of steps may leave."""
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return
+    low, high = min(finite), max(finite)
+    if low > 0 and high > LOG_FROM * low:
+        axes.set(yscale="log", ylim=(low / 1.3, high * 1.3))
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(0, 1.08 * high)
+
+
+def _plot_plan(axes: Axes, at: Sequence[float], rates: Sequence[float], momenta: Sequence[float]) -> None:
+    """Learning rate and, on an axis of its own at the right, momentum."""
+    axes.plot(at, rates, color=GREEN)
+    axes.set(title="Learning rate and momentum", ylim=(0, 1.05 * max(rates)))
+    axes.set_ylabel("learning rate (solid)", color=GREEN)
+    momentum = axes.twinx()
+    momentum.plot(at, momenta, color=PURPLE, linestyle="--")
+    momentum.set_ylabel("momentum (dashed)", color=PURPLE)
+
+
+def _plot_time(axes: Axes, run: History) -> None:
+    """A bar for each epoch, the evaluation above the training."""
+    at, training = [row["epoch"] for row in run.epochs], run.training_seconds()
+    rest = [row["seconds"] - seconds for row, seconds in zip(run.epochs, training, strict=True)]
+    whole = sum(row["seconds"] for row in run.epochs)
+    axes.bar(at, training, color=BLUE, label="training")
+    axes.bar(at, rest, bottom=training, color=ORANGE, hatch="///", edgecolor="white", linewidth=0, label="evaluation")
+    axes.set(title=f"Time of each epoch: {duration(whole)} in all", ylabel="seconds")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
+
+
 class RunPictures:
-    """Draws the pictures of a run into its folder, the curves in a background thread. Warns once if drawing fails."""
+    """Draws the pictures of a run into its folder and writes its report, both in a background thread after each epoch.
+
+    Warns once if a picture cannot be drawn, and once if the report cannot be written.
+    """
 
     def __init__(self, run_dir: Path, classes: Sequence[str]) -> None:
         self._run_dir = run_dir
@@ -67,7 +138,7 @@ class RunPictures:
         self._thread = ThreadPoolExecutor(1, "curves")
         self._drawing: Future[None] | None = None
         self._behind = False
-        self._warned = False
+        self._warned: set[str] = set()
 
     def samples(self, batch: Batch) -> None:
         """Draw the images of the first batch."""
@@ -78,25 +149,38 @@ class RunPictures:
         """Draw the logs as they are now; while an earlier picture is still being drawn, leave that to `close`."""
         self._behind = self._drawing is not None and not self._drawing.done()
         if not self._behind:
-            self._drawing = self._thread.submit(self._try, lambda: plot_curves(self._run_dir))
+            self._drawing = self._thread.submit(self._draw)
 
     def close(self) -> None:
         """Wait until the curves are drawn up to the last epoch."""
         if self._behind:
-            self._thread.submit(self._try, lambda: plot_curves(self._run_dir))
+            self._thread.submit(self._draw)
         self._thread.shutdown()
 
-    def _try(self, draw: Callable[[], object]) -> None:
-        self._warned |= not drawn(draw, self._run_dir / "plots", quiet=self._warned)
+    def report(self) -> None:
+        """Write the report, about what the run's folder holds now."""
+        self._try(lambda: write_report(self._run_dir), self._run_dir, "report.html")
+
+    def _draw(self) -> None:
+        self._try(lambda: plot_curves(self._run_dir))
+        self.report()
+
+    def _try(self, draw: Callable[[], object], folder: Path | None = None, what: str = "a picture") -> None:
+        if not drawn(draw, folder or self._run_dir / "plots", what, quiet=what in self._warned):
+            self._warned.add(what)
 
 
-def drawn(draw: Callable[[], object], folder: Path, quiet: bool = False) -> bool:
-    """Whether a picture could be drawn; if not, one line warns of it, unless `quiet`, and all else goes on."""
+def drawn(draw: Callable[[], object], folder: Path, what: str = "a picture", quiet: bool = False) -> bool:
+    """Whether a picture, or `what` it is, could be made; if not, one line warns of it, unless `quiet`.
+
+    All else goes on.
+    """
     try:
         draw()
     except Exception as error:
         if not quiet:
-            complain(f"warning: a picture in {folder} cannot be drawn ({printable(str(error))[:200]}); the run goes on")
+            why = printable(str(error))[:200]
+            complain(f"warning: {what} in {folder} cannot be drawn ({why}); the run goes on")
         return False
     return True
 
@@ -108,17 +192,13 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
     rates, momenta = zip(*(schedule_at(config, lr, steps_per_epoch, step) for step in steps), strict=True)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, rates, "C2")
-    axes.set(title=describe_schedule(config, total), xlabel="step", ylim=(0, 1.05 * max(rates)))
-    axes.set_ylabel("learning rate", color="C2")
+    _plot_plan(axes, steps, rates, momenta)
+    axes.set(title="\n".join(textwrap.wrap(f"The plan: {describe_schedule(config, total)}", 80)), xlabel="step")
     axes.grid(alpha=0.3)
     to_epochs = lambda steps: np.asarray(steps) / steps_per_epoch
     to_steps = lambda epochs: np.asarray(epochs) * steps_per_epoch
     epochs = axes.secondary_xaxis("top", (to_epochs, to_steps))
     epochs.set_xlabel("epoch")
-    momentum = axes.twinx()
-    momentum.plot(steps, momenta, "C3--")
-    momentum.set_ylabel("momentum (dashed)", color="C3")
     return save_picture(figure, path)
 
 
@@ -126,41 +206,45 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
     """Draw up to 32 uint8 images (N, H, W, 3) as the model sees them, with their class names."""
     count = min(32, len(images))
     rows = -(-count // 8)
-    figure = Figure(figsize=(12, 1.7 * rows), layout="constrained")
+    figure = Figure(figsize=(12, 1.85 * rows), layout="constrained")
     grid = figure.subplots(rows, 8, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, label in zip(grid.flat, images[:count], labels, strict=False):
         axes.imshow(image)
-        name = printable(classes[label].split(",")[0])[:18]
+        name = "\n".join(textwrap.wrap(short(classes[label], 2 * NAME_WIDTH), NAME_WIDTH, break_on_hyphens=False))
         axes.set_title(name, fontsize=8, parse_math=False)
     return save_picture(figure, path)
 
 
-def plot_lr_finder(
-    lr: Sequence[float],
-    loss: Sequence[float],
-    smoothed: Sequence[float],
-    suggestions: Mapping[str, float | None],
-    stopped: str,
-    path: Path,
-) -> Path:
-    """Plot a range test on a logarithmic axis, with each method's suggestion, and where and why the sweeps ended."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def plot_lr_finder(found: RangeTest, path: Path) -> Path:
+    """Plot a range test on a logarithmic axis, with each method's suggestion, the chosen one with a star on the curve."""
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(lr, loss, color="C0", alpha=0.3, label="loss")
-    axes.plot(lr, smoothed, color="C0", label="smoothed loss")
-    for number, (name, value) in enumerate(suggestions.items(), 1):
-        if value is not None:
-            axes.axvline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3g}")
-    if smoothed:
-        axes.axvline(lr[-1], color="k", linewidth=0.8, label="end of the sweeps")
-        low, high = min(loss), max(smoothed[: max(1, len(smoothed) // 2)])
+    axes.plot(found.lr, found.loss, color=BLUE, alpha=0.3, label="loss")
+    axes.plot(found.lr, found.smoothed_loss, color=BLUE, label="smoothed loss")
+    others = [name for name in found.suggestions if name != found.method]
+    for name, (colour, dashes) in zip(others, RULES, strict=False):
+        if (value := found.suggestions[name]) is not None:
+            axes.axvline(value, color=colour, linestyle=dashes, label=f"{name}: {value:.3g}")
+    chosen = found.suggestions[found.method]
+    if chosen is not None:
+        axes.axvline(chosen, color=ORANGE, linewidth=2.2, label=f"{found.method}: {chosen:.3g}, the chosen one")
+        axes.plot(chosen, float(np.interp(chosen, found.lr, found.smoothed_loss)), **STAR)
+        sure, why = found.confidence
+        title = f"Learning rate {chosen:.3g} for OneCycle, {found.constant_lr:.3g} for other schedules"
+        title += "\n" + "\n".join(textwrap.wrap(f"method {found.method}, confidence {sure}: {why}", 100))
+    else:
+        title = "No learning rate found\n" + "\n".join(textwrap.wrap(printable(found.stopped), 100))
+    if smoothed := found.smoothed_loss:
+        axes.axvline(found.lr[-1], color="black", linewidth=0.8, label=f"end of {found.sweeps} sweeps")
+        low, high = min(found.loss), max(smoothed[: max(1, len(smoothed) // 2)])
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.5 * (high - low) + 1e-3)
     axes.set_xscale("log")
-    axes.set(title=f"Learning rate range test: {stopped}", xlabel="learning rate", ylabel="loss")
+    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set(xlabel="learning rate", ylabel="training loss, mean of the sweeps")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return save_picture(figure, path)
 
 

@@ -37,7 +37,7 @@ def main() -> None:
         train_step=lambda images, labels: train_step(training, images, labels).loss,
     )
     picture = Path(tempfile.gettempdir()) / "lr_finder.png"
-    plot_lr_finder(result.lr, result.loss, result.smoothed_loss, result.suggestions, result.stopped, picture)
+    plot_lr_finder(result, picture)
     sure, why = result.confidence
     print(f"max_lr {result.suggested_lr:.3g}, confidence {sure} ({why}); see {picture}")
 

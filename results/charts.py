@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from pages.names import short
 from results.figures import BINS, ClassFigures, confusions, reliability
-from results.report import Evaluation, hardest, short
-from visualization import drawn, save_picture
+from results.report import Evaluation, hardest
+from visualization import BLUE, GREY, ORANGE, drawn, save_picture
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"
 COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0))  # nothing where there is no image
 MOST_NAMED = 40  # classes whose names fit at the axes
 MOST_COUNTED = 15  # classes whose counts fit into the cells

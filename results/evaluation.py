@@ -18,6 +18,7 @@ from errors import DataError, SnapshotError, UsageError
 from model_resnet50 import head_of
 from open_data import open_validation
 from preprocess import describe_change, evaluation_loader
+from report import write_report
 from results.charts import draw_all
 from results.class_map import BY_IMAGENET, BY_NAME, ClassMap, imagenet_class_names, map_classes
 from results.figures import figures_of, fit_temperature
@@ -32,6 +33,7 @@ from training.predictor import Predictor, build_predictor
 from training.signals import StopRequest
 from training.sources import Source, open_source
 from training.step import is_out_of_memory
+from visualization import drawn
 
 CHEAP = 10_000  # images whose labels are read from the Hub to see which classes have any
 T = TypeVar("T")
@@ -71,6 +73,9 @@ def evaluate(given: Mapping[str, Any]) -> None:
         write_files(found, task.dataset, folder)
         draw_all(found, folder, lambda ids: _read(evaluation_loader(config, device, task.dataset, ids)))
         print(f"wrote     {folder}: {FILES}", flush=True)
+        run = task.source.run
+        if run is not None and (run / "config.json").is_file() and drawn(lambda: write_report(run), run, "report.html"):
+            print(f"wrote     {run / 'report.html'}", flush=True)
 
 
 def _open(source: Source, config: Config, given: Mapping[str, Any], model: nn.Module) -> Task:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from errors import UsageError, printable
+from errors import UsageError
+from pages.names import short
 from results.figures import WORST, Figures, Temperature, confusions
 from results.scores import Scores
 from stream.files import write_durably
 from stream.source import ImageDataset
 
 FEWEST_FOR_TOP5 = 6  # classes
-NAME_LENGTH = 32
 FILES = "evaluation.json, confusion.csv, predictions.csv and pictures"
 
 
@@ -36,16 +36,6 @@ class Evaluation:
     @property
     def images_per_s(self) -> float:
         return (self.figures.images + self.scores.unreadable) / self.scores.seconds
-
-
-def short(name: str, length: int = NAME_LENGTH) -> str:
-    """A class or file name in one line of at most `length` characters: its first name, cut in the middle if need be."""
-    name = printable(name)
-    name = name.split(",")[0].strip() or name
-    if len(name) <= length:
-        return name
-    end = (length - 1) // 3
-    return f"{name[: length - 1 - end]}…{name[-end:]}"
 
 
 def safe(text: str) -> str:

@@ -5,15 +5,15 @@ import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("stream", "training", "results")
+WINGS = ("stream", "training", "results", "pages")
 LAYERS = (
     {"main"},
     {"run_lr_finder", "evaluate", "predict", "export", "dry_run", "doctor"},
     {"results"},
     {"train"},
     {"preflight", "lr_finder", "visualization", "speed"},
-    {"preprocess", "training"},
-    {"open_data"},
+    {"preprocess", "training", "report", "compare"},
+    {"open_data", "pages"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
     {"checks", "model_zoo", "recipe", "machine"},

@@ -12,10 +12,11 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, t
 
 from errors import DataError
 from results import charts
+from pages.names import short
 from results.class_map import imagenet_class_names, imagenet_numbers, map_classes
 from results.figures import calibration_error, confusions, figures_of, fit_temperature
 from results.real_labels import read_real_labels
-from results.report import Evaluation, as_json, describe, safe, short, write_files
+from results.report import Evaluation, as_json, describe, safe, write_files
 from results.scores import Judge, Scores, _Gathered
 from stream.loader import Batch
 from stream.local import LocalDataset
