@@ -167,7 +167,7 @@ def test_one_cycle_is_torchs_at_every_step_across_a_resume(digits: Path, tmp_pat
         folder = cut(digits, step, tmp_path / "cut")
         train("--resume_from", folder)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.12 * 16 / 256, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4 * 16 / 256, total_steps=STEPS)
     expected = []
     for _ in range(STEPS):
         group = optimizer.param_groups[0]
