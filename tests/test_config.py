@@ -24,7 +24,7 @@ RELIED_ON = set(
         label_smoothing scheduler warmup_epochs step_size gamma onecycle_pct_start onecycle_div_factor
         onecycle_final_div_factor onecycle_anneal_strategy onecycle_three_phase amp amp_dtype max_grad_norm
         accumulate_steps max_samples no_streaming num_workers seed deterministic device find_lr lr_start lr_end lr_iter
-        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate""",
+        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate compare""",
     )
 )
 
@@ -299,6 +299,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
             "resume_from",
             "override",
             "evaluate",
+            "compare",
             "profile",
             "debug",
         )
