@@ -8,15 +8,16 @@
     python main.py --resume_from runs/NAME                             # resume after a kill, as if nothing happened
     python main.py ... --run_dir runs/NAME --resume_from auto          # the same command starts or resumes the run
     python main.py --resume_from runs/NAME --evaluate                  # evaluate.py on its newest snapshot
-    python main.py --compare runs/ONE runs/OTHER                       # settings that differ, results, compare.html
+    python main.py --compare runs/ONE runs/OTHER                       # what differs, and what came of it
     python main.py --resume_from runs/NAME --extend_epochs 5           # a trapezoid, as if it had been planned longer
     python main.py ... --dry_run                                       # all but training: what the run would take
     python main.py ... --doctor                                        # is this machine ready? what will be slow?
     torchrun --nproc_per_node 8 main.py --dataset imagenet1k --amp     # one process per GPU
 
-A run writes config.json, results.csv, metrics.jsonl, report.html, snapshots/ and plots/ to its folder. Exit status: 0 done; 2 bad
-arguments, or a resume whose settings changed; 3 data missing, unreachable, not authorised or too corrupt; 4 training
-diverged; 5 no usable snapshot, or no room to write one; 128 + signal after a signal, with a snapshot written.
+A run writes config.json, results.csv, metrics.jsonl, report.html, snapshots/ and plots/ to its folder. Exit status: 0
+done; 2 bad arguments, or a resume whose settings changed; 3 data missing, unreachable, not authorised or too corrupt;
+4 training diverged; 5 no usable snapshot, or no room to write one; 128 + signal after a signal, with a snapshot
+written.
 """
 
 import sys

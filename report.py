@@ -88,34 +88,38 @@ def _curves(history: History) -> list[Any]:
     if not steps or not per_epoch:
         return []
     at = [row["epoch"] for row in history.epochs]
-    column = lambda name, by=1.0: [by * row[name] for row in history.epochs]
     step_at = [row["step"] / per_epoch for row in steps]
     best = history.best
     star = (best["epoch"], 100 * best[history.judged]) if best else None
     averaged = history.judged == "ema_top1"
     accuracy = [
-        Line("training", at, column("train_top1", 100), 0),
-        Line("validation", at, column("val_top1", 100), 1, best=None if averaged else star),
+        Line("training", at, history.percent("train_top1"), 0),
+        Line("validation", at, history.percent("val_top1"), 1, best=None if averaged else star),
     ]
     losses = [
         Line("training, each step", step_at, [row["loss"] for row in steps], 0, faint=True),
-        Line("training", at, column("train_loss"), 0),
-        Line("validation", at, column("val_loss"), 1),
+        Line("training", at, history.column("train_loss"), 0),
+        Line("validation", at, history.column("val_loss"), 1),
     ]
     if averaged:
-        accuracy.append(Line("validation, average", at, column("ema_top1", 100), 2, best=star))
-        losses.append(Line("validation, average", at, column("ema_loss"), 2))
+        accuracy.append(Line("validation, average", at, history.percent("ema_top1"), 2, best=star))
+        losses.append(Line("validation, average", at, history.column("ema_loss"), 2))
     if _has_top5(history):
-        accuracy.append(Line("validation, top-5", at, column("val_top5", 100), 3))
+        accuracy.append(Line("validation, top-5", at, history.percent("val_top5"), 3))
     seconds = history.training_seconds()
     rest = [row["seconds"] - training for row, training in zip(history.epochs, seconds, strict=True)]
-    momentum = Line("momentum", step_at, [row["momentum"] for row in steps], 3, faint=True)
+    momentum = Line("momentum", step_at, [row["momentum"] for row in steps], 3, plain=True)
     charts = [
         chart("Loss", losses, "epoch", "cross-entropy", logarithmic=True),
         chart("Accuracy (star: best)", accuracy, "epoch", "%"),
-        chart("Learning rate", [Line("rate", step_at, [row["lr"] for row in steps], 0, faint=True)], "epoch", "a step"),
-        chart("Momentum", [momentum], "epoch", "OneCycle moves it against the rate"),
-        chart("Speed", [Line("in training", at, column("images_per_s"), 0)], "epoch", "images/s"),
+        chart(
+            "Learning rate",
+            [Line("rate", step_at, [row["lr"] for row in steps], 0, plain=True)],
+            "epoch",
+            "at each step",
+        ),
+        chart("Momentum", [momentum], "epoch", "at each step"),
+        chart("Speed", [Line("in training", at, history.column("images_per_s"), 0)], "epoch", "images/s"),
         chart(
             "Time of an epoch",
             [Line("training", at, seconds, 0), Line("evaluation", at, rest, 1)],
@@ -134,7 +138,6 @@ def _curves(history: History) -> list[Any]:
 def _evaluation(path: Path) -> tuple[str, list[Any]]:
     """The name of an evaluation, and what its folder tells."""
     found, folder = json.loads(read_small(path)), path.parent
-    names = ("top1", "top5", "loss", "macro_f1", "ece")
     told = {
         "top1": "top-1",
         "top5": "top-5",
@@ -143,8 +146,8 @@ def _evaluation(path: Path) -> tuple[str, list[Any]]:
         "ece": "calibration error",
     }
     if len(found["classes"]) < FEWEST_FOR_TOP5:
-        names = ("top1", "loss", "macro_f1", "ece")
-    shown = [(told[name], _figure(found[name], name == "loss")) for name in names]
+        del told["top5"]
+    shown = [(what, _figure(found[name], name == "loss")) for name, what in told.items()]
     parts: list[Any] = [
         tag(
             "p", f"{found['source']}, on {found['images']:,} images of {found['data']['id']}, {found['data']['split']}"
@@ -170,8 +173,8 @@ def _figure(value: float | None, plain: bool = False) -> str:
 
 
 def _classes(classes: list[dict[str, Any]]) -> Markup:
-    share = lambda value: "" if value is None else (f"{value:.2%}", value)
-    rows = ([c["name"], c["images"], *(share(c[name]) for name in MEASURES)] for c in classes)
+    shares = ([(_figure(c[name]), c[name]) if c[name] is not None else "" for name in MEASURES] for c in classes)
+    rows = ([c["name"], c["images"], *share] for c, share in zip(classes, shares, strict=True))
     head = ["class", "images", "precision", "recall (top-1)", "F1"]
     return table(head, rows, sorts=True, filters="filter the classes")
 
@@ -186,20 +189,20 @@ def _confusion(folder: Path, names: list[str]) -> Markup:
     for label, prediction, images in list(csv.reader(read_small(path).decode().splitlines()))[1:]:
         counts[label, prediction] = counts.get((label, prediction), 0) + int(images)
     totals = {name: sum(counts.get((name, other), 0) for other in names) for name in names}
-    head = tag("tr", tag("th", "true \\ predicted"), *(tag("th", short(name), scope="col") for name in names))
+    head = tag("tr", tag("th", ""), *(tag("th", short(name), scope="col") for name in names))
     rows = []
     for name in names:
         cells = [tag("th", short(name), scope="row")]
         for other in names:
-            images = counts.get((name, other), 0)
-            heat = f"--h:{images / max(1, totals[name]):.3f}"
-            told = f"{name} taken for {other}: {images} of {totals[name]}"
+            taken = counts.get((name, other), 0)
+            heat = f"--h:{taken / max(1, totals[name]):.3f}"
+            told = f"{name} taken for {other}: {taken} of {totals[name]}"
             kind = "right" if name == other else None
-            cells.append(tag("td", images or "", style=heat, title=told, class_=kind))
+            cells.append(tag("td", taken or "", style=heat, title=told, class_=kind))
         rows.append(tag("tr", *cells))
-    return tag(
-        "div", tag("table", tag("thead", head), tag("tbody", *rows), class_="heat"), class_="scrolls", tabindex="0"
-    )
+    matrix = tag("table", tag("thead", head), tag("tbody", *rows), class_="heat")
+    note = tag("p", "A row for each true class, a column for each prediction.", class_="note")
+    return lines([note, tag("div", matrix, class_="scrolls", tabindex="0")])
 
 
 def _confused(pairs: list[dict[str, Any]]) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from config import Config
@@ -38,10 +39,8 @@ TRAINING: dict[str, Any] = {"color": BLUE, "marker": "o", "linestyle": "-", "mar
 VALIDATION: dict[str, Any] = {"color": ORANGE, "marker": "s", "linestyle": "--", "markersize": 4}
 AVERAGE: dict[str, Any] = {"color": GREEN, "marker": "^", "linestyle": ":", "markersize": 5}
 TOP5: dict[str, Any] = {"color": PURPLE, "marker": "D", "linestyle": "-.", "markersize": 4}
-STAR: dict[str, Any] = {
-    **{"color": "black", "marker": "*", "linestyle": "none", "markersize": 15},
-    **{"markerfacecolor": "#f0e442", "zorder": 5},
-}
+STAR: dict[str, Any] = {"color": "black", "marker": "*", "linestyle": "none", "markersize": 15, "zorder": 5}
+STAR["markerfacecolor"] = "#f0e442"
 RULES: tuple[tuple[str, Any], ...] = (
     *((GREEN, "--"), (PURPLE, ":"), (BROWN, "-.")),
     *((GREY, (0, (8, 2, 1, 2, 1, 2))), ("black", (0, (1, 3)))),
@@ -56,8 +55,7 @@ def plot_curves(run_dir: Path) -> Path:
     run = read_history(run_dir)
     steps, epochs, per_epoch = read_steps(run_dir, CURVE_POINTS), run.epochs, run.steps_per_epoch
     at, step = [row["epoch"] for row in epochs], [row["step"] / per_epoch for row in steps]
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
+    figure = Figure(figsize=(15, 8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     loss, top1, beside, rate, speed, time = figure.subplots(2, 3).flat
     each_step = {"color": BLUE, "alpha": 0.3, "linewidth": 0.8, "label": "training, each step"}
     loss.plot(step, [row["loss"] for row in steps], **each_step)
@@ -86,9 +84,10 @@ def plot_curves(run_dir: Path) -> Path:
         axes.set_xlabel(f"epoch (of {per_epoch:,.0f} steps)")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(alpha=0.3)
-    handles = {label: handle for axes in (top1, loss) for handle, label in zip(*axes.get_legend_handles_labels())}
+    pairs = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in (top1, loss))
+    handles = {label: handle for pair in pairs for handle, label in pair}
     beside.axis("off")
-    beside.legend(handles.values(), handles.keys(), loc="center", title="In loss and accuracy", fontsize=11)
+    beside.legend(handles.values(), handles.keys(), loc="center", title="In the two beside", fontsize=11)
     return save_picture(figure, run_dir / "plots" / "curves.png")
 
 
@@ -218,7 +217,7 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
 
 
 def plot_lr_finder(found: RangeTest, path: Path) -> Path:
-    """Plot a range test on a logarithmic axis, with each method's suggestion, the chosen one with a star on the curve."""
+    """Plot a range test on a logarithmic axis, with each method's suggestion, the chosen one with a star."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(found.lr, found.loss, color=BLUE, alpha=0.3, label="loss")

@@ -24,7 +24,7 @@ CHOSEN_BY_THE_MACHINE = frozenset({"num_workers", "data_dir", "cache_dir"})  # n
 
 @dataclass(frozen=True)
 class History:
-    """What a run's folder tells. `snapshot` is what its newest readable snapshot holds beside tensors, if there is one."""
+    """What a run's folder tells; `snapshot` is what its newest readable one holds beside tensors, if any."""
 
     folder: Path
     config: dict[str, Any]
@@ -45,6 +45,14 @@ class History:
     @property
     def steps_per_epoch(self) -> float:
         return self.epochs[-1]["step"] / self.epochs[-1]["epoch"] if self.epochs else 0.0
+
+    def column(self, name: str) -> list[float]:
+        """What results.csv holds under this name."""
+        return [row[name] for row in self.epochs]
+
+    def percent(self, name: str) -> list[float]:
+        """The same of a fraction, in percent."""
+        return [100 * row[name] for row in self.epochs]
 
     def training_seconds(self) -> list[float]:
         """The seconds of each epoch spent in training; the rest of its `seconds` went to the evaluation."""

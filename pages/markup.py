@@ -13,7 +13,8 @@ from errors import printable
 
 HERE = Path(__file__).parent
 KEPT_AS_PNG = 150_000  # bytes of a picture, beyond which a JPEG takes its place
-JPEG = {"quality": 82, "subsampling": 0}
+LARGEST = 450_000  # bytes of that, for which its quality is lowered as far as QUALITIES go
+QUALITIES = (82, 65, 45, 25)
 
 
 class Markup(str):
@@ -94,12 +95,22 @@ def picture(path: Path, alt: str) -> Markup:
         return Markup()
     content, kind = path.read_bytes(), "png"
     if len(content) > KEPT_AS_PNG:
-        smaller = io.BytesIO()
-        with Image.open(io.BytesIO(content)) as image:
-            image.convert("RGB").save(smaller, "JPEG", **JPEG)
-        content, kind = smaller.getvalue(), "jpeg"
+        content, kind = _as_jpeg(content), "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return tag("figure", Markup(f'<img alt="{text(alt)}" src="{source}">'), class_="picture")
+
+
+def _as_jpeg(content: bytes) -> bytes:
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = image.convert("RGB")
+    result = b""
+    for quality in QUALITIES:
+        smaller = io.BytesIO()
+        pixels.save(smaller, "JPEG", quality=quality, subsampling=0)
+        result = smaller.getvalue()
+        if len(result) <= LARGEST:
+            break
+    return result
 
 
 def page(title: str, subtitle: Any, sections: Sequence[tuple[str, Sequence[Any]]]) -> bytes:

@@ -27,13 +27,14 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart. `style` is its number in the page; a `faint` one has no marks; `best` gets a star."""
+    """A line of a chart; `style` is its number in the page. `plain` and `faint` ones have no marks, `best` a star."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     style: int
     faint: bool = False
+    plain: bool = False
     best: tuple[float, float] | None = None
 
 
@@ -56,7 +57,7 @@ def chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, logarit
         scale: Callable[[float], float] = lambda y: math.log(max(y, 1e-30))
         y_ticks = log_ticks(low, high)
     else:
-        y_ticks = ticks(min(*framed, 0.0) if min(framed) < 0.4 * max(framed) else min(framed), max(framed))
+        y_ticks = ticks(min(0.0, *framed) if min(framed) < 0.6 * max(framed) else min(framed), max(framed))
         low, high = min(y_ticks[0], *framed), max(y_ticks[-1], *framed)
         scale = lambda y: y
     place = lambda x, y: (
@@ -102,8 +103,8 @@ def _draw(
     style = line.style % STYLES
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     parts = [Markup(f'<polyline points="{path}"/>')]
-    if not line.faint:
-        every = -(-len(at) // MARKS)
+    if not (line.faint or line.plain):
+        every = max(1, -(-len(at) // MARKS))
         for (x, y), (right, up) in list(zip(at, points, strict=True))[::-1][::every][::-1]:
             told = tag("title", f"{line.name}: {number(up)} at {number(right)}")
             mark = f"translate({x:.1f} {y:.1f})"
@@ -117,7 +118,7 @@ def _draw(
 
 def _swatch(line: Line) -> Markup:
     style = line.style % STYLES
-    mark = "" if line.faint else f'<path d="{PATHS[SHAPES[style]]}" transform="translate(14 6)"/>'
+    mark = "" if line.faint or line.plain else f'<path d="{PATHS[SHAPES[style]]}" transform="translate(14 6)"/>'
     inside = Markup(f'<polyline points="0,6 28,6"/>{mark}')
     name = f"s{style}{' faint' if line.faint else ''}"
     return tag("svg", tag("g", inside, class_=name), viewBox="0 0 28 12", class_="swatch", aria_hidden="true")

@@ -114,7 +114,7 @@ def draw_reliability(found: Evaluation) -> Figure:
     above.plot((0, 1), (0, 1), "--", color="black", linewidth=1, label="calibrated")
     above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of images right")
     above.set_title(f"Reliability: expected calibration error {found.figures.ece:.2%}")
-    above.legend(loc="upper left")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     above.grid(alpha=0.3)
     below.bar(edges[:-1], totals, 1 / BINS, align="edge", color=GREY, edgecolor="white")
     below.set(xlabel="probability of the predicted class", ylabel="images")

@@ -26,6 +26,7 @@ RELIED_ON = set(
         accumulate_steps max_samples no_streaming num_workers seed deterministic device find_lr lr_start lr_end lr_iter
         lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate dry_run
         doctor""",
+        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate compare""",
     )
 )
 
@@ -306,6 +307,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
             "resume_from",
             "override",
             "evaluate",
+            "compare",
             "profile",
             "dry_run",
             "doctor",

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logs_of_runs import write_logs
+from matplotlib.figure import Figure
 from program import results, train
 
 import visualization
@@ -70,17 +72,33 @@ def test_a_thread_that_draws_is_asked_for_no_more_than_it_can_do(
 
 
 def test_a_picture_of_a_long_run_looks_at_some_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count, read, loads = 50_000, [0], json.loads
-    row = {"loss": 1.0, "lr": 0.1, "momentum": 0.9}
-    lines = (json.dumps({"step": step, **row}) for step in range(1, count + 1))
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    header = "epoch,step,train_loss,train_top1,val_loss,val_top1,val_top5,lr,images_per_s,seconds"
-    (tmp_path / "results.csv").write_text(f"{header}\n1,{count},1,0.5,1,0.5,1,0.1,9,9\n")
+    read, loads = [0], json.loads
+    folder = write_logs(tmp_path / "run", epochs=2, steps=25_000)
 
     def counted(text: str) -> Any:
         read[0] += 1
         return loads(text)
 
     monkeypatch.setattr(json, "loads", counted)
-    assert visualization.plot_curves(tmp_path).stat().st_size > 10_000
-    assert CURVE_POINTS <= read[0] <= 2 * CURVE_POINTS
+    assert visualization.plot_curves(folder).stat().st_size > 10_000
+    assert 0.9 * CURVE_POINTS <= read[0] <= 2 * CURVE_POINTS
+
+
+@pytest.mark.parametrize(("losses", "scale"), [((0.5, 0.9, 2.0), "linear"), ((0.05, 0.9, 18.0), "log")])
+def test_no_loss_of_an_epoch_lies_outside_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: tuple[float, ...], scale: str
+) -> None:
+    """A validation loss that leaves the training loss behind is the sign of overfitting."""
+    folder = write_logs(tmp_path / "run", epochs=3, done=0)
+    rows = (f"{epoch},{20 * epoch},0.5,0.5,{loss},0.5,0.9,0.1,99,1\n" for epoch, loss in enumerate(losses, 1))
+    with open(folder / "results.csv", "a") as file:
+        file.writelines(rows)
+    figures: list[Figure] = []
+    monkeypatch.setattr(visualization, "save_picture", lambda figure, path: figures.append(figure))
+    visualization.plot_curves(folder)
+    axes = figures[0].axes[0]
+    low, high = axes.get_ylim()
+    assert low <= min(losses)
+    assert max(losses) <= high
+    assert axes.get_yscale() == scale
+    assert any("best 50.00% (epoch 1)" in axes.get_title() for axes in figures[0].axes)

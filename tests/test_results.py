@@ -11,8 +11,8 @@ import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
 from errors import DataError
-from results import charts
 from pages.names import short
+from results import charts
 from results.class_map import imagenet_class_names, imagenet_numbers, map_classes
 from results.figures import calibration_error, confusions, figures_of, fit_temperature
 from results.real_labels import read_real_labels
