@@ -25,8 +25,7 @@ RELIED_ON = set(
         onecycle_final_div_factor onecycle_anneal_strategy onecycle_three_phase amp amp_dtype max_grad_norm
         accumulate_steps max_samples no_streaming num_workers seed deterministic device find_lr lr_start lr_end lr_iter
         lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate dry_run
-        doctor""",
-        lr_step_mode lr_smooth_f lr_diverge_th save_best snapshot_steps keep_snapshots log_steps evaluate compare""",
+        doctor compare""",
     )
 )
 
