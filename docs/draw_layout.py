@@ -26,11 +26,12 @@ from matplotlib.path import Path as Curve
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_layers import LAYERS, LEVEL, ROOT, WINGS, imported, modules
 
-DPI = 110
-INCHES_WIDE = 9.8
+DPI = 100
+INCHES_WIDE = 12.0
 CHARACTER, LINE = 0.094, 0.19  # inches: the pitch of FONT and the distance of its lines
 FONT: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 11.2, "va": "center_baseline"}
 PAD, GAP, LAYER_GAP, LANE = 0.12, 0.3, 0.42, 0.12  # inches: inside boxes, between them, between layers; a thin box
+LANE_GAP = 0.06  # inches beside an arrow that passes
 KEY = 0.8  # inches for the key below
 SWEEPS, ATTEMPTS = 60, 20
 COLOURS = {"front door": "#f6d58e", "module": "#ffffff", "wing": "#b9dcf2"}  # after Okabe and Ito 2008, lightened
@@ -159,7 +160,7 @@ def crossings(arrows: list[list[Box]]) -> int:
 
 def spread(layer: list[Box], wanted: list[float]) -> None:
     """Place a layer's boxes in order and apart, as near to where they are wanted as that allows (least squares)."""
-    room = [(left.width + right.width) / 2 + GAP for left, right in pairwise(layer)]
+    room = [(left.width + right.width) / 2 + gap(left, right) for left, right in pairwise(layer)]
     offsets = np.cumsum([0.0, *room])
     pools: list[list[float]] = []  # boxes that touch, by where each wants the first one: pool adjacent violators
     for place in np.array(wanted) - offsets:
@@ -169,6 +170,10 @@ def spread(layer: list[Box], wanted: list[float]) -> None:
     places = [float(np.mean(pool)) for pool in pools for _ in pool]
     for box, place, offset in zip(layer, places, offsets, strict=True):
         box.x = place + float(offset)
+
+
+def gap(left: Box, right: Box) -> float:
+    return LANE_GAP if "lane" in (left.kind, right.kind) else GAP
 
 
 def draw(layers: list[list[Box]], arrows: list[list[Box]], path: Path) -> None:
