@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, read back, and the parts of HTML pages that show it.
+"""What a run leaves in its folder, read back, and the parts of HTML pages that show it, without torch.
 
 Reading
     history      the settings, launches, epochs and steps of a run, from its logs
@@ -7,6 +7,4 @@ Reading
 Showing
     markup       text, tables and the frame of a page as HTML, all of it escaped
     svg          line charts
-
-page.css and page.js are put into every page, which loads nothing else. Nothing here imports torch.
 """
