@@ -232,7 +232,7 @@ def plot_lr_finder(found: RangeTest, path: Path) -> Path:
         axes.plot(chosen, float(np.interp(chosen, found.lr, found.smoothed_loss)), **STAR)
         sure, why = found.confidence
         title = f"Learning rate {chosen:.3g} for OneCycle, {found.constant_lr:.3g} for other schedules"
-        title += "\n" + "\n".join(textwrap.wrap(f"method {found.method}, confidence {sure}: {why}", 100))
+        title += "\n" + "\n".join(textwrap.wrap(f"method {found.method}, confidence {sure}: {why}", 88))
     else:
         title = "No learning rate found\n" + "\n".join(textwrap.wrap(printable(found.stopped), 100))
     if smoothed := found.smoothed_loss:
@@ -241,7 +241,7 @@ def plot_lr_finder(found: RangeTest, path: Path) -> Path:
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.5 * (high - low) + 1e-3)
     axes.set_xscale("log")
     axes.set_title(title, fontsize=11, parse_math=False)
-    axes.set(xlabel="learning rate", ylabel="training loss, mean of the sweeps")
+    axes.set(xlabel="learning rate", ylabel="loss, mean of the sweeps")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return save_picture(figure, path)

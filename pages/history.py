@@ -18,6 +18,7 @@ from flags import FROM_PRESET
 from stream.files import read_small
 
 STEP_POINTS = 600
+CHUNK = 2**20  # bytes
 LARGEST_HEADER = 2**26  # bytes
 CHOSEN_BY_THE_MACHINE = frozenset({"num_workers", "data_dir", "cache_dir"})  # no choice of how to train
 
@@ -105,8 +106,11 @@ def count_skipped(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return 0
+    count = 0
     with open(path, "rb") as file:
-        return sum(b'"skipped": true' in line for line in file)
+        while lines := file.read(CHUNK) + file.readline():
+            count += lines.count(b'"skipped": true')
+    return count
 
 
 def best_of(epochs: list[dict[str, float]], column: str) -> dict[str, float] | None:

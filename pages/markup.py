@@ -1,4 +1,7 @@
-"""Text, tables and the frame of a page as HTML. All text is escaped here, and nothing is loaded from elsewhere."""
+"""Text, tables and the frame of a page as HTML. All text is escaped here.
+
+page.css and page.js are put into every page, which loads nothing else.
+"""
 
 import base64
 import html

@@ -57,7 +57,10 @@ def chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, logarit
         scale: Callable[[float], float] = lambda y: math.log(max(y, 1e-30))
         y_ticks = log_ticks(low, high)
     else:
-        y_ticks = ticks(min(0.0, *framed) if min(framed) < 0.6 * max(framed) else min(framed), max(framed))
+        y_ticks = ticks(
+            min(0.0, *framed) if min(framed) < 0.6 * max(framed) or min(framed) == max(framed) else min(framed),
+            max(framed),
+        )
         low, high = min(y_ticks[0], *framed), max(y_ticks[-1], *framed)
         scale = lambda y: y
     place = lambda x, y: (
