@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -159,7 +160,8 @@ def plot_lr_finder(
         low, high = min(loss), max(smoothed[: max(1, len(smoothed) // 2)])
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.5 * (high - low) + 1e-3)
     axes.set_xscale("log")
-    axes.set(title=f"Learning rate range test: {stopped}", xlabel="learning rate", ylabel="loss")
+    title = textwrap.fill(f"Learning rate range test: {stopped}", 72)
+    axes.set(title=title, xlabel="learning rate", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
     return save_picture(figure, path)
