@@ -1,7 +1,9 @@
 """How a flag is declared as a field of a dataclass, parsed with argparse, and held to its bounds."""
 
 import argparse
+import difflib
 import math
+import re
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
@@ -115,7 +117,13 @@ def _default_text(item: Field[Any]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"{message}; see --help")
+        raise UsageError(f"{message}; {self._nearest(message)}see --help")
+
+    def _nearest(self, message: str) -> str:
+        """For the first unknown flag of argparse's message, the flag with the most similar name."""
+        unknown = re.match(r"unrecognized arguments: .*?(--[^ =]+)", message)
+        found = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7) if unknown else []
+        return f"did you mean {found[0]}? " if found else ""
 
 
 def parser_of(
@@ -164,7 +172,7 @@ def door_parser(
     result.add_argument("source", metavar="SOURCE", help=source)
     group = result.add_argument_group("source")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    which = "of a run: best, last, ema, or the number of a step (default: best, else last)"
+    which = "of a run: best, last, ema, or the number of a step (default: best if --save_best kept it, else last)"
     group.add_argument("--which", metavar="TEXT", help=which, **unset)
     model = "of a bare weight file: its model, as --model of main.py (default: a ResNet by its weights)"
     group.add_argument("--model", metavar="TEXT", help=model, **unset)

@@ -204,9 +204,10 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
 def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> Path:
     """Draw up to 32 uint8 images (N, H, W, 3) as the model sees them, with their class names."""
     count = min(32, len(images))
-    rows = -(-count // 8)
-    figure = Figure(figsize=(12, 1.85 * rows), layout="constrained")
-    grid = figure.subplots(rows, 8, squeeze=False)
+    columns = min(8, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.85 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, label in zip(grid.flat, images[:count], labels, strict=False):

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from pages.names import short
 from results.figures import BINS, ClassFigures, confusions, reliability
@@ -64,7 +65,8 @@ def draw_confusion(found: Evaluation) -> Figure:
         np.ma.masked_equal(matrix, 0), cmap=COLOURS, norm=LogNorm(1, max(2, matrix.max())), interpolation="nearest"
     )
     axes.set_facecolor("#f2f2f2")
-    figure.colorbar(image, ax=axes, label="images (logarithmic; grey: none)", shrink=0.8, format="%g")
+    bar = figure.colorbar(image, ax=axes, label="images (logarithmic; grey: none)", shrink=0.8, format="%g")
+    bar.minorformatter = LogFormatter()  # without powers of ten
     per_cell = "" if cells == count else f", {count / cells:.3g} a cell"
     axes.set_xlabel(f"predicted class{'' if is_named else f' (all {count:,}, in their order{per_cell})'}")
     axes.set_ylabel("true class")

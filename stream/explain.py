@@ -11,6 +11,7 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -88,6 +89,10 @@ def _explain(error: Exception, source: str, file: str, commit: str | None) -> st
         wanted = "" if file == source else f" for {file}"
         where = f"{source} at {constants.ENDPOINT}{wanted}"
         return f"cannot reach {where} ({first_line(error)}); check the network, then resume"
+    if any_is(LocalEntryNotFoundError):  # of a download of a whole repository, which tells its reason at length
+        return (
+            f"cannot reach {constants.ENDPOINT} for {source}, which is no folder here; check its name and the network"
+        )
     return f"cannot read {file}: {' '.join(str(error).split()) or type(error).__name__}"
 
 

@@ -39,11 +39,11 @@ def _open_splits(
     folder: Path, split: str, others: Sequence[str], labels: Path | None, whole: bool
 ) -> tuple[LocalDataset, LocalDataset | None]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give --data_dir the folder with train/ and val/")
+        raise DataError(f"{folder} is not a folder; give --data_dir one with a folder a class, or with train/ and val/")
     if not _class_folders(folder / split):
         if not _class_folders(folder):
             raise DataError(
-                f"{folder / split} has no class folders; --data_dir needs train/ and val/ with a folder a class"
+                f"{folder} has no class folders; --data_dir needs a folder a class, or train/ and val/ of such"
             )
         if not whole or not is_unsplit(folder, split):
             raise DataError(

@@ -180,6 +180,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "--dataset imagefolder": ("--data_dir", "train/", "val/"),
     "--dataset digits --data_dir photos": ("--dataset digits", "--data_dir"),
     "--dataset hf --dataset_name a/b --data_dir photos": ("--dataset hf", "--data_dir", "--dataset_name"),
+    "--epoch 3": ("--epoch 3", "did you mean --epochs? see --help"),
+    "--seed 1 --batchsize=8 --epochs 3": ("--batchsize=8", "did you mean --batch_size? see --help"),
     "--epochs 0": ("--epochs 0", "1"),
     "--warmup_epochs 10": ("--warmup_epochs 10", "--epochs 10"),
     "--batch_size 60 --streams 8": ("60", "8", "56 or 64"),

@@ -306,3 +306,17 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("stream.image_folders.os.scandir", refuse)
     with pytest.raises(DataError, match=r"bee cannot be read \(Permission denied\)"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ([], "photos is not a folder; give --data_dir one with a folder a class, or with train/ and val/"),
+        (["photos"], "photos has no class folders; --data_dir needs a folder a class, or train/ and val/"),
+    ],
+)
+def test_a_folder_without_classes_is_named_and_what_it_needs(tmp_path: Path, made: list[str], words: str) -> None:
+    for name in made:
+        (tmp_path / name).mkdir(parents=True)
+    done = run("--data_dir", tmp_path / "photos", "--run_dir", tmp_path / "run")
+    assert (done.status, words in done.err.splitlines()[-1]) == (3, True), done.err

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fault_sweep import short_waits
 from hub import FAULTS, FLIP, LIES, Hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from program import start, steps_kept, wait
 from shards import REPO_ID
 from test_misbehaving import always, each_at_first
@@ -20,6 +21,7 @@ from stream.allowance import Allowance
 from stream.blocks import Pages
 from stream.cache import FileStore
 from stream.dataset import Cache, HuggingFaceImageNetDataset
+from stream.explain import one_line_errors
 from stream.hub import resolve
 from stream.ranges import HubFiles
 from stream.retry import Network, told_wait
@@ -247,3 +249,9 @@ def test_a_signal_is_heard_while_training_itself_waits_for_a_silent_hub(
     assert done.status == 128 + number, done.err
     assert time.monotonic() - began < 30  # --stall_timeout is 60
     assert steps_kept(tmp_path / "run")
+
+
+def test_a_misspelt_run_without_a_network_is_told_as_no_folder() -> None:
+    with pytest.raises(DataError, match="for runs/nix, which is no folder here") as told, one_line_errors("runs/nix"):
+        raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub.")
+    assert "\n" not in str(told.value)

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from program import run, train
 
 import run_lr_finder
+from visualization import plot_samples
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -35,6 +37,13 @@ def test_a_run_draws_its_samples_its_plan_and_its_curves(tmp_path: Path) -> None
     ]
     for path in (tmp_path / "run" / "plots").iterdir():
         assert_can_be_seen(path)
+
+
+def test_few_samples_are_drawn_without_empty_room_beside_them(tmp_path: Path) -> None:
+    images = np.full((4, 8, 8, 3), 90, np.uint8)
+    picture = cv2.imread(str(plot_samples(images, [0] * 4, ["ant"], tmp_path / "samples.png")))
+    assert picture is not None
+    assert (picture[:, -picture.shape[1] // 8 :] < 100).any()
 
 
 def test_the_finder_draws_its_sweep(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ class RangeTest:
         lr = self.suggestions[self.method]
         if lr is None:
             raise DivergedError(
-                f"the finder suggests no learning rate: {self.stopped}; give --lr, or mend the model or data"
+                f"the finder suggests no learning rate: {self.stopped}; give --lr or a larger --lr_iter, or mend the "
+                "model or data"
             )
         return lr
 
