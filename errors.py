@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -84,6 +85,20 @@ def _leave(signum: int, frame: FrameType | None) -> None:
     os._exit(128 + signum)
 
 
+def _reader_left() -> bool:
+    """Whether what read standard output, such as `head`, has ended; what is left to print is then dropped."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not every name that is printed is UTF-8, nor every terminal
@@ -93,6 +108,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         signal.signal(signum, _leave)
     try:
         run()
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
@@ -104,6 +120,9 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         complain("interrupted")
         return 130
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            complain("stopped: nobody reads the output any more")
+            return 128 + signal.SIGPIPE
         if debug or error.errno not in DISK_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""

@@ -72,6 +72,7 @@ def _run(argv: list[str]) -> None:
     from training.sources import open_source
 
     paths = find_images(given["images"])
+    _require_places(given)
     flags = {name: value for name, value in given.items() if name not in OWN}
     about_images = {"dataset": "imagefolder", "data_dir": ".", "streams": 1, "batch_size": 64} | flags
     patience = 60 * resolve(about_images).network_patience
@@ -88,6 +89,17 @@ def _run(argv: list[str]) -> None:
         _draw(predictor, kept[:MOST_IN_GRID], classes, config, Path(given["grid"]), "heatmap" in given)
         if len(kept) > MOST_IN_GRID:
             print(f"grid      the first {MOST_IN_GRID} of {len(kept):,} images", file=sys.stderr)
+
+
+def _require_places(given: dict[str, Any]) -> None:
+    """Make the folders of the files that are to be written, before anything long. Raises UsageError."""
+    from results.report import make_folder
+
+    for name in given.keys() & {"csv", "grid"}:
+        path = Path(given[name])
+        if path.is_dir():
+            raise UsageError(f"--{name} {printable(str(path))} is a folder; give a file")
+        make_folder(path.parent, f"--{name}")
 
 
 def _told(found: "Iterator[Prediction]", classes: Sequence[str], given: dict[str, Any]) -> "Iterator[Prediction]":
@@ -115,7 +127,6 @@ def _write_csv(found: "Sequence[Prediction]", classes: Sequence[str], path: Path
     for one in found:
         for rank, (index, share) in enumerate(zip(one.indices, one.probabilities, strict=True), 1):
             rows.writerow([one.image, rank, classes[index], index, f"{share:.6f}"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.getvalue().encode(errors="surrogateescape"))
 
 

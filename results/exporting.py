@@ -1,20 +1,27 @@
 """An export from its source to its folder: written beside it, loaded again, compared, and only then put in place."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from errors import SnapshotError, UsageError
+from safetensors import SafetensorError
+
+from errors import SnapshotError, UsageError, complain, printable
 from model_resnet50 import head_of
 from results.agreement import Agreement, compare, images_of
 from results.card import model_card, origin
 from results.folders import load_folder, write_folder
 from results.formats import FILES, PROGRAMS, Order, class_names, require_place
 from results.programs import load_program, write_program
+from results.report import make_folder
+from stream.files import sync
 from training.sources import OPTIONS, PREPROCESSING, SIDECAR
 
 
@@ -25,16 +32,33 @@ def export(order: Order, tell: Callable[[str], None]) -> Agreement:
     """
     require_place(order.source, order.format, order.precision)
     require_free(order.out)
-    order.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{order.out.name}.", dir=order.out.parent))
-    try:
-        agreement = _fill(order, temporary, tell)
-        temporary.chmod(0o777 & ~_umask())
-        _put_in_place(temporary, order.out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    make_folder(order.out.parent)
+    with _ended_by_signals():
+        temporary = Path(tempfile.mkdtemp(prefix=f".{order.out.name}.", dir=order.out.parent))
+        try:
+            agreement = _fill(order, temporary, tell)
+            temporary.chmod(0o777 & ~_umask())
+            _put_in_place(temporary, order.out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return agreement
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A context that SIGTERM and SIGUSR1 end as Ctrl-C does, so that what was begun is removed."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        complain(f"stopped by {signal.Signals(signum).name}")
+        raise SystemExit(128 + signum)
+
+    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def require_free(out: Path) -> None:
@@ -54,7 +78,12 @@ def _fill(order: Order, folder: Path, tell: Callable[[str], None]) -> Agreement:
     model = source.build()
     classes = len(model.get_submodule(head_of(model)).weight)  # type: ignore[arg-type]
     is_program = order.format in PROGRAMS
-    (write_program if is_program else write_folder)(order, model, folder)
+    try:
+        (write_program if is_program else write_folder)(order, model, folder)
+    except SafetensorError as error:  # of a full disk too
+        raise SnapshotError(
+            f"cannot write {order.out} ({printable(str(error))}); make room, or give another"
+        ) from error
     loaded = (load_program if is_program else load_folder)(order, folder, classes)
     agreement = compare(order, loaded, *images_of(source))
     tell(f"compared  {agreement}")
@@ -77,12 +106,19 @@ def _fill(order: Order, folder: Path, tell: Callable[[str], None]) -> Agreement:
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
-    """Give the finished folder its name, in place of an earlier export."""
+    """Give the finished folder its name, once it is on disk, in place of an earlier export."""
     try:
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         if out.exists():
             earlier = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             out.rename(earlier)
-            temporary.rename(out)
+            try:
+                temporary.rename(out)
+            except BaseException:
+                if not out.exists():
+                    earlier.rename(out)
+                raise
             shutil.rmtree(earlier)
         else:
             temporary.rename(out)

@@ -68,6 +68,9 @@ def require_place(source: Source, format: str, precision: str) -> None:
     others = " or ".join(PROGRAMS)
     if source.options.get("blurpool"):
         raise UsageError(f"{format} has no model with --blurpool's blurs; export to {others}")
+    if resnet_name(source) == "resnet20" and (has_cifar_stem(source) or format != "transformers"):
+        places = PROGRAMS if has_cifar_stem(source) else ("transformers", *PROGRAMS)
+        raise UsageError(f"{format} has no such resnet20; export to {' or '.join(places)}")
     if has_cifar_stem(source) and format != "torchvision":
         raise UsageError(f"{format} has no ResNet with a stem for small images; export to torchvision, {others}")
     library = source.model.partition(":")[0]

@@ -1,6 +1,7 @@
 """Programs with the whole preprocessing inside: one image, uint8 (H, W, 3) of any size, in; probabilities out."""
 
 import importlib.util
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def write_program(order: Order, model: nn.Module, folder: Path) -> None:
     sizes = {"image": {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}}
     traced = torch.export.export(program, (example,), dynamic_shapes=sizes, strict=False)
     if order.format == "torch_export":
-        torch.export.save(traced, folder / "model.pt2")
+        program_file = io.BytesIO()  # torch's own writing of files aborts the process when the disk is full
+        torch.export.save(traced, program_file)
+        (folder / "model.pt2").write_bytes(program_file.getbuffer())
     else:
         _write_onnx(order, traced, folder)
 

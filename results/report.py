@@ -1,6 +1,7 @@
 """An evaluation as text for people, and as JSON and CSV for programs."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UsageError
+from errors import DISK_ERRORS, UsageError, printable
 from pages.names import short
 from results.figures import WORST, Figures, Temperature, confusions
 from results.scores import Scores
@@ -122,15 +123,18 @@ def _csv(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> bytes:
     return text.getvalue().encode(errors="backslashreplace")
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of an evaluation. Raises UsageError."""
+def make_folder(folder: Path, flag: str = "--out") -> None:
+    """Make the folder of results, which `flag` names. Raises UsageError, and OSError for a disk that is full or ill."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); give another folder with --out") from error
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.errno != errno.EROFS:
+            raise
+        told = f"{printable(str(folder))} cannot be written ({error.strerror}); give another folder with {flag}"
+        raise UsageError(told) from error
 
 
 def hardest(scores: Scores, count: int) -> np.ndarray:

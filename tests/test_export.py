@@ -1,10 +1,14 @@
 """Exports compute what the model does, in their own library and when they come back, or they are not there."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import re
+import resource
 import runpy
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import yaml
 from exports import CLASSES, export_to, make_run, photographs, run_export
 from PIL import Image
 
-from results import agreement, card
+from results import agreement, card, exporting
 from results.agreement import pipeline_of
 from training.sources import open_source
 
@@ -189,6 +193,16 @@ def test_a_small_stem_goes_to_torchvision_and_programs_only(small_source: Path, 
     assert torch.equal(logits_of(small_source, images), logits_of(tmp_path / "out", images))
 
 
+@pytest.mark.parametrize(("size", "homes"), [(8, "onnx or torch_export"), (64, "transformers or onnx or torch_export")])
+def test_a_resnet20_goes_where_there_is_one(size: int, homes: str, tmp_path: Path) -> None:
+    small = make_run(tmp_path / "run", model="resnet20", image_size=size)
+    for name in {*WITH_WEIGHTS} - {*homes.split(" or ")}:
+        done = run_export(small, "--to", name, "--out", tmp_path / name)
+        assert (done.status, done.err) == (2, f"error: {name} has no such resnet20; export to {homes}\n")
+    if size == 64:
+        export_to(small, "transformers", tmp_path / "out")
+
+
 def test_blurs_have_no_place_in_a_folder_of_weights(tmp_path: Path) -> None:
     blurred = make_run(tmp_path / "run", blurpool=True)
     for name in WITH_WEIGHTS:
@@ -223,6 +237,46 @@ def test_an_export_that_differs_is_an_error_and_leaves_nothing(
     assert [*(tmp_path / "new").iterdir()] == []
 
 
+def test_an_export_that_is_stopped_leaves_nothing_new_and_the_earlier_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export_to(source, "torchvision", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stopped(*given: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(exporting, "compare", stopped)
+    assert run_export(source, "--to", "torchvision", "--precision", "fp16", "--out", out).status == 143
+    monkeypatch.undo()
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    def unnamed(path: Path, target: Path) -> None:
+        if target == out and failures:
+            raise failures.pop()
+        os.rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", unnamed)
+    monkeypatch.setattr(agreement, "IMAGES", 8)
+    assert run_export(source, "--to", "torchvision", "--precision", "fp16", "--out", out).status == 5
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("to", ["torchvision", "transformers", "torch_export"])
+def test_an_export_that_finds_no_room_is_one_line(to: str, source: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        done = run_export(source, "--to", to, "--out", tmp_path / "new" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (done.status, done.err.count("\n")) == (5, 1), done.err
+    assert "File too large" in done.err
+    assert [*(tmp_path / "new").iterdir()] == []
+
+
 def test_fifty_validation_images_of_the_run_are_compared_where_they_are_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +301,8 @@ def test_only_an_earlier_export_is_replaced(source: Path, tmp_path: Path) -> Non
     export_to(source, "timm", out)
     assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    done = run_export(source, "--to", "timm", "--out", out / "config.json" / "x")
+    assert (done.status, done.err.count("\n")) == (2, 1)
     done = run_export(out, "--to", "onnx", "--out", out)
     assert done.status == 2
     assert "--out is the source itself" in done.err

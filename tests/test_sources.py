@@ -289,14 +289,20 @@ def bomb() -> bytes:
 def test_files_made_to_harm_are_refused_and_run_nothing(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     huge = torch.zeros(1).expand(10**12)
+    cycle: dict[str, Any] = {}
+    cycle["model"] = {"state_dict": cycle}
     files: dict[str, Any] = {
         "pickle.pth": pickle.dumps(Canary(canary)),
         "wrapped.pth": {"state_dict": {"fc.weight": torch.zeros(2)}, "hook": Canary(canary)},
         "bomb.pth": bomb(),
         "expanded.pth": {"fc.weight": huge},
         "torn.safetensors": b"\xff" * 100,
+        "cycle.pth": cycle,
         "empty.pth": {},
         "deep.pth": {"state_dict": [torch.zeros(1)]},
+        "sparse.pth": {"fc.weight": torch.eye(2).to_sparse()},
+        "complex.pth": {"fc.weight": torch.eye(2, dtype=torch.complex64)},
+        "absent.pth": {"fc.weight": torch.empty(2, 2, device="meta")},
         "program.onnx": b"\x08\x07",
         "text.safetensors": b"",
     }
@@ -310,6 +316,13 @@ def test_files_made_to_harm_are_refused_and_run_nothing(tmp_path: Path) -> None:
             open_source(str(path))
         assert "\n" not in str(refusal.value), name
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("head", [torch.zeros(()), torch.zeros(0, 512)], ids=["number", "empty"])
+def test_a_head_without_classes_is_none(head: torch.Tensor, tmp_path: Path) -> None:
+    save_file(build_model(2, 64, "resnet18").state_dict() | {"fc.weight": head}, tmp_path / "weights.safetensors")
+    with pytest.raises(UsageError, match="have no fc"):
+        open_source(str(tmp_path / "weights.safetensors")).build()
 
 
 @pytest.mark.parametrize(

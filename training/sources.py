@@ -98,9 +98,10 @@ class Source:
             return len(self.classes)
         with torch.device("meta"):
             head = head_of(build_model(2, self.settings["image_size"], self.model, self.options))
-        if f"{head}.weight" not in self.weights:
+        weight = self.weights.get(f"{head}.weight", torch.zeros(()))
+        if not (weight.ndim and weight.numel()):
             raise UsageError(f"the weights in {self.told} have no {head}, as --model {self.model} has; name another")
-        return len(self.weights[f"{head}.weight"])
+        return len(weight)
 
 
 def open_source(text: str, which: str | None = None, model: str = "auto", patience: float = 1800.0) -> Source:

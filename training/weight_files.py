@@ -53,7 +53,11 @@ def _torch(path: Path) -> Any:
 
 def _plain(found: Any, path: Path, averaged: bool) -> dict[str, torch.Tensor]:
     wanted = AVERAGES if averaged else (*INNER[3:], *AVERAGES)
+    opened: set[int] = set()  # a pickle may hold itself
     while isinstance(found, dict) and (name := next((n for n in wanted if isinstance(found.get(n), dict)), None)):
+        if id(found) in opened:
+            raise DataError(f"{path} holds itself as its model; give a state_dict")
+        opened.add(id(found))
         found, averaged = found[name], False
     if averaged:
         raise DataError(f"{path} holds no average of the weights; leave out --which ema")
@@ -61,11 +65,21 @@ def _plain(found: Any, path: Path, averaged: bool) -> dict[str, torch.Tensor]:
     while prefix := next((p for p in PREFIXES if sum(name.startswith(p) for name in tensors) * 2 > len(tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     tensors.pop("n_averaged", None)
+    if odd := next((name for name, tensor in tensors.items() if not _is_plain(tensor)), None):
+        raise DataError(
+            f"{path} holds weights that are no plain numbers (see {printable(odd)}); give a dense state_dict"
+        )
     if any(tensor.untyped_storage().nbytes() < tensor.nbytes for tensor in tensors.values()):
         raise DataError(f"{path} holds tensors that are larger than their data; fetch it again")
     if not tensors:
         raise DataError(f"{path} holds no weights by name; give a state_dict")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has real numbers in memory: neither sparse nor quantised nor complex nor without data."""
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return is_dense and not tensor.is_quantized and not tensor.is_complex()
 
 
 def resnet_of(weights: dict[str, torch.Tensor]) -> str | None:
