@@ -22,7 +22,8 @@ from results.formats import FILES, PROGRAMS, Order, class_names, require_place
 from results.programs import load_program, write_program
 from results.report import make_folder
 from stream.files import sync
-from training.sources import OPTIONS, PREPROCESSING, SIDECAR
+from training.preprocessing import PREPROCESSING
+from training.sources import OPTIONS, SIDECAR
 
 
 def export(order: Order, tell: Callable[[str], None]) -> Agreement:

@@ -20,7 +20,7 @@ from results.formats import (
     resnet_name,
     short_side,
 )
-from training.sources import share_of
+from training.preprocessing import share_of
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 

@@ -16,7 +16,7 @@ from preprocess import eval_transform
 from results.sampling import ResizedCrop
 from stream.images import AlbumentationsAdapter
 from training.predictor import normalize_of
-from training.sources import _of_processor, share_of
+from training.preprocessing import of_processor, share_of
 
 SIZES = [(8, 8), (5, 9), (50, 70), (64, 64), (73, 73), (73, 100), (100, 73), (146, 146), (146, 293), (219, 300)]
 SIZES += [(292, 292), (375, 500), (500, 333), (2, 50), (3, 200), (200, 4), (1000, 31), (31, 992), (1, 40), (600, 801)]
@@ -92,7 +92,7 @@ def test_evaluation_is_what_transformers_makes_of_images_for_microsofts_resnet(t
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     theirs = lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0]
-    assert mean_difference(_of_processor(told), theirs) <= 1
+    assert mean_difference(of_processor(told), theirs) <= 1
 
 
 @pytest.mark.parametrize("version", ["IMAGENET1K_V1", "IMAGENET1K_V2"])

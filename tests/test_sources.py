@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from errors import DataError, SnapshotError, UsageError
 from model_resnet50 import build_model
-from training.sources import open_source, resolve_with_weights, share_of
+from training.preprocessing import share_of
+from training.sources import open_source, resolve_with_weights
 
 DIGITS = ("--max_samples", 48, "--batch_size", 16, "--epochs", 2, "--num_workers", 0, "--save_best")
 

@@ -3,6 +3,7 @@
 The step
     step         a model and everything that trains it on one device, and the optimiser step
     sources      a trained model, named in the same way wherever one is asked for
+    preprocessing the preprocessing that published weights ask for
     weight_files files of weights, .safetensors and .pth
     freezing     a backbone that waits while the classifier learns
     predictor    a model as what comes after a step sees it

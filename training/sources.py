@@ -24,15 +24,13 @@ from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.retry import Network, patiently
 from training import snapshot as snapshots
+from training.preprocessing import PREPROCESSING, RESAMPLE, of_pretrained_cfg, of_processor, published
 from training.weight_files import read_weights, resnet_of
 
 SIDECAR = "imagenet1k.json"  # beside exported weights: model, options, layout, classes, settings
 OPTIONS = ("drop_path", "blurpool", "zero_init_gamma")
-PREPROCESSING = ("image_size", "eval_size", "eval_crop_pct", "eval_interpolation", "mean", "std")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST_PIXELS = 4096  # a side of what a model is evaluated on
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-FOREIGN = {"eval_size": 224, "eval_crop_pct": 0.875, "eval_interpolation": "bilinear"}  # torchvision's first weights
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def open_source(text: str, which: str | None = None, model: str = "auto", patien
         source = _of_file(path, which, model)
     elif path.exists():
         raise DataError(f"{text} is neither a folder nor a file; give a model")
-    elif HUB_ID.fullmatch(text) and path.suffix not in (".pth", ".pt", ".safetensors"):
+    elif HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix not in (".pth", ".pt", ".safetensors"):
         source = _of_folder(_fetched(text, patience), None, text)
     else:
         raise DataError(f"there is no {text}; give a run folder, a snapshot, a folder or file of weights, or a Hub id")
@@ -165,7 +163,7 @@ def _of_folder(folder: Path, which: str | None, told: str | None = None) -> Sour
     if config.get("model_type") == "timm_wrapper" or "model_type" not in config:
         raise DataError(f"{told} holds no weights that can be read here; give a run, or a transformers or timm folder")
     name, weights, names = read_transformers_resnet(str(folder))
-    settings = _of_processor(_json(folder / "preprocessor_config.json"))
+    settings = of_processor(_json(folder / "preprocessor_config.json"))
     return Source(told, name, weights, _listed(names, len(names)), settings)
 
 
@@ -262,52 +260,12 @@ def _of_timm(folder: Path, config: dict[str, Any], told: str) -> Source:
     weights, name = read_weights(path), str(config["architecture"])
     names = config.get("label_names") or cfg.get("label_names") or {}
     numbered = dict(enumerate(names)) if isinstance(names, list) else {}
-    settings = _of_pretrained_cfg(cfg)
+    settings = of_pretrained_cfg(cfg)
     own = resnet_of(weights) if re.fullmatch("resnet(18|34|50|101|152)", name) else None
     head = weights.get(f"{cfg.get('classifier', 'fc')}.weight")
     return Source(
         told, own or f"timm:{name}", weights, None if head is None else _listed(numbered, len(head)), settings
     )
-
-
-def _of_pretrained_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a pretrained_cfg of timm tells: those that its figures were measured with."""
-    size = (cfg.get("test_input_size") or cfg.get("input_size") or (3, 224, 224))[-1]
-    share = cfg.get("test_crop_pct") or cfg.get("crop_pct") or FOREIGN["eval_crop_pct"]
-    kind = cfg.get("interpolation")
-    kind = kind if kind in RESAMPLE.values() else "bicubic"
-    settings = {"image_size": int(size), "eval_size": int(size), "eval_crop_pct": share, "eval_interpolation": kind}
-    return settings | {name: _channels(cfg.get(name)) for name in ("mean", "std")}
-
-
-def _of_processor(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a preprocessor_config.json of transformers tells."""
-    size, crop = found.get("size"), found.get("crop_size")
-    edge = size.get("shortest_edge") or size.get("height") if isinstance(size, dict) else size
-    short = int(edge or 224)
-    cut = (crop.get("height") if isinstance(crop, dict) else crop) if found.get("do_center_crop") else None
-    share = found.get("crop_pct")
-    if cut is None and share and short < 384:  # ConvNext's and microsoft/resnet-50's way of telling it
-        cut, pct = short, share
-    else:
-        cut = int(cut or short)
-        pct = share_of(cut, short)
-    kind = RESAMPLE.get(found.get("resample", 2), "bilinear")
-    settings = {"image_size": cut, "eval_size": cut, "eval_crop_pct": pct, "eval_interpolation": kind}
-    return settings | {name: _channels(found.get(f"image_{name}")) for name in ("mean", "std")}
-
-
-def share_of(size: int, short: int) -> float:
-    """The --eval_crop_pct under which the short side becomes `short` pixels, of which `size` are cut."""
-    share = size / short
-    return share if int(size / share) == short else size / (short + 0.5)
-
-
-def _channels(values: Any) -> str | None:
-    """Three numbers as --mean takes them; None for none."""
-    if not isinstance(values, list | tuple) or len(values) != 3:
-        return None
-    return ",".join(f"{float(value):g}" for value in values)
 
 
 def _listed(names: Mapping[int, str], count: int) -> list[str] | None:
@@ -324,7 +282,7 @@ def _of_file(path: Path, which: str | None, model: str) -> Source:
     name = resnet_of(weights) if model == "auto" else model
     if name is None:
         raise UsageError(f"{path} does not tell its model; name it with --model, such as timm:convnext_tiny")
-    settings, classes = _published(path, name)
+    settings, classes = published(path, name)
     stem = weights.get("conv1.weight")
     if stem is not None and stem.ndim == 4 and stem.shape[-1] == 3 and resnet_of(weights):
         settings |= {"image_size": 32, "eval_size": 32, "eval_crop_pct": 1.0}
@@ -332,26 +290,3 @@ def _of_file(path: Path, which: str | None, model: str) -> Source:
     if head is not None and classes is not None and len(head) != len(classes):
         classes = None
     return Source(str(path), name, weights, classes, settings)
-
-
-def _published(path: Path, name: str) -> tuple[dict[str, Any], list[str] | None]:
-    """The settings of a file that torchvision or timm publishes under this name, with its classes if they are told."""
-    from torchvision import models
-
-    short = name.removeprefix("torchvision:")
-    if short in models.list_models(module=models):
-        for weights in models.get_model_weights(short):
-            if weights.url.rpartition("/")[2] == path.name:
-                preset = weights.transforms()
-                size, edge = preset.crop_size[0], preset.resize_size[0]
-                settings = {"image_size": size, "eval_size": size, "eval_crop_pct": share_of(size, edge)}
-                settings["eval_interpolation"] = preset.interpolation.value
-                settings |= {key: _channels([*getattr(preset, key)]) for key in ("mean", "std")}
-                return settings, [*weights.meta["categories"]]
-    if name.startswith("timm:"):
-        from timm.models import get_pretrained_cfg
-
-        cfg = get_pretrained_cfg(name.removeprefix("timm:"))
-        if cfg is not None:
-            return _of_pretrained_cfg(cfg.to_dict()), None
-    return {"image_size": FOREIGN["eval_size"], **FOREIGN, "mean": None, "std": None}, None
