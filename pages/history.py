@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
 
 
 def read_steps(folder: Path, most: int = STEP_POINTS) -> list[dict[str, Any]]:
-    """Some `most` of the rows of metrics.jsonl, evenly spread over the file, of which only these are read."""
+    """Some `most` of the rows of metrics.jsonl, evenly spread over the file, of which only these are read.
+
+    What is not finite is null there, and nan here.
+    """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -97,7 +101,7 @@ def read_steps(folder: Path, most: int = STEP_POINTS) -> list[dict[str, Any]]:
             start = file.tell()
             line = file.readline()
             if start not in rows and line.endswith(b"\n"):
-                rows[start] = json.loads(line)
+                rows[start] = {name: nan if value is None else value for name, value in json.loads(line).items()}
     return list(rows.values())
 
 

@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, where: str) ->
 def test_a_full_disk_keeps_the_older_snapshots(digits: Path, tmp_path: Path) -> None:
     copy = cut(digits, 3, tmp_path / "cut")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
         done = run("--resume_from", copy)
     finally:
