@@ -127,11 +127,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_of(
-    settings: type, prog: str, description: str, only: Collection[str] | None = None
+    settings: type, prog: str, description: str, only: Collection[str] | None = None, of_source: bool = False
 ) -> argparse.ArgumentParser:
     """A parser for the fields of `settings`, which leaves out what is not given and raises UsageError.
 
-    A field that is true or false has `--no_NAME` too. `only` names the fields to take.
+    A field that is true or false has `--no_NAME` too. `only` names the fields to take; the defaults of
+    an `of_source` parser are those of the model source, where they outlive a launch.
     """
     raw = argparse.RawDescriptionHelpFormatter
     result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
@@ -153,7 +154,8 @@ def parser_of(
             options.setdefault("type", kind)
             if "choices" not in options:
                 options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-        text = f"{item.metadata['help']} (default: {_default_text(item)})"
+        default = "the source's own" if of_source and item.metadata["on_resume"] != "forgotten" else _default_text(item)
+        text = f"{item.metadata['help']} (default: {default})"
         group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
     return result
 
@@ -166,7 +168,7 @@ def door_parser(
     `operands` are what the usage line names after SOURCE; the door itself adds them, and flags of its own, which leave
     out what is not given if their default is SUPPRESS.
     """
-    result = parser_of(settings, prog, description, {*only, "debug"})
+    result = parser_of(settings, prog, description, {*only, "debug"}, of_source=True)
     result.usage = f"%(prog)s SOURCE {operands}{' ' if operands else ''}[flags]"
     source = "a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file"
     result.add_argument("source", metavar="SOURCE", help=source)
