@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import ROOT, environment, metrics, run, start, train, until, wait, wait_for
+from program import ROOT, environment, metrics, run, snapshot_path, start, train, until, wait, wait_for
 
 import config as configuration
 import distributed
@@ -228,9 +228,21 @@ def test_the_end_names_the_best_epoch_its_file_and_commands_that_exist(tmp_path:
     assert [path.name for path in scripts] == ["main.py", "evaluate.py", "predict.py", "export.py"]
     configuration.parse("", "", commands[0][commands[0].index(str(scripts[0])) + 1 :])
     assert all(str(folder) in words for words in commands)
-    assert [
-        path for path in scripts if path.name in ("main.py", "predict.py") and not (ROOT / path.name).exists()
-    ] == []
+    assert all((ROOT / path.name).exists() for path in scripts)
+
+
+def test_the_commands_choose_the_best_epoch_where_it_is_not_the_last(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    for step in (4, 8):
+        snapshot_path(tmp_path, step).touch()
+    rows = ["epoch,step,val_loss,val_top1", "1,4,0.5,0.9", "2,8,0.6,0.8"]
+    (tmp_path / "results.csv").write_text("\n".join(rows))
+    *_, evaluate, predict, export = last_lines(resolve({}), tmp_path)
+    assert evaluate.endswith(f"evaluate.py {tmp_path} --which 4")
+    assert predict.endswith(f"predict.py {tmp_path} IMAGE --which 4")
+    assert f"{tmp_path} --which 4 --to onnx" in export
+    (tmp_path / "snapshots" / "best.safetensors").touch()
+    assert not any("--which" in line for line in last_lines(resolve({}), tmp_path))
 
 
 def test_a_run_without_logs_has_no_best_epoch(tmp_path: Path) -> None:

@@ -214,17 +214,18 @@ def plan_lines(config: Config, steps: int, folder: Path) -> list[str]:
 
 def last_lines(config: Config, folder: Path) -> list[str]:
     """Of a run that is over: its best epoch, the file that has it, and the commands that come next."""
-    lines = []
+    lines, source = [], [str(folder)]
     if best := _best_epoch(folder):
         judged, figures = best
+        source += _which(folder, judged)
         lines.append(f"best      epoch {judged['epoch']}: {figures}; {_file_of(folder, judged)}")
     if config.scheduler == "trapezoid":
         lines.append(f"extend    {resume_command(folder)} --extend_epochs {max(1, config.epochs // 2)}")
     return [
         *lines,
-        f"next      {command('evaluate.py', folder)}",
-        f"next      {command('predict.py', folder, 'IMAGE')}",
-        f"next      {command('export.py', folder, '--to', 'onnx', '--out', folder / 'onnx')}",
+        f"next      {command('evaluate.py', *source)}",
+        f"next      {command('predict.py', *source[:1], 'IMAGE', *source[1:])}",
+        f"next      {command('export.py', *source, '--to', 'onnx', '--out', folder / 'onnx')}",
     ]
 
 
@@ -238,6 +239,13 @@ def _best_epoch(folder: Path) -> tuple[dict[str, str], str] | None:
         return row, f"{name} {float(row[name]):.2%}, {name.replace('top1', 'loss')} {loss:.4f}"
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         return None
+
+
+def _which(folder: Path, row: dict[str, str]) -> list[str]:
+    """The flag that chooses the weights of an epoch, where they are kept and not what is chosen without it."""
+    earlier = step_files(folder / "snapshots")[:-1]
+    is_earlier = f"step-{int(row['step']):09d}" in [path.stem for path in earlier]
+    return ["--which", row["step"]] if is_earlier and not (folder / "snapshots" / BEST).exists() else []
 
 
 def _file_of(folder: Path, row: dict[str, str]) -> str:
