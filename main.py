@@ -59,6 +59,8 @@ def _run(argv: list[str]) -> None:
         examine(given)
         return
     if given.get("evaluate"):
+        if given.get("dry_run"):
+            raise UsageError("--dry_run rehearses training; leave out --evaluate")
         source = _resume_source(given) or given.get("use_pretrained")
         if source is None:
             raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")

@@ -91,7 +91,7 @@ def test_a_resume_is_rehearsed_from_its_step_and_stays_as_it_was(inside: Path) -
 
 @pytest.mark.usefixtures("small_model", "few_steps")
 def test_the_steps_are_those_of_training(inside: Path) -> None:
-    done = train(*SMALL, "--epochs", 1, "--ledger", "--run_dir", "run", "--log_steps", 1)
+    done = train(*SMALL, "--epochs", 1, "--verbose", "--run_dir", "run", "--log_steps", 1)
     first = re.search(r"step 1/4  loss ([\d.]+)", done.out)
     assert first is not None
     assert f"loss {first[1]} in training" in line(run("--dry_run", *SMALL, "--epochs", 1).out, "step")

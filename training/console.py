@@ -167,7 +167,7 @@ class Console:
             (f"train loss {result['train_loss']:.4f} top1 {result['train_top1']:7.2%}", 3),
             (f"val loss {result['val_loss']:.4f} top1 {result['val_top1']:7.2%}", 0),
             (f"top5 {result['val_top5']:7.2%}" if self._shows_top5 else "", 4),
-            (f"ema {result['ema_top1']:7.2%}" if "ema_top1" in result else "", 1),
+            (f"ema top1 {result['ema_top1']:7.2%}" if "ema_top1" in result else "", 1),
             (f"{result['images_per_s']:7,.0f} images/s", 2),
             (f"{duration(result['seconds']):>7}", 2),
             ("best" if is_best else "", 1),
