@@ -115,7 +115,7 @@ def test_validation_losses_judge_the_steps_when_asked_for(tmp_path: Path) -> Non
     first = report(tmp_path / "one")["history"]["loss"]
     run(*SMALL, "--run_dir", tmp_path / "train", entry=run_lr_finder.main)
     assert first != report(tmp_path / "train")["history"]["loss"]
-    assert abs(first[0] - first[1]) < 0.05  # the same images, at rates of 1e-4
+    assert abs(first[0] - first[1]) < 0.1  # the same images, at rates of 1e-4; BatchNorm still learns its statistics
 
 
 @pytest.mark.slow
