@@ -379,7 +379,8 @@ def test_a_commit_that_was_deleted_is_named_and_another_can_be_trained_on(
             kept.unlink()
         done = run("--resume_from", tmp_path / "run", "--epochs", 1)
         assert_one_line(done, commit, "--override dataset_revision=main")
-        done = run("--resume_from", tmp_path / "run", "--override", "dataset_revision=main", "--override", "epochs=2")
+        more = ("--override", "dataset_revision=main", "--override", "epochs=2", "--verbose")
+        done = run("--resume_from", tmp_path / "run", *more)
         assert done.status == 0, done.err
         assert "f" * 40 in done.out
     assert re.search(r"revision +f{40}", done.out)
