@@ -21,6 +21,7 @@ from stream.loader import Loader, StreamingDataLoader
 from stream.local import LocalDataset
 from training import journal, step
 from training import timing as profiling
+from training.console import INDENT
 from training.timing import ROWS, WARMUP_STEPS, TimeSpent, describe_time
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -228,7 +229,8 @@ def times_of(folder: Path, read: float, transform: float, epochs: int) -> list[s
             0.01,
         )
         done = train(*data, *flags, "--run_dir", folder / "run")
-    return [line for line in done.out.splitlines() if line.startswith("time ")]
+    unfolded = done.out.replace(f"\n{INDENT}", " ")
+    return [line for line in unfolded.splitlines() if line.startswith("time ")]
 
 
 def largest(line: str) -> str:
