@@ -58,7 +58,7 @@ def test_a_run_gives_the_weights_that_are_asked_for(averaged: Path, which: str |
     held = tensors(averaged / "snapshots" / f"{file}.safetensors")
     built = source.build().state_dict()
     assert [name for name in built if not torch.equal(built[name], held[part + name])] == []
-    assert (source.run, source.model, source.classes) == (averaged, "resnet18", [str(digit) for digit in range(10)])
+    assert (source.run, source.model, source.classes) == (averaged, "resnet20", [str(digit) for digit in range(10)])
 
 
 def test_a_snapshot_file_is_a_source_wherever_it_lies(averaged: Path, tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_a_share_gives_back_the_side_that_it_was_made_of() -> None:
 def test_training_from_weights_takes_their_model_and_preprocessing(averaged: Path, tmp_path: Path) -> None:
     config, source = resolve_with_weights({"use_pretrained": str(averaged)})
     assert source is not None
-    assert (config.model, config.eval_crop_pct, config.image_size) == ("resnet18", 1.0, 8)
+    assert (config.model, config.eval_crop_pct, config.image_size) == ("resnet20", 1.0, 8)
     config, _ = resolve_with_weights({"use_pretrained": str(averaged), "eval_interpolation": "bicubic"})
     assert config.eval_interpolation == "bicubic"
-    with pytest.raises(UsageError, match="holds a resnet18; leave out --model resnet34"):
+    with pytest.raises(UsageError, match="holds a resnet20; leave out --model resnet34"):
         resolve_with_weights({"use_pretrained": str(averaged), "model": "resnet34"})
 
 
@@ -258,7 +258,7 @@ def test_a_head_for_other_classes_is_replaced_aloud(tmp_path: Path) -> None:
         *DIGITS, "--lr", 1e-12, "--use_pretrained", tmp_path / "weights.safetensors", "--run_dir", tmp_path / "run"
     )
     assert "; the head for 10 classes is new" in done.out
-    assert tensors(snapshot_path(tmp_path / "run", 6))["model.fc.weight"].shape == (10, 512)
+    assert tensors(snapshot_path(tmp_path / "run", 6))["model.fc.weight"].shape == (10, 64)
 
 
 def test_a_stem_for_other_sizes_is_refused_with_the_size_that_fits(tmp_path: Path) -> None:
