@@ -89,9 +89,9 @@ def program(tmp_path: Path) -> Path:
     """A clone of the program whose remote has a password in it."""
     folder = tmp_path / "program"
     folder.mkdir()
-    for wing in (".", "stream", "training"):
+    for wing in (".", "stream", "training", "results", "pages"):
         (folder / wing).mkdir(exist_ok=True)
-        for path in (ROOT / wing).glob("*.py"):
+        for path in (ROOT / wing).glob("*.py" if wing == "." else "*.*"):
             shutil.copy(path, folder / wing)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.invalid", "-c", "commit.gpgsign=false"]
     for command in (["init"], ["remote", "add", "origin", REMOTE], ["add", "."], ["commit", "-m", "x"]):
