@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from blurpool import blur_strides
 from errors import DataError, UsageError, printable
 from model_zoo import build_from_library
 
@@ -31,24 +31,6 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """1x1 convolution."""
     return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-
-class BlurConv2d(nn.Conv2d):
-    """A convolution with a stride, of images (N, C, H, W) that a binomial filter of 3x3 has blurred before.
-
-    Source: Zhang 2019, Making Convolutional Networks Shift-Invariant Again; placed as in ffcv-imagenet.
-    """
-
-    blur: torch.Tensor
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        line = torch.tensor([1.0, 2.0, 1.0]) / 4
-        kernel = (line[:, None] * line).expand(self.in_channels, 1, 3, 3)
-        self.register_buffer("blur", kernel.contiguous(), persistent=False)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.conv2d(input, self.blur.to(input.dtype), padding=1, groups=self.in_channels))
 
 
 class BasicBlock(nn.Module):
@@ -158,7 +140,7 @@ class ResNet(nn.Module):
             downsample = nn.Sequential(conv1x1(self._inputs, outputs, stride), nn.BatchNorm2d(outputs))
         first = block(self._inputs, width, stride, downsample)
         if self._blurpool and stride > 1:
-            _blur_strides(first)
+            blur_strides(first)
         self._inputs = outputs
         return nn.Sequential(first, *(block(outputs, width, 1, None) for _ in range(blocks - 1)))
 
@@ -166,16 +148,6 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.avgpool(x).flatten(1))
-
-
-def _blur_strides(block: nn.Module) -> None:
-    """Put a `BlurConv2d` in place of each convolution with a stride; their weights are not initialised yet."""
-    for parent in [*block.modules()]:
-        for name, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1):
-                size, padding = conv.kernel_size, conv.padding
-                blurred = BlurConv2d(conv.in_channels, conv.out_channels, size, conv.stride, padding, bias=False)  # type: ignore[arg-type]
-                setattr(parent, name, blurred)
 
 
 class ResNet34(ResNet):

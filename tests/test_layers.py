@@ -16,13 +16,23 @@ LAYERS = (
     {"open_data", "pages"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
-    {"checks", "model_zoo", "recipe", "machine"},
+    {"blurpool", "checks", "model_zoo", "recipe", "machine"},
     {"flags"},
     {"defaults", "errors"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
-UNKNOWN_TO_STREAM = {"checks", "config", "defaults", "flags", "model_resnet50", "model_zoo", "recipe", "machine"}
+UNKNOWN_TO_STREAM = {
+    "blurpool",
+    "checks",
+    "config",
+    "defaults",
+    "flags",
+    "model_resnet50",
+    "model_zoo",
+    "recipe",
+    "machine",
+}
 
 
 def modules() -> dict[str, str]:

@@ -15,11 +15,11 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
+from blurpool import BlurConv2d
 from errors import DataError, UsageError
 from model_resnet50 import (
     DEPTHS,
     BasicBlock,
-    BlurConv2d,
     ResNet34,
     ResNet50,
     build_model,
