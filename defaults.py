@@ -17,6 +17,7 @@ SMALLEST_BATCH = 4  # images of a rank, that BatchNorm has something to average
 FEWEST_IN_A_PASS = 2  # images, or BatchNorm has no variance
 WANTED_STEPS = 2000  # of a run on a small set
 MOST_EPOCHS = 200
+FEWEST_FOR_TOP5 = 6  # classes; of fewer, the five most likely say little
 SMALL_SET = 100_000  # images
 
 

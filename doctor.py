@@ -20,7 +20,8 @@ import speed
 from config import Config
 from errors import UsageError, redact
 from machine import Gpu, Machine
-from preflight import as_size, duration, free_bytes
+from pages.markup import duration
+from preflight import as_size, free_bytes
 from speed import Speed
 from stream import jpeg, reach
 from stream.cache import FileStore
@@ -34,10 +35,6 @@ OPTIONAL = {
     "onnx": "export.py --to onnx",
     "onnxruntime": "export.py --to onnx",
     "onnxscript": "export.py --to onnx",
-    "tensorboard": "--track tensorboard",
-    "wandb": "--track wandb",
-    "trackio": "--track trackio",
-    "mlflow": "--track mlflow",
 }
 KEPT = ("num_workers", "amp", "amp_dtype", "device", "run_dir")  # flags that concern the machine, whatever the data
 IMAGENET_BYTES = 150e9  # on the Hub

@@ -18,7 +18,8 @@ import distributed
 from config import Config, resolve
 from distributed import print0
 from errors import redact
-from preflight import as_size, duration, free_bytes
+from pages.markup import duration
+from preflight import as_size, free_bytes
 from preprocess import Data
 from stream.loader import BATCHES_AHEAD, Loader, StreamingDataLoader
 from train import evaluate

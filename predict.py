@@ -82,13 +82,19 @@ def _run(argv: list[str]) -> None:
     loader = image_loader(paths, config, predictor.device)
     found = predictions(predictor, loader, given["top"])
     classes = source.classes or [str(number) for number in range(source.count)]
-    kept = [*_told(found, classes, given)]
+    wanted = len(paths) if "csv" in given else MOST_IN_GRID if "grid" in given else 0
+    kept: list[Prediction] = []
+    count = 0
+    for one in _told(found, classes, given):
+        count += 1
+        if count <= wanted:
+            kept.append(one)
     if "csv" in given:
         _write_csv(kept, classes, Path(given["csv"]))
     if "grid" in given:
         _draw(predictor, kept[:MOST_IN_GRID], classes, config, Path(given["grid"]), "heatmap" in given)
-        if len(kept) > MOST_IN_GRID:
-            print(f"grid      the first {MOST_IN_GRID} of {len(kept):,} images", file=sys.stderr)
+        if count > MOST_IN_GRID:
+            print(f"grid      the first {MOST_IN_GRID} of {count:,} images", file=sys.stderr)
 
 
 def _require_places(given: dict[str, Any]) -> None:

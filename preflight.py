@@ -9,7 +9,7 @@ import numpy as np
 
 import distributed
 from config import Config
-from errors import printable
+from pages.names import short
 from preprocess import Data, get_data_loaders
 from stream import allowance
 from stream.block_reader import blocks_ahead, fetch_threads
@@ -24,7 +24,6 @@ POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
 LISTED = 10  # classes
-LONGEST_NAME = 32  # of a class, characters
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
@@ -74,14 +73,9 @@ def describe_data(config: Config, data: Data) -> list[str]:
     ]
 
 
-def _short(name: str) -> str:
-    text = printable(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
-
-
 def _class_line(data: Data) -> str:
     """The classes if they are few, with their training images if labels are at hand; else the first and the last."""
-    names, train = [_short(name) for name in data.classes], data.train.dataset
+    names, train = [short(name) for name in data.classes], data.train.dataset
     start = f"classes   {len(names):,}: "
     if len(names) > LISTED:
         return f"{start}{names[0]} ... {names[-1]}"
@@ -94,14 +88,6 @@ def _class_line(data: Data) -> str:
 def as_size(count: float) -> str:
     """Bytes in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, in two or three digits."""
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def free_bytes(folder: Path) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from defaults import FEWEST_FOR_TOP5
 from errors import redact
 from pages.history import (
     History,
@@ -26,7 +27,6 @@ from pages.svg import Line, chart
 from stream.files import read_small, write_durably
 
 NAME = "report.html"
-FEWEST_FOR_TOP5 = 6  # classes
 MOST_CELLS = 25  # classes in a table of confusions
 SHOWN = 20  # unreadable images
 MEASURES = ("precision", "recall", "f1")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from defaults import FEWEST_FOR_TOP5
 from errors import DISK_ERRORS, UsageError, printable
 from pages.names import short
 from results.figures import WORST, Figures, Temperature, confusions
@@ -20,7 +21,6 @@ from results.scores import Scores
 from stream.files import write_durably
 from stream.source import ImageDataset
 
-FEWEST_FOR_TOP5 = 6  # classes
 FILES = "evaluation.json, confusion.csv, predictions.csv and pictures"
 
 

@@ -13,7 +13,6 @@ import dry_run
 from config import parse, resolve
 from dry_run import changed_settings, disk_line, rate_line
 from model_resnet50 import build_model
-from preflight import duration
 from training import step
 from training.layers import MOST_ROWS, layer_table
 
@@ -152,11 +151,6 @@ def test_only_changed_settings_are_told_as_flags() -> None:
     assert set(changed_settings(settings(*argv))) == {
         *("--dataset cifar10", "--data_dir photos", "--no_nesterov", "--amp", "--lr 0.2")
     }
-
-
-def test_durations_have_a_unit_that_fits() -> None:
-    found = [duration(seconds) for seconds in (0.51, 90, 150, 5400, 10800, 200_000)]
-    assert found == ["0.5 s", "90.0 s", "2.5 minutes", "90.0 minutes", "3.0 hours", "2.3 days"]
 
 
 # ---- the table of layers ---------------------------------------------------------------------------------------------

@@ -196,3 +196,10 @@ def test_a_heatmap_is_warm_where_the_class_is() -> None:
         assert abs(place // 32 - row) <= 4
         assert abs(place % 32 - column) <= 4
     assert all(parameter.grad is None for parameter in predictor.model.parameters())
+
+
+def test_a_grid_of_many_says_how_many_there_are(photos: Path, weights: Path, tmp_path: Path) -> None:
+    told = [photos / "flower.jpg"] * 70
+    done = run(weights, *told, "--eval_size", 32, "--num_workers", 0, "--grid", tmp_path / "g.png", entry=predict.main)
+    assert f"the first {predict.MOST_IN_GRID} of 70 images" in done.err
+    assert done.out.count("\n") == 70

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import distributed
 from config import Config
+from defaults import FEWEST_FOR_TOP5
 from distributed import print0
 from stream.files import read_small
 from training.snapshot import BEST, step_files
@@ -23,7 +24,6 @@ from training.snapshot import BEST, step_files
 WIDEST = 160  # columns of a line in a log file
 STEP_LINES = 60  # of a whole run in a log file
 STEP_SECONDS = 60.0  # between two of them
-FEWEST_FOR_TOP5 = 6  # classes; of fewer, the five most likely say little
 INDENT = " " * 10  # under which a long line goes on
 DETAILS = ("revision ", "blocks ", "streams ")  # lines of the header that --verbose shows
 WIDE = 120  # columns of a terminal that has room for all numbers beside the bar
