@@ -8,13 +8,7 @@ from typing import Any
 
 import recipe
 from checks import require_consistency, require_even_shares
-from defaults import (
-    EVALUATED_ONLY,
-    PRESETS,
-    RESIDENT,
-    first_guess,
-    fit_to,
-)
+from defaults import EVALUATED_ONLY, PRESETS, RESIDENT, first_guess, fit_to
 from errors import SnapshotError, UsageError
 from flags import (
     FROM_PRESET,

@@ -39,7 +39,7 @@ def model_card(order: Order, agreement: Agreement, classes: list[str], files: li
     """The text of README.md, with YAML front matter."""
     source = order.source
     figures = _figures(source)
-    title = plain(f"{_model_name(source)} on {dataset_of(source)[0]}" if source.config else _model_name(source))
+    title = plain(f"{source.model} on {dataset_of(source)[0]}" if source.config else source.model)
     parts = [
         _front_matter(order, figures),
         f"# {title}",
@@ -89,10 +89,6 @@ def dataset_of(source: Source) -> tuple[str, str | None]:
     if config.dataset in ("hf", "imagefolder"):
         return f"a folder called {Path(name).resolve().name}", None
     return name, None
-
-
-def _model_name(source: Source) -> str:
-    return source.model
 
 
 def _front_matter(order: Order, figures: dict[str, float]) -> str:
