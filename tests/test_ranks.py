@@ -43,7 +43,8 @@ CLIP = 0.05  # a small part of the gradient's norm
 EXACT = 1e-9
 ROUNDED = 1e-4  # one ReLU that rounding switches is seen in a gradient
 SMALL = {"max_samples": STEPS * BATCH, "batch_size": BATCH, "model": "resnet18", "lr": 0.03}
-LOGGED = ("--max_samples", STEPS * BATCH, "--batch_size", BATCH, "--epochs", 1, "--log_steps", 2)
+LOGGED = tuple(word for name, value in SMALL.items() for word in (f"--{name}", value))
+LOGGED = (*LOGGED, "--epochs", 1, "--log_steps", 2)
 
 
 @dataclass(frozen=True)
