@@ -193,16 +193,19 @@ def test_only_the_newest_snapshots_are_kept(digits: Path) -> None:
 
 
 def test_evaluating_a_run_gives_the_numbers_of_its_last_row_and_changes_nothing(digits: Path) -> None:
-    report = digits / "report.html"  # which tells of the evaluation too
-    before = {path: path.stat().st_mtime_ns for path in digits.rglob("*") if path.is_file() and path != report}
+    def beside_the_evaluation() -> dict[Path, int]:
+        """The run's own files with their times; report.html tells of the evaluation too."""
+        files = {path for path in digits.rglob("*") if path.is_file() and "evaluation" not in path.parts}
+        return {path: path.stat().st_mtime_ns for path in files - {digits / "report.html"}}
+
+    before = beside_the_evaluation()
     done = train("--resume_from", digits, "--evaluate")
     row = results(digits)[-1]
     (loss,) = re.findall(r"val loss ([\d.]+)  top1", done.out)
     assert float(loss) == pytest.approx(float(row["val_loss"]), rel=1e-6, abs=1e-4)
     assert f"  top1 {float(row['val_top1']):.2%} (" in done.out
     assert f"top5 {float(row['val_top5']):.2%}" in done.out
-    beside = {path for path in digits.rglob("*") if path.is_file() and "evaluation" not in path.parts} - {report}
-    assert {path: path.stat().st_mtime_ns for path in beside} == before
+    assert beside_the_evaluation() == before
 
 
 def test_results_are_the_means_of_the_steps(digits: Path) -> None:
