@@ -17,7 +17,7 @@ LAYERS = (
     {"stream"},
     {"model_resnet50", "config", "distributed"},
     {"blurpool", "checks", "model_zoo", "recipe", "machine"},
-    {"flags"},
+    {"flags", "registry"},
     {"defaults", "errors"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -32,6 +32,7 @@ UNKNOWN_TO_STREAM = {
     "model_zoo",
     "recipe",
     "machine",
+    "registry",
 }
 
 
