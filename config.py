@@ -25,6 +25,13 @@ from flags import (
 
 FEWEST_LR_STEPS = 16
 FITTED = frozenset({"batch_size", "streams", "epochs"})  # fitted to a small set where they are not given
+COMMON = (  # what --help shows; --help_all shows every flag
+    *("dataset", "dataset_name", "data_dir", "val_share", "max_samples", "image_size", "dummy_data", "cache_dir"),
+    *("num_workers", "auto_augment", "mixup", "cutmix", "model", "use_pretrained", "freeze_backbone", "recipe"),
+    *("epochs", "batch_size", "lr", "lr_from", "optimizer", "weight_decay", "label_smoothing", "ema_decay", "amp"),
+    *("compile", "device", "seed", "scheduler", "warmup_epochs", "run_dir", "resume_from", "override", "evaluate"),
+    *("save_best", "snapshot_steps", "early_stop", "dry_run", "doctor", "quiet", "verbose", "compare", "debug"),
+)
 OTHER_DATA = "data=changed"  # what --override takes beside settings
 
 
@@ -232,12 +239,12 @@ def _names(*on_resume: str) -> set[str]:
     return {item.name for item in fields(Config) if item.metadata["on_resume"] in on_resume}
 
 
-def parse(prog: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
+def parse(prog: str, description: str, argv: Sequence[str] | None, shown: str = "") -> dict[str, Any]:
     """The flags that were given, by name, and those of a recipe; no others, so that a resume can tell them apart.
 
-    Raises UsageError.
+    `--help` shows the COMMON ones, and those of the group `shown`. Raises UsageError.
     """
-    parser = parser_of(Config, prog, description)
+    parser = parser_of(Config, prog, description, common=COMMON, shown=shown)
     given = vars(parser.parse_args(argv))
     if "recipe" not in given:
         return given

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Evaluate a trained model, on its run's own validation set or on any other images.
 
     python evaluate.py runs/NAME                                       # its own validation set

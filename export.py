@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Export a trained model to other libraries, checked against the model before it is called done.
 
     python export.py runs/NAME --to transformers --out exported        # AutoModelForImageClassification loads it

@@ -13,6 +13,7 @@ from defaults import PRESETS
 from errors import UsageError
 
 SIZE_STEP = 32  # pixels between sizes that a run grows through
+TAKES_FILES = ("TEXT", "DIR", "FILE", "RUN", "SOURCE")  # metavars of what a shell completes with names of files
 FROM_PRESET: Any = object()  # the default of a flag whose value depends on the dataset
 
 
@@ -116,6 +117,15 @@ def _default_text(item: Field[Any]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.rare: dict[argparse.Action, str] = {}
+
+    def show_all(self) -> None:
+        """Give the rare flags, which --help leaves out, their help."""
+        for action, text in self.rare.items():
+            action.help = text
+
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message}; {self._nearest(message)}see --help")
 
@@ -126,16 +136,52 @@ class _Parser(argparse.ArgumentParser):
         return f"did you mean {found[0]}? " if found else ""
 
 
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, _Parser)
+        parser.show_all()
+        parser.print_help()
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, __: Any = None) -> None:
+        import shtab
+
+        assert isinstance(parser, _Parser)
+        parser.show_all()
+        for action in parser._actions:
+            if action.metavar in TAKES_FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
 def parser_of(
-    settings: type, prog: str, description: str, only: Collection[str] | None = None, of_source: bool = False
+    settings: type,
+    prog: str,
+    description: str,
+    only: Collection[str] | None = None,
+    of_source: bool = False,
+    common: Collection[str] | None = None,
+    shown: str = "",
 ) -> argparse.ArgumentParser:
     """A parser for the fields of `settings`, which leaves out what is not given and raises UsageError.
 
     A field that is true or false has `--no_NAME` too. `only` names the fields to take; the defaults of
-    an `of_source` parser are those of the model source, where they outlive a launch.
+    an `of_source` parser are those of the model source, where they outlive a launch. With `common` names of fields,
+    `--help` shows these and the group `shown`, and `--help_all` the others too.
     """
     raw = argparse.RawDescriptionHelpFormatter
     result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
+    once: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": argparse.SUPPRESS}
+    if common is not None:
+        result.add_argument(
+            "--help_all", action=_HelpAll, nargs=0, help="show every flag, not only the usual ones", **once
+        )
+    shells = ("bash", "zsh", "tcsh")
+    text = f'print what completes the flags of {prog} in a shell: eval "$(./{prog} --print_completion bash)"'
+    result.add_argument("--print_completion", action=_PrintCompletion, choices=shells, help=text, **once)
     hints = typing.get_type_hints(settings)
     groups: dict[str, Any] = {}
     for item in fields(settings):
@@ -156,7 +202,11 @@ def parser_of(
                 options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         default = "the source's own" if of_source and item.metadata["on_resume"] != "forgotten" else _default_text(item)
         text = f"{item.metadata['help']} (default: {default})"
-        group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
+        action = group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
+        if common is not None and item.name not in common and title != shown:
+            result.rare[action], action.help = text, argparse.SUPPRESS
+    if result.rare:
+        result.epilog = f"--help_all shows {len(result.rare)} more flags."
     return result
 
 

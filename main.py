@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train an image classifier: ResNet-50 on ImageNet-1K streamed from the Hugging Face Hub, or any other image set.
 
     python main.py                                                     # digits: the first minute, nothing downloaded

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Tell the classes of images with a trained model.
 
     python predict.py runs/NAME photo.jpg                         # a table: class names and probabilities

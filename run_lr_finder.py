@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Find a learning rate before training: parse -> build -> range test -> curve, JSON, suggestion.
 
     python run_lr_finder.py                                            # digits, a few seconds
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    given = configuration.parse("run_lr_finder.py", __doc__ or "", argv)
+    given = configuration.parse("run_lr_finder.py", __doc__ or "", argv, shown="finder")
     configuration.resolve(given)
     if given.get("resume_from"):
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from config import FROM_PRESET, PRESETS, Config, parse, resolve, resume
+from config import COMMON, FROM_PRESET, PRESETS, Config, parse, resolve, resume
 from errors import UsageError
 from training.optim import default_lr
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_HELP = ["help_all", "print_completion"]
 NAMES = [item.name for item in dataclasses.fields(Config)]
 HEAVY = {"torch", "torchvision", "numpy", "datasets", "albumentations", "cv2", "sklearn", "matplotlib", "transformers"}
 RELIED_ON = set(
@@ -50,18 +51,46 @@ def refusal(*argv: str) -> str:
 # ---- --help ----------------------------------------------------------------------------------------------------------
 
 
-def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+def help_text(capsys: pytest.CaptureFixture[str], flag: str = "--help_all", **options: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        parse("main.py", "What it is.", ["--help"])
+        parse("main.py", "What it is.", [flag], **options)
     assert stop.value.code == 0
     return capsys.readouterr().out
 
 
-def test_help_shows_every_flag_once_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def flags_in(text: str) -> list[str]:
+    return re.findall(r"^  --(\w+)", text, flags=re.MULTILINE)
+
+
+def test_help_all_shows_every_flag_once_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys)
     entries = dict(re.findall(r"^  --(\w+)(.*?)(?=^  -|^\w|\Z)", text, flags=re.DOTALL | re.MULTILINE))
-    assert re.findall(r"^  --(\w+)", text, flags=re.MULTILINE) == NAMES
-    assert {name for name, entry in entries.items() if entry.count("(default:") != 1} == set()
+    assert flags_in(text) == [*OF_HELP, *NAMES]
+    assert {name for name, entry in entries.items() if entry.count("(default:") != 1} == set(OF_HELP)
+
+
+def test_help_shows_the_usual_flags_and_how_many_more_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "--help")
+    assert flags_in(text) == [*OF_HELP, *(name for name in NAMES if name in COMMON)]
+    assert set(COMMON) <= set(NAMES)
+    assert text.endswith(f"--help_all shows {len(NAMES) - len(COMMON)} more flags.\n")
+    of_finder = [name for name in flags_in(help_text(capsys, "--help", shown="finder")) if name not in COMMON]
+    assert of_finder == [
+        *OF_HELP,
+        *(item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "finder"),
+    ]
+
+
+def test_bash_completes_flags_choices_and_files() -> None:
+    program = """eval "$("$1" main.py --print_completion bash)"
+        try() { COMP_WORDS=(main.py "$@"); COMP_CWORD=$#; COMPREPLY=(); _shtab_main_py; echo "${COMPREPLY[@]}"; }
+        try --onecycle_p; try --amp --scheduler c; try --recipe recipes/res; try --help_al"""
+    done = subprocess.run(
+        ["bash", "-c", program, "-", sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[1], lines[3]) == ("--onecycle_pct_start", "cosine", "--help_all"), done.stderr
+    assert set(lines[2].split()) == {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("res*")}
 
 
 def test_help_is_grouped_and_no_group_is_split(capsys: pytest.CaptureFixture[str]) -> None:
