@@ -9,10 +9,10 @@ restored afterwards. The finder writes to lr_finder/ in the run folder: lr_finde
 `main.py --lr_from`, and lr_finder.csv.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
-    from training.console import header
+    from training.console import command, header
     from training.logs import open_run_folder
     from training.signals import StopRequest
     from training.sources import resolve_with_weights
@@ -69,11 +69,22 @@ def _run(argv: list[str]) -> None:
     with open_run_folder(config, None, argv) as folder:
         stop = StopRequest.listening(data.train, data.val)
         lr = within_memory(training, config, lambda: search(config, data, training, folder, stop))
-    kept = shlex.join(argument for argument in argv if argument != "--find_lr")
-    distributed.print0(
-        f"train with  python main.py {kept} --lr_from {folder / 'lr_finder' / 'lr_finder.json'}", always=True
-    )
-    distributed.print0(f"       or   python main.py {kept} --lr {lr:.3g}", always=True)
+    with_rate, ranks = partial(command, "main.py", *_without_rate(argv)), distributed.world_size()
+    found = folder / "lr_finder" / "lr_finder.json"
+    distributed.print0(f"train with  {with_rate('--lr_from', found, ranks=ranks)}", always=True)
+    distributed.print0(f"       or   {with_rate('--lr', f'{lr:.3g}', ranks=ranks)}", always=True)
+
+
+def _without_rate(argv: Sequence[str]) -> list[str]:
+    """The flags with which to train, without those that decide the learning rate."""
+    kept, arguments = [], iter(argv)
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name in ("--lr", "--lr_from") and "=" not in argument:
+            next(arguments)
+        elif name not in ("--lr", "--lr_from", "--find_lr"):
+            kept.append(argument)
+    return kept
 
 
 def search(config: Config, data: "Data", training: "Training", folder: Path, stop: "StopRequest") -> float:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +66,25 @@ def test_the_report_has_the_fields_that_others_rely_on(found: Path) -> None:
 
 @pytest.mark.slow
 def test_find_lr_is_the_same_as_the_other_front_door(found: Path, tmp_path: Path) -> None:
-    done = run(*SMALL, "--find_lr", "--run_dir", tmp_path / "run")
+    done = run(*SMALL, "--lr=0.3", "--find_lr", "--run_dir", tmp_path / "run")
     assert done.status == 0, done.err
     one, other = report(found), report(tmp_path / "run")
     assert (one["history"], one["suggestions"]) == (other["history"], other["suggestions"])
     assert not (tmp_path / "run" / "results.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [("--lr", "0.3", "--find_lr"), ("--lr=auto",), ("--lr_from", "none.json")])
+def test_the_commands_that_it_prints_train_at_its_rate(given: tuple[str, ...], tmp_path: Path) -> None:
+    flags = (*SMALL, "--epochs", 1, "--run_dir", tmp_path / "run")
+    done = run(*flags, *given, entry=run_lr_finder.main)
+    assert done.status == 0, done.err
+    for line in re.findall(r"(?:with|or) +(.*main\.py .*)", done.out):
+        arguments = shlex.split(line.partition("main.py ")[2])
+        shutil.rmtree(tmp_path / "run" / "snapshots", ignore_errors=True)
+        train(*arguments)
+        resolved = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
+        assert resolved["lr"] == pytest.approx(report(tmp_path / "run")["suggested_lr"], rel=5e-3)
 
 
 @pytest.mark.slow
