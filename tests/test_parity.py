@@ -1,6 +1,5 @@
 """Losses are those of loops of torchvision's and timm's own parts, and float32 training is torchvision's to the bit."""
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from huggingface_hub import constants
-from program import ROOT
 from torch import nn
 
 from benchmarks.parity import PLANS, Form, Plan, compare
@@ -77,11 +75,3 @@ def test_float32_training_is_torchvisions_to_the_bit() -> None:
         assert losses[0] == losses[1]
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
-
-
-def test_the_batches_of_a_run_can_be_had_as_the_readme_tells(capsys: pytest.CaptureFixture[str]) -> None:
-    section = (ROOT / "README.md").read_text().partition("### The batches of a run\n")[2].partition("\n#")[0]
-    code = "\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE))
-    exec(compile(code, "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["torch.Size([64, 8, 8, 3]) torch.uint8 torch.int64"] * 2
