@@ -15,6 +15,7 @@ from PIL import Image
 from errors import printable
 
 HERE = Path(__file__).parent
+NARROW = 900  # pixels of a picture that is legible on a phone
 KEPT_AS_PNG = 150_000  # bytes of a picture, beyond which a JPEG takes its place
 LARGEST = 450_000  # bytes of that, for which its quality is lowered as far as QUALITIES go
 QUALITIES = (82, 65, 45, 25)
@@ -93,14 +94,15 @@ def command(line: str, why: str) -> Markup:
 
 
 def picture(path: Path, alt: str) -> Markup:
-    """A PNG file inside the page, nothing if there is none; a large one as JPEG."""
+    """A PNG file inside the page, nothing if there is none; one of many bytes as JPEG. A phone scrolls a wide one."""
     if not path.is_file():
         return Markup()
     content, kind = path.read_bytes(), "png"
+    is_wide = int.from_bytes(content[16:20], "big") > NARROW
     if len(content) > KEPT_AS_PNG:
         content, kind = _as_jpeg(content), "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return tag("figure", Markup(f'<img alt="{text(alt)}" src="{source}">'), class_="picture")
+    return tag("figure", Markup(f'<img alt="{text(alt)}" src="{source}">'), class_="picture wide" if is_wide else "picture")
 
 
 def _as_jpeg(content: bytes) -> bytes:
