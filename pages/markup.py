@@ -102,7 +102,8 @@ def picture(path: Path, alt: str) -> Markup:
     if len(content) > KEPT_AS_PNG:
         content, kind = _as_jpeg(content), "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return tag("figure", Markup(f'<img alt="{text(alt)}" src="{source}">'), class_="picture wide" if is_wide else "picture")
+    image = Markup(f'<img alt="{text(alt)}" src="{source}">')
+    return tag("figure", image, class_="picture wide" if is_wide else "picture")
 
 
 def _as_jpeg(content: bytes) -> bytes:
