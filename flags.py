@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
 from typing import Any
 
-from defaults import PRESETS
+from choices import AUGMENTATIONS, DATASETS, MODELS, model_choice
 from errors import UsageError
+from registry import Registry
 
 SIZE_STEP = 32  # pixels between sizes that a run grows through
 FROM_PRESET: Any = object()  # the default of a flag whose value depends on the dataset
@@ -26,15 +27,19 @@ def flag(
     most: float | None = None,
     on_resume: str = "fixed",
     short: Any = None,
+    names: Registry[Any] | None = None,
     **argparse_options: Any,
 ) -> Any:
     """One flag: at least `least`, greater than `above`, at most `most`; `short` describes its default in the help.
 
+    Its value is one of `names`, or a list of such, which the help lists.
     `on_resume` is "fixed" for a flag that would change the result, "kept" for one whose saved value a resume may
     replace, and "forgotten" for one that concerns a single launch.
     """
     bounds = {"least": least, "above": above, "most": most}
-    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
+    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds, "names": names}
+    if names is not None:
+        argparse_options = {"type": names.require, "metavar": "NAME"} | argparse_options
     return field(default=default, metadata=metadata | {"argparse": argparse_options})
 
 
@@ -45,6 +50,18 @@ def learning_rate(text: str) -> float | str:
 def epochs_list(text: str) -> str:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} is no list of epochs such as 30,60")
+    return text
+
+
+def model_name(text: str) -> str:
+    MODELS.require(model_choice(text))
+    return text
+
+
+def augmentations_list(text: str) -> str:
+    names = [AUGMENTATIONS.require(name) for name in text.split(",")]
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names an augmentation twice")
     return text
 
 
@@ -103,7 +120,7 @@ def _default_text(item: Field[Any]) -> str:
     if item.metadata["short"]:
         return str(item.metadata["short"])
     if item.default is FROM_PRESET:
-        values = {name: getattr(preset, item.name) for name, preset in PRESETS.items()}
+        values = {name: getattr(DATASETS[name].preset, item.name) for name in DATASETS.names()}
         if len(set(values.values())) == 1:
             return str(values["digits"])
         others = ", ".join(f"{name} {value}" for name, value in values.items() if value != values["hf"])
@@ -155,7 +172,9 @@ def parser_of(
             if "choices" not in options:
                 options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         default = "the source's own" if of_source and item.metadata["on_resume"] != "forgotten" else _default_text(item)
-        text = f"{item.metadata['help']} (default: {default})"
+        names = item.metadata["names"]
+        listed = f": {', '.join(names.names()) or 'none is registered'}" if names is not None else ""
+        text = f"{item.metadata['help']}{listed} (default: {default})"
         group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
     return result
 
