@@ -95,9 +95,10 @@ def load_extensions(folder: Path = EXTENSIONS) -> list[Path]:
             continue
         sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         try:
-            LOADED[path.name] = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             spec.loader.exec_module(sys.modules[name])
         except Exception as error:
             why = printable(f"{type(error).__name__}: {error}")[:200]
             raise UsageError(f"{path} cannot be imported ({why}); mend it, or move it away") from error
+        LOADED[path.name] = f"sha256:{digest}"
     return found
