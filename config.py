@@ -296,9 +296,9 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
 def _require_extensions(saved: Mapping[str, Any]) -> None:
     """Refuse the settings of a run whose dataset or model is not registered here."""
     for registry, name in ((DATASETS, saved["dataset"]), (MODELS, saved["model"])):
-        if model_choice(name) not in registry:
+        if model_choice(str(name)) not in registry:
             raise UsageError(
-                f"{registry.flag} {printable(name)} of this run is not known here; put the file that registers it back "
+                f"{registry.flag} {printable(str(name))} of this run is not known here; put the file that registers it back "
                 "into extensions/"
             )
 

@@ -272,11 +272,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     With `new_head` a head that is missing, or is for another number of classes, stays the model's own. Raises DataError
     for weights that lack some of the model's, UsageError for those of another model; the model is then as it was.
     """
-    own, head = model.state_dict(), head_of(model)
-    heads = [name for name in own if name.startswith(f"{head}.")]
-    first = weights.get(f"{head}.weight")
-    other = new_head and (first is None or first.shape[:1] != own[f"{head}.weight"].shape[:1])
-    wanted = [name for name in own if not (other and name in heads)]
+    own = model.state_dict()
+    wanted, other = list(own), False
+    if new_head:
+        head = head_of(model)
+        first = weights.get(f"{head}.weight")
+        other = first is None or first.shape[:1] != own[f"{head}.weight"].shape[:1]
+        wanted = [name for name in own if not (other and name.startswith(f"{head}."))]
     lacking = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     misfits = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
     strange = [name for name in weights if name not in own]
