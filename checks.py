@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from defaults import EVALUATED_ONLY
+from choices import DATASETS
 from errors import UsageError
 from flags import size_points
 
@@ -13,19 +13,19 @@ def require_consistency(settings: Any) -> None:
     """Refuse settings that contradict each other, with UsageError."""
     lower = settings.batch_size // settings.streams * settings.streams
     nearest = " or ".join(str(batch) for batch in (lower, lower + settings.streams) if batch)
+    dataset = DATASETS[settings.dataset]
+    missing = next((name for name in dataset.needs if not getattr(settings, name)), "")
     # fmt: off
     _refuse_if(
         (settings.warmup_epochs >= settings.epochs, f"--warmup_epochs {settings.warmup_epochs:g} leaves nothing of --epochs {settings.epochs}; use less"),
         (settings.lr_end <= settings.lr_start, f"--lr_end {settings.lr_end:g} must be greater than --lr_start {settings.lr_start:g}"),
         (settings.lr is not None and settings.lr_from, "--lr and --lr_from both name a learning rate; give one of them"),
         (settings.freeze_backbone >= settings.epochs, f"--freeze_backbone {settings.freeze_backbone} leaves none of --epochs {settings.epochs} for the rest of the model; use less"),
-        (settings.dataset == "hf" and not settings.dataset_name, "--dataset hf needs --dataset_name: a Hub id such as timm/mini-imagenet, or a local folder"),
-        (settings.dataset != "hf" and (settings.dataset_name or settings.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {settings.dataset}"),
-        (settings.data_dir and settings.dataset in ("digits", "imagenet1k", "hf"), f"--dataset {settings.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if settings.dataset == 'hf' else ''}"),
-        (settings.dummy_data and settings.dataset != "imagenet1k", "--dummy_data goes with --dataset imagenet1k"),
+        (missing, f"--dataset {settings.dataset} needs --{missing}: {dataset.needs.get(missing)}"),
+        ("dataset_name" not in dataset.takes and (settings.dataset_name or settings.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {settings.dataset}"),
+        (settings.data_dir and "data_dir" not in dataset.takes, f"--dataset {settings.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if 'dataset_name' in dataset.takes else ''}"),
+        (settings.dummy_data and "dummy_data" not in dataset.takes, "--dummy_data goes with --dataset imagenet1k"),
         (not settings.cache_dir and (settings.cache_limit_gb or settings.cache_short_side), "--cache_limit_gb and --cache_short_side need --cache_dir, the folder to keep images in"),
-        (settings.dataset == "imagefolder" and not settings.data_dir, "--dataset imagefolder needs --data_dir: a folder with train/ and val/, a folder a class in each"),
-        (settings.dataset in EVALUATED_ONLY and not settings.data_dir, f"--dataset {settings.dataset} needs --data_dir: a folder with a folder a class"),
         (settings.val_share and (settings.val_split or settings.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
         (settings.progressive_size and size_points(settings.progressive_size)[-1][0] != settings.image_size, f"--progressive_size {settings.progressive_size} ends at another size than --image_size {settings.image_size}; leave that out"),
         (settings.loss == "bce" and settings.class_weights, "--class_weights are for --loss ce; leave them out"),
@@ -33,7 +33,7 @@ def require_consistency(settings: Any) -> None:
         (settings.dry_run and (settings.evaluate or settings.find_lr or settings.doctor), "--dry_run rehearses training; leave out --evaluate, --find_lr and --doctor"),
         (settings.doctor and (settings.evaluate or settings.find_lr or settings.resume_from), "--doctor looks at the machine alone; leave out --evaluate, --find_lr and --resume_from"),
         (settings.quiet and settings.verbose, "--quiet and --verbose ask for opposite things; give one of them"),
-        (settings.val_labels and settings.dataset != "imagefolder", f"--val_labels goes with --dataset imagefolder, not with --dataset {settings.dataset}"),
+        (settings.val_labels and "val_labels" not in dataset.takes, f"--val_labels goes with --dataset imagefolder, not with --dataset {settings.dataset}"),
         (settings.batch_size % settings.streams, f"--batch_size {settings.batch_size} is not divisible by --streams {settings.streams}; use {nearest}, or other --streams"),
     )
     # fmt: on

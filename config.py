@@ -8,16 +8,19 @@ from typing import Any
 
 import recipe
 from checks import require_consistency, require_even_shares
-from defaults import EVALUATED_ONLY, PRESETS, RESIDENT, first_guess, fit_to
-from errors import SnapshotError, UsageError
+from choices import AUGMENTATIONS, DATASETS, MODELS, SCHEDULES, model_choice
+from defaults import first_guess, fit_to
+from errors import SnapshotError, UsageError, printable
 from flags import (
     FROM_PRESET,
     SIZE_STEP,
+    augmentations_list,
     channels,
     check_bounds,
     epochs_list,
     flag,
     learning_rate,
+    model_name,
     parser_of,
     size_points,
     sizes_list,
@@ -40,7 +43,7 @@ class Config:
     """The settings of one run. Construct it with `parse` or `resolve`, which fill in the dataset's defaults."""
 
     # fmt: off
-    dataset: str = flag("data", "what to train on", "digits", short="digits; hf with --dataset_name, imagefolder with --data_dir", choices=tuple(PRESETS))
+    dataset: str = flag("data", "what to train on", "digits", short="digits; hf with --dataset_name, imagefolder with --data_dir", names=DATASETS)
     dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
     dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
     dataset_config: str | None = flag("data", "with --dataset hf: which configuration of the dataset, where its card tells several", None, short="its default")
@@ -70,6 +73,7 @@ class Config:
     max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept", least=0, most=1)
     num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes", least=0)
     auto_augment: str | None = flag("augmentation", "ta_wide (TrivialAugment), ra-n2-m9 (torchvision's RandAugment) or rand-m7-n2-mstd0.5-inc1 (timm's)", None)
+    augment: str | None = flag("augmentation", "augmentations of your own, from files in extensions/, in this order before --random_erasing", None, type=augmentations_list, metavar="NAME,...", names=AUGMENTATIONS)
     random_erasing: float = flag("augmentation", "probability that a box of a training image is erased", 0.0, least=0, most=1)
     color_jitter: str | None = flag("augmentation", "random brightness, contrast, saturation and hue: up to four shares such as 0.4,0.4,0.4,0.1", None, metavar="X,X,X,X")
     mixup: float = flag("augmentation", "mix images of a step, with shares from Beta(X, X)", 0.0, least=0)
@@ -82,7 +86,7 @@ class Config:
     mean: str | None = flag("augmentation", "mean of each channel that images are normalised with, of pixels in 0..1", None, type=channels, metavar="X,X,X", short="ImageNet's, or what pretrained weights ask for")
     std: str | None = flag("augmentation", "standard deviation, likewise", None, type=channels, metavar="X,X,X", short="the same")
     tta: str | None = flag("augmentation", "evaluation: flip averages the logits of an image and its mirror image", None, choices=("flip",))
-    model: str = flag("model", "resnet18, resnet20 (for small images), resnet34, resnet50, resnet101, resnet152, or torchvision:NAME or timm:NAME for one of those libraries", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet20 for digits")
+    model: str = flag("model", "a ResNet (resnet20 is for small images), or a model of torchvision or timm", "auto", short="by image size: resnet50, resnet34 for CIFAR, resnet20 for digits", type=model_name, names=MODELS)
     use_pretrained: str | None = flag("model", "start from these weights: a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file (microsoft/resnet-50 if none is named); their preprocessing comes with them", None, nargs="?", const="microsoft/resnet-50")
     freeze_backbone: int = flag("model", "first epochs in which only the classifier learns", 0, least=0)
     drop_path: float = flag("model", "probability that the last block is left out, of earlier ones linearly less (stochastic depth)", 0.0, least=0, most=0.9)
@@ -116,7 +120,7 @@ class Config:
     seed: int = flag("training", "decides weights, order and augmentation", 0, least=0)
     deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
 
-    scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", choices=("onecycle", "cosine", "linear", "step", "trapezoid"))
+    scheduler: str = flag("schedule", "learning rate schedule, moved at every step", "onecycle", names=SCHEDULES)
     schedule_per: str = flag("schedule", "the others than onecycle change with every step, or only with every epoch", "step", choices=("step", "epoch"))
     warmup_epochs: float = flag("schedule", "epochs of linear warm-up; under onecycle, of its rising part instead of --onecycle_pct_start", 0.0, least=0)
     warmup_start: float | None = flag("schedule", "the others: first rate of the warm-up over the rate that it leads to", None, short="one part of as many as it has", least=0, most=1)
@@ -180,18 +184,14 @@ class Config:
     @property
     def is_small(self) -> bool:
         """Whether the dataset fits into the memory of any device, and is kept there."""
-        return self.dataset in RESIDENT
+        return DATASETS[self.dataset].in_memory
 
     @property
     def dataset_id(self) -> str:
         """The Hub id, folder or dataset name that the data comes from."""
-        names = {
-            "imagenet1k": "ILSVRC/imagenet-1k",
-            "hf": self.dataset_name,
-            "imagefolder": self.data_dir,
-            **dict.fromkeys(EVALUATED_ONLY, self.data_dir),
-        }
-        return "generated images" if self.dummy_data else names.get(self.dataset) or self.dataset
+        dataset = DATASETS[self.dataset]
+        place = getattr(self, dataset.named_by) if dataset.named_by else None
+        return "generated images" if self.dummy_data else place or dataset.id or self.dataset
 
     def size_at(self, epoch: int) -> int:
         """The height and width of training images in an epoch, counted from 0."""
@@ -214,7 +214,7 @@ class Config:
 
         Also a line for each that changed.
         """
-        values, lines = fit_to(PRESETS[self.dataset], images, derived, vars(self), ranks)
+        values, lines = fit_to(DATASETS[self.dataset].preset, images, derived, vars(self), ranks)
         return replace(self, **values), lines  # type: ignore[arg-type]
 
     def check_schedule(self, steps_per_epoch: int) -> None:
@@ -260,7 +260,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     values.setdefault(
         "dataset", "hf" if "dataset_name" in values else "imagefolder" if "data_dir" in values else "digits"
     )
-    preset = PRESETS[values["dataset"]]
+    preset = DATASETS[values["dataset"]].preset
     if values.get("progressive_size"):
         values.setdefault("image_size", size_points(values["progressive_size"])[-1][0])
     for name in ("image_size", "weight_decay"):
@@ -292,11 +292,22 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     kept = {name: value for name, value in saved.items() if name in _names("fixed", "kept")}
     new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
     try:
+        _require_extensions(kept)
         if "extend_epochs" in given:
             kept["epochs"] += given["extend_epochs"]
         return resolve(kept | new | insisted)
     except (LookupError, TypeError, ValueError) as error:
         raise SnapshotError("the snapshot holds no settings of this program; give another") from error
+
+
+def _require_extensions(saved: Mapping[str, Any]) -> None:
+    """Refuse the settings of a run whose dataset or model is not registered here."""
+    for registry, name in ((DATASETS, saved["dataset"]), (MODELS, saved["model"])):
+        if model_choice(str(name)) not in registry:
+            raise UsageError(
+                f"{registry.flag} {printable(str(name))} of this run is not known here; put the file that registers it back "
+                "into extensions/"
+            )
 
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:

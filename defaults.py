@@ -25,21 +25,26 @@ SMALL_SET = 100_000  # images
 class Preset:
     """A dataset's defaults. Rates are for a batch of 256: `lr` is OneCycle's peak, `constant_lr` that of the others.
 
-    OneCycle's momentum is 0.85 at its peak; what was published at 0.9 may keep rate / (1 - momentum).
+    OneCycle's momentum is 0.85 at its peak; what was published at 0.9 may keep rate / (1 - momentum). Sizes are in
+    pixels. `constant_lr` is a quarter of the peak where none is given.
     """
 
     image_size: int
     batch_size: int
     epochs: int
-    weight_decay: float
     lr: float
-    lr_source: str
-    constant_lr: float
-    constant_lr_source: str
+    weight_decay: float = 5e-4
+    lr_source: str = "its preset"
+    constant_lr: float | None = None
+    constant_lr_source: str = "a quarter of OneCycle's peak"
     streams: int = 8
 
+    @property
+    def highest_constant_lr(self) -> float:
+        """The rate of the schedules that start at their highest."""
+        return self.lr * CONSTANT_SHARE if self.constant_lr is None else self.constant_lr
 
-RESIDENT = frozenset({"digits", "cifar10", "cifar100", "mnist", "fashion_mnist"})  # they fit any device's memory
+
 IMAGENET = Preset(
     image_size=224,
     batch_size=256,
@@ -67,24 +72,9 @@ DIGITS = Preset(
     weight_decay=5e-4,
     lr=0.4,  # of 0.12 to 0.8, with ResNet-20
     lr_source="measured here",
-    constant_lr=0.4 * CONSTANT_SHARE,
-    constant_lr_source="a quarter of OneCycle's peak",
 )
-PRESETS = {
-    "imagenet1k": IMAGENET,
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    "fashion_mnist": replace(CIFAR, image_size=28),
-    "mnist": replace(CIFAR, image_size=28, epochs=10),
-    "digits": DIGITS,
-    "imagefolder": IMAGENET,
-    "hf": IMAGENET,
-    "imagenet_v2": IMAGENET,
-    "imagenet_a": IMAGENET,
-    "imagenet_r": IMAGENET,
-    "imagenet_sketch": IMAGENET,
-}
-EVALUATED_ONLY = frozenset({"imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"})  # folders of class folders
+FASHION_MNIST = replace(CIFAR, image_size=28)
+MNIST = replace(FASHION_MNIST, epochs=10)
 
 
 def streams_for(batch: int, ranks: int, most: int) -> int:

@@ -17,6 +17,7 @@ import config as configuration
 import distributed
 import machine
 import speed
+from choices import DATASETS
 from config import Config
 from errors import UsageError, redact
 from machine import Gpu, Machine
@@ -113,7 +114,7 @@ def find(config: Config, measured: Config) -> Facts:
         device = distributed.pick_device(config.device)
     except UsageError as error:
         problem = str(error)
-    dataset = config.dataset_id if config.dataset in ("imagenet1k", "hf") and not config.dummy_data else None
+    dataset = config.dataset_id if DATASETS[config.dataset].on_hub and not config.dummy_data else None
     return Facts(
         machine=machine.look(),
         reach=reach.ask(None if dataset is None or Path(dataset).is_dir() else dataset),

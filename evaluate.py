@@ -23,13 +23,19 @@ from typing import Any
 from config import OTHER_DATA, Config, overrides
 from errors import run_front_door
 from flags import door_parser
+from registry import load_extensions
 from results.settings import FLAGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The front door. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_front_door(lambda: evaluate(parse(arguments)), debug="--debug" in arguments)
+    return run_front_door(lambda: _run(arguments), debug="--debug" in arguments)
+
+
+def _run(argv: list[str]) -> None:
+    load_extensions()
+    evaluate(parse(argv))
 
 
 def parse(argv: list[str]) -> dict[str, Any]:

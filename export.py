@@ -21,6 +21,7 @@ from pathlib import Path
 from config import Config
 from errors import UsageError, printable, run_front_door
 from flags import door_parser
+from registry import load_extensions
 
 FORMATS = ("transformers", "timm", "torchvision", "onnx", "torch_export")
 
@@ -48,6 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _run(argv: list[str]) -> None:
+    load_extensions()
     given = parse(argv)
     if given.private and not given.push_to_hub:
         raise UsageError("--private goes with --push_to_hub")

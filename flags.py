@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
 from typing import Any
 
-from defaults import PRESETS
+from choices import AUGMENTATIONS, DATASETS, MODELS, model_choice
 from errors import UsageError
+from registry import Registry
 
 SIZE_STEP = 32  # pixels between sizes that a run grows through
 TAKES_FILES = ("TEXT", "DIR", "FILE", "RUN", "SOURCE")  # metavars of what a shell completes with names of files
@@ -27,15 +28,19 @@ def flag(
     most: float | None = None,
     on_resume: str = "fixed",
     short: Any = None,
+    names: Registry[Any] | None = None,
     **argparse_options: Any,
 ) -> Any:
     """One flag: at least `least`, greater than `above`, at most `most`; `short` describes its default in the help.
 
+    Its value is one of `names`, or a list of such, which the help lists.
     `on_resume` is "fixed" for a flag that would change the result, "kept" for one whose saved value a resume may
     replace, and "forgotten" for one that concerns a single launch.
     """
     bounds = {"least": least, "above": above, "most": most}
-    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds}
+    metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds, "names": names}
+    if names is not None:
+        argparse_options = {"type": names.require, "metavar": "NAME"} | argparse_options
     return field(default=default, metadata=metadata | {"argparse": argparse_options})
 
 
@@ -46,6 +51,18 @@ def learning_rate(text: str) -> float | str:
 def epochs_list(text: str) -> str:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} is no list of epochs such as 30,60")
+    return text
+
+
+def model_name(text: str) -> str:
+    MODELS.require(model_choice(text))
+    return text
+
+
+def augmentations_list(text: str) -> str:
+    names = [AUGMENTATIONS.require(name) for name in text.split(",")]
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names an augmentation twice")
     return text
 
 
@@ -104,7 +121,7 @@ def _default_text(item: Field[Any]) -> str:
     if item.metadata["short"]:
         return str(item.metadata["short"])
     if item.default is FROM_PRESET:
-        values = {name: getattr(preset, item.name) for name, preset in PRESETS.items()}
+        values = {name: getattr(DATASETS[name].preset, item.name) for name in DATASETS.names()}
         if len(set(values.values())) == 1:
             return str(values["digits"])
         others = ", ".join(f"{name} {value}" for name, value in values.items() if value != values["hf"])
@@ -120,6 +137,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.rare: dict[argparse.Action, str] = {}
+        self.registries: dict[argparse.Action, Registry[Any]] = {}
 
     def show_all(self) -> None:
         """Give the rare flags, which --help leaves out, their help."""
@@ -151,7 +169,9 @@ class _PrintCompletion(argparse.Action):
         assert isinstance(parser, _Parser)
         parser.show_all()
         for action in parser._actions:
-            if action.metavar in TAKES_FILES:
+            if action in parser.registries:
+                action.choices = parser.registries[action].names()
+            elif action.metavar in TAKES_FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         print(shtab.complete(parser, shell))
         parser.exit()
@@ -201,8 +221,12 @@ def parser_of(
             if "choices" not in options:
                 options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         default = "the source's own" if of_source and item.metadata["on_resume"] != "forgotten" else _default_text(item)
-        text = f"{item.metadata['help']} (default: {default})"
+        names = item.metadata["names"]
+        listed = f": {', '.join(names.names()) or 'none is registered'}" if names is not None else ""
+        text = f"{item.metadata['help']}{listed} (default: {default})"
         action = group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
+        if names is not None:
+            result.registries[action] = names
         if common is not None and item.name not in common and title != shown:
             result.rare[action], action.help = text, argparse.SUPPRESS
     if result.rare:

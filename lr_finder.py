@@ -32,7 +32,18 @@ from training.state import rng_state, set_rng_state
 DEFAULT_METHOD = "lowest"
 DECIDES_LR = (
     *("dataset", "dataset_name", "dataset_config", "image_size"),
-    *("model", "use_pretrained", "optimizer", "nesterov", "batch_size", "loss", "mixup", "cutmix", "auto_augment"),
+    *(
+        "model",
+        "use_pretrained",
+        "optimizer",
+        "nesterov",
+        "batch_size",
+        "loss",
+        "mixup",
+        "cutmix",
+        "auto_augment",
+        "augment",
+    ),
 )
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -32,6 +32,7 @@ import evaluate
 import run_lr_finder
 from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, greet, run_front_door
+from registry import load_extensions
 
 if TYPE_CHECKING:
     from preprocess import Data
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    load_extensions()
     given = configuration.parse("main.py", __doc__ or "", argv)
     if "compare" in given:
         _compare(given)

@@ -6,8 +6,8 @@ that of section 4.2, for small images: three stages of 16 to 64 channels, but wi
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blurpool import blur_strides
+from choices import MODELS
 from errors import DataError, UsageError, printable
-from model_zoo import build_from_library
+from model_zoo import build_model as build_model
 
 CIFAR_STEM_UP_TO = 32
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 20: (3, 3, 3)}
@@ -169,25 +170,19 @@ class ResNet50(ResNet):
 DEPTHS = {"resnet20": 20, "resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 
 
-def build_model(
-    num_classes: int, image_size: int, name: str = "auto", options: Mapping[str, Any] = MappingProxyType({})
-) -> nn.Module:
-    """The ResNet called `name`; `auto` chooses by image size: ResNet-20 up to 8 pixels, -34 up to 32, else -50.
-
-    Images of up to 32 pixels get the CIFAR stem. `torchvision:NAME` and `timm:NAME` are those libraries' models. The
-    `options` are `ResNet`'s: drop_path, blurpool, zero_init_gamma. Raises UsageError for an unknown name, and for
-    options that a model of a library does not take.
-    """
-    if ":" in name:
-        return build_from_library(name, num_classes, image_size, **options)
-    cifar_stem = image_size <= CIFAR_STEM_UP_TO
-    if name == "auto":
-        name = "resnet50" if not cifar_stem else "resnet34" if image_size > 8 else "resnet20"
-    if name not in DEPTHS:
-        choices = f"auto, {', '.join(DEPTHS)}, torchvision:NAME, timm:NAME"
-        raise UsageError(f"there is no model {name}; choose --model from {choices}")
+def _resnet(name: str, num_classes: int, image_size: int, **options: Any) -> ResNet:
     kind = ResNet34 if DEPTHS[name] < 50 else ResNet50
-    return kind(num_classes, DEPTHS[name], cifar_stem, **options)
+    return kind(num_classes, DEPTHS[name], image_size <= CIFAR_STEM_UP_TO, **options)
+
+
+for _name in DEPTHS:
+    MODELS.define(_name)(partial(_resnet, _name))
+
+
+@MODELS.define("auto")
+def _resnet_by_size(num_classes: int, image_size: int, **options: Any) -> ResNet:
+    name = "resnet20" if image_size <= 8 else "resnet34" if image_size <= CIFAR_STEM_UP_TO else "resnet50"
+    return _resnet(name, num_classes, image_size, **options)
 
 
 def transformers_config(depth: int) -> dict[str, Any]:
@@ -258,11 +253,17 @@ def load_pretrained_resnet50(source: str = "microsoft/resnet-50", num_classes: i
 
 
 def head_of(model: nn.Module) -> str:
-    """The name of a model's classifier, its last linear layer or, without one, its last convolution."""
+    """The name of a model's classifier, its last linear layer or, without one, its last convolution.
+
+    Raises UsageError for a model that has neither.
+    """
     kinds = [
         [name for name, part in model.named_modules() if isinstance(part, kind)] for kind in (nn.Linear, nn.Conv2d)
     ]
-    return next(names[-1] for names in kinds if names)
+    found = next((names[-1] for names in kinds if names), None)
+    if found is None:
+        raise UsageError(f"{model.name} has no linear layer and no convolution to be its classifier")
+    return found
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str, new_head: bool = False) -> bool:
@@ -271,11 +272,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     With `new_head` a head that is missing, or is for another number of classes, stays the model's own. Raises DataError
     for weights that lack some of the model's, UsageError for those of another model; the model is then as it was.
     """
-    own, head = model.state_dict(), head_of(model)
-    heads = [name for name in own if name.startswith(f"{head}.")]
-    first = weights.get(f"{head}.weight")
-    other = new_head and (first is None or first.shape[:1] != own[f"{head}.weight"].shape[:1])
-    wanted = [name for name in own if not (other and name in heads)]
+    own = model.state_dict()
+    wanted, other = list(own), False
+    if new_head:
+        head = head_of(model)
+        first = weights.get(f"{head}.weight")
+        other = first is None or first.shape[:1] != own[f"{head}.weight"].shape[:1]
+        wanted = [name for name in own if not (other and name.startswith(f"{head}."))]
     lacking = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     misfits = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
     strange = [name for name in weights if name not in own]

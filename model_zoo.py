@@ -1,17 +1,50 @@
-"""Classification models of torchvision and timm, by `torchvision:NAME` and `timm:NAME`."""
+"""`build_model`, which makes what --model names, and the models of torchvision and timm among that."""
 
 import copy
 import difflib
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from choices import MODELS, model_choice
 from errors import UsageError
+from registry import naming
 
-LIBRARIES = ("torchvision", "timm")
+UNSET: Mapping[str, Any] = MappingProxyType({"drop_path": 0.0, "blurpool": False, "zero_init_gamma": None})
 
 
+def build_model(
+    num_classes: int, image_size: int, name: str = "auto", options: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
+    """The model called `name` among `MODELS`; `auto` is by image size ResNet-20 up to 8 pixels, -34 up to 32, else -50.
+
+    ResNets for images of up to 32 pixels get the CIFAR stem. `torchvision:NAME` and `timm:NAME` are those libraries'
+    models. The `options` are `ResNet`'s: drop_path, blurpool, zero_init_gamma. Raises UsageError for an unknown name,
+    for options that a model does not take, and for a registered function that does not make such a model.
+    """
+    build = MODELS[model_choice(name)]
+    if ":" in name:
+        build = partial(build, name)
+    asked = {key: value for key, value in options.items() if value != UNSET[key]}
+    taken = inspect.signature(build).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for key in () if takes_all else asked.keys() - taken.keys():
+        raise UsageError(f"--{key} is nothing that --model {name} takes; leave it out")
+    with naming("--model", name):
+        model = build(num_classes, image_size, **asked)
+        if not hasattr(model, "name"):  # it is not of this program
+            try_out(model, num_classes, image_size)
+            model.name = name  # type: ignore[assignment]
+    return model
+
+
+@MODELS.define("torchvision:NAME")
+@MODELS.define("timm:NAME")
 def build_from_library(
     name: str,
     num_classes: int,
@@ -27,8 +60,6 @@ def build_from_library(
     logits.
     """
     library, _, model_name = name.partition(":")
-    if library not in LIBRARIES:
-        raise UsageError(f"--model {name} names no library; those are {' and '.join(LIBRARIES)}")
     if blurpool or zero_init_gamma is not None:
         raise UsageError(f"--blurpool and --zero_init_gamma are for this program's own models, not for {name}")
     if drop_path and library != "timm":
@@ -40,7 +71,7 @@ def build_from_library(
     for sizes in ({}, {"img_size" if library == "timm" else "image_size": image_size}):
         try:
             model = _create(library, model_name, options | sizes)
-            _try(model, num_classes, image_size)
+            try_out(model, num_classes, image_size)
         except UsageError:
             raise
         except Exception as error:
@@ -78,7 +109,7 @@ def _unknown(library: str, name: str, known: list[str]) -> UsageError:
     )
 
 
-def _try(model: nn.Module, num_classes: int, image_size: int) -> None:
+def try_out(model: nn.Module, num_classes: int, image_size: int) -> None:
     """Run a copy without memory on two images, as in training. Raises whatever that raises; UsageError."""
     twin = copy.deepcopy(model).to("meta").train()
     logits = twin(torch.empty(2, 3, image_size, image_size, device="meta"))

@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 import distributed
+from choices import DATASETS
 from config import Config
-from defaults import EVALUATED_ONLY, SMALL_SET
-from errors import DataError, printable
+from defaults import SMALL_SET
+from errors import DataError, UsageError, printable
+from registry import naming
 from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
 from stream.image_folders import is_unsplit, open_image_folder, open_to_evaluate
 from stream.labels import CLASSES_TOLD, NUMBER, without_images
@@ -22,6 +25,7 @@ from stream.synthetic import make_dummy_data
 
 VAL_SPLITS = ["validation", "val", "valid", "test"]
 VAL_SHARE = 0.2
+Open = TypeVar("Open", bound=Callable[[Config], Any])
 
 
 def open_sets(
@@ -54,17 +58,15 @@ def open_validation(config: Config, revision: str | None, sampled_with_training:
     limit = config.max_samples
     if config.val_share or (limit and sampled_with_training):
         return _load(config, revision)[1]
-    val_splits = [config.val_split] if config.val_split else VAL_SPLITS
-    if config.dataset in ("imagenet1k", "hf"):
-        return _opener(config, revision)(split=val_splits, max_samples=limit)
-    if config.dataset == "imagefolder" or config.dataset in EVALUATED_ONLY:
-        labels = Path(config.val_labels) if config.val_labels else None
-        splits = [] if config.dataset in EVALUATED_ONLY else val_splits
-        other = open_to_evaluate(Path(config.data_dir or ""), splits, labels)
+    dataset = DATASETS[config.dataset]
+    if dataset.on_hub:
+        return _opener(config, revision)(split=_val_splits(config), max_samples=limit)
+    if dataset.open_validation is not None:
+        other = _opened(config, dataset.open_validation)
     else:
-        _, val = _open_local(config, val_splits)
-        assert val is not None
-        other = val
+        _, other = _open_local(config)
+        if other is None:
+            return _load(config, revision)[1]
     return other.take(fair_sample(other.all_labels(), limit)) if limit else other
 
 
@@ -125,19 +127,24 @@ def _few(names: Sequence[str]) -> str:
 def _load(config: Config, revision: str | None) -> tuple[ImageDataset, ImageDataset, int]:
     """The two datasets, and the shuffle window to use over the first."""
     limit, share = config.max_samples, config.val_share
-    val_splits = [config.val_split] if config.val_split else VAL_SPLITS
-    if config.dataset in ("imagenet1k", "hf"):
+    if DATASETS[config.dataset].on_hub:
         open_split = _opener(config, revision)
         at_first = int(limit / (1 - share)) if limit and share else limit
         streamed = open_split(split=[config.train_split], max_samples=at_first)
         if share:
             return *_held_out(streamed, share, config), config.shuffle_window
-        val = open_split(split=val_splits, max_samples=limit, like=_sampled(streamed, limit))
+        val = open_split(split=_val_splits(config), max_samples=limit, like=_sampled(streamed, limit))
         return streamed, val, config.shuffle_window
-    whole, other = _open_local(config, val_splits)
-    if other is None or share:
-        parts = _held_out(whole, share or 0.0, config)
+    whole, other = _open_local(config)
+    if other is None and not share:
+        share = VAL_SHARE
+        whole.notes.append(
+            f"{config.dataset} has no set to validate on: --val_share {share:g} of each class is held out"
+        )
+    if share:
+        parts = _held_out(whole, share, config)
         return *parts, len(parts[0])
+    assert other is not None
     train = whole.take(fair_sample(whole.all_labels(), limit))
     wanted = places(other.classes, _sampled(train, limit))
     return train, other.take(fair_sample(other.all_labels(), limit, wanted)), len(train)
@@ -168,18 +175,76 @@ def _held_out(whole: ImageDataset, share: float, config: Config) -> tuple[ImageD
     return whole.take(train_ids), whole.take(val_ids)
 
 
-def _open_local(config: Config, val_splits: list[str]) -> tuple[LocalDataset, LocalDataset | None]:
-    folder = Path(config.data_dir or "data")
-    if config.dataset == "digits":
-        return load_digits()
-    if config.dataset == "imagefolder":
-        labels = Path(config.val_labels) if config.val_labels else None
-        parts = open_image_folder(folder, config.train_split, val_splits, labels, whole=bool(config.val_share))
-        for part in parts:
-            if part is not None and part.root is not None and part.root.is_relative_to(folder):
-                part.root = folder  # that an image of one split is told from its namesake in the other
-        return parts
-    return (load_mnist if config.dataset.endswith("mnist") else load_cifar)(config.dataset, folder)
+def _val_splits(config: Config) -> list[str]:
+    return [config.val_split] if config.val_split else VAL_SPLITS
+
+
+def _open_local(config: Config) -> tuple[LocalDataset, LocalDataset | None]:
+    """The set to train on and the one to validate on, if there is one. Raises UserError, which names the dataset."""
+    dataset = DATASETS[config.dataset]
+    if dataset.open is None:
+        raise UsageError(f"--dataset {config.dataset} is evaluated whole; leave out --val_share")
+    found = _opened(config, dataset.open)
+    train, val = found if isinstance(found, tuple) else (found, None)
+    for part in (train, val):
+        if dataset.in_memory and part is not None and np.ndim(part.images) != 4:
+            raise UsageError(
+                f"--dataset {config.dataset} is registered in_memory, but its images are no array (N, H, W, 3); make "
+                "one, or leave in_memory out"
+            )
+    return train, val
+
+
+def _opened(config: Config, open: Callable[[Config], Any]) -> Any:
+    with naming("--dataset", config.dataset, DataError):
+        return open(config)
+
+
+def _opens(*names: str) -> Callable[[Open], Open]:
+    """Says how built-in datasets are opened."""
+
+    def define(function: Open) -> Open:
+        for name in names:
+            DATASETS[name].open = function
+        return function
+
+    return define
+
+
+@_opens("digits")
+def _open_digits(config: Config) -> tuple[LocalDataset, LocalDataset]:
+    return load_digits()
+
+
+@_opens("cifar10", "cifar100")
+def _open_cifar(config: Config) -> tuple[LocalDataset, LocalDataset]:
+    return load_cifar(config.dataset, Path(config.data_dir or "data"))
+
+
+@_opens("mnist", "fashion_mnist")
+def _open_mnist(config: Config) -> tuple[LocalDataset, LocalDataset]:
+    return load_mnist(config.dataset, Path(config.data_dir or "data"))
+
+
+@_opens("imagefolder")
+def _open_folder(config: Config) -> tuple[LocalDataset, LocalDataset | None]:
+    folder, labels = Path(config.data_dir or ""), Path(config.val_labels) if config.val_labels else None
+    whole = bool(config.val_share)
+    parts = open_image_folder(folder, config.train_split, _val_splits(config), labels, whole=whole)
+    for part in parts:
+        if part is not None and part.root is not None and part.root.is_relative_to(folder):
+            part.root = folder  # that an image of one split is told from its namesake in the other
+    return parts
+
+
+def _folder_to_evaluate(config: Config) -> LocalDataset:
+    splits = [] if DATASETS[config.dataset].evaluated_only else _val_splits(config)
+    return open_to_evaluate(Path(config.data_dir or ""), splits, Path(config.val_labels) if config.val_labels else None)
+
+
+for _name in DATASETS.names():
+    if _name == "imagefolder" or DATASETS[_name].evaluated_only:
+        DATASETS[_name].open_validation = _folder_to_evaluate
 
 
 def _opener(config: Config, revision: str | None) -> Callable[..., HuggingFaceImageNetDataset]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from config import Config
 from errors import UsageError, printable, run_front_door
 from flags import door_parser
+from registry import load_extensions
 
 if TYPE_CHECKING:
     from results.prediction import Prediction
@@ -65,6 +66,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 
 def _run(argv: list[str]) -> None:
+    load_extensions()
     given = parse(argv)
     from config import resolve
     from distributed import init

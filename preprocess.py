@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 import distributed
+from choices import AUGMENTATIONS, DATASETS
 from config import Config
-from defaults import EVALUATED_ONLY
 from errors import DataError, UsageError
 from open_data import open_sets, with_val_share
 from stream import inventory
-from stream.augment import Augment, BatchAugment, Chain
+from stream.augment import Augment, BatchAugment, Chain, Registered
 from stream.auto_augment import AutoAugment
 from stream.dataset import HuggingFaceImageNetDataset
 from stream.erasing import RandomErasing
@@ -63,24 +63,48 @@ def eval_transform(config: Config) -> AlbumentationsAdapter:
 
 
 def batch_augment(config: Config) -> Chain:
-    """What the device does to training batches: flips (not of numerals), padded crops (small sets), cutout; colour
-    jitter, automatic augmentation and erasing where asked for. Raises UsageError.
-    """
-    padding = round(config.image_size / 8) if config.is_small else 0
-    flip = config.dataset not in ("digits", "mnist")
-    parts: list[BatchAugment] = [Augment(config.seed, flip=flip, padding=padding, cutout=config.cutout)]
+    """What the device does to training batches, by the functions of `CHAIN` in their order. Raises UsageError."""
     try:
-        if config.color_jitter:
-            amounts = [float(part) for part in config.color_jitter.split(",")]
-            parts.append(ColorJitter(config.seed, *(amounts * 3 if len(amounts) == 1 else amounts)))
-        if config.auto_augment:
-            interpolation = None if config.auto_augment.startswith("rand") else "bilinear"  # as torchvision's reference
-            parts.append(AutoAugment.parse(config.auto_augment, config.seed, interpolation))
+        return Chain(tuple(part for parts in CHAIN for part in parts(config)))
     except (TypeError, ValueError) as error:
         raise UsageError(f"--auto_augment or --color_jitter: {error}") from error
-    if config.random_erasing:
-        parts.append(RandomErasing(config.seed, config.random_erasing))
-    return Chain(tuple(parts))
+
+
+def _moves(config: Config) -> list[BatchAugment]:
+    padding = round(config.image_size / 8) if config.is_small else 0
+    return [Augment(config.seed, flip=DATASETS[config.dataset].flips, padding=padding, cutout=config.cutout)]
+
+
+def _colours(config: Config) -> list[BatchAugment]:
+    if not config.color_jitter:
+        return []
+    amounts = [float(part) for part in config.color_jitter.split(",")]
+    return [ColorJitter(config.seed, *(amounts * 3 if len(amounts) == 1 else amounts))]
+
+
+def _policy(config: Config) -> list[BatchAugment]:
+    if not config.auto_augment:
+        return []
+    interpolation = None if config.auto_augment.startswith("rand") else "bilinear"  # as torchvision's reference
+    return [AutoAugment.parse(config.auto_augment, config.seed, interpolation)]
+
+
+def _registered(config: Config) -> list[BatchAugment]:
+    names = config.augment.split(",") if config.augment else []
+    return [Registered(config.seed, name, AUGMENTATIONS[name].function, AUGMENTATIONS[name].draws) for name in names]
+
+
+def _erasing(config: Config) -> list[BatchAugment]:
+    return [RandomErasing(config.seed, config.random_erasing)] if config.random_erasing else []
+
+
+CHAIN: tuple[Callable[[Config], list[BatchAugment]], ...] = (
+    _moves,  # flips (not of numerals), padded crops of small sets, cutout
+    _colours,  # --color_jitter
+    _policy,  # --auto_augment
+    _registered,  # --augment
+    _erasing,  # --random_erasing
+)
 
 
 def _resize_short_side(short: int) -> A.SmallestMaxSize:
@@ -156,7 +180,7 @@ def get_data_loaders(
     are fitted to a small set. Raises DataError when the data is missing, unreachable or unusable, UsageError when the
     batch size does not fit it.
     """
-    if config.dataset in EVALUATED_ONLY:
+    if DATASETS[config.dataset].evaluated_only:
         raise UsageError(f"--dataset {config.dataset} is there to evaluate on, with evaluate.py; train on another")
     world = distributed.world_size()
     config, told = with_val_share(config)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import config as configuration
 from config import Config
 from errors import Interrupted, UsageError, greet, run_front_door
+from registry import load_extensions
 
 if TYPE_CHECKING:
     from lr_finder import RangeTest
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    load_extensions()
     given = configuration.parse("run_lr_finder.py", __doc__ or "", argv, shown="finder")
     configuration.resolve(given)
     if given.get("resume_from"):

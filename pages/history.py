@@ -12,8 +12,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from choices import DATASETS
 from config import Config
-from defaults import PRESETS
 from errors import UsageError
 from flags import FROM_PRESET
 from stream.files import read_small
@@ -127,12 +127,15 @@ def best_of(epochs: list[dict[str, float]], column: str) -> dict[str, float] | N
 
 def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
     """Name, value, default and description of each setting that is not what its dataset has by default."""
-    preset = PRESETS[config["dataset"]]
+    name = config["dataset"]
+    preset = DATASETS[name].preset if name in DATASETS else None
     changed = []
     for item in fields(Config):
-        default = getattr(preset, item.name, item.default) if item.default is FROM_PRESET else item.default
+        default = item.default
         if item.name == "eval_size":
             default = config["image_size"]
+        elif default is FROM_PRESET:  # unknown where the dataset's extension is gone
+            default = getattr(preset, item.name, config.get(item.name))
         value = config.get(item.name, default)
         is_choice = item.metadata["on_resume"] != "forgotten" and item.name not in CHOSEN_BY_THE_MACHINE
         if (is_choice and _plain(value) != _plain(default)) or item.name == "dataset":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from choices import DATASETS
 from config import Config, resolve
 from errors import UserError
 from open_data import open_sets
@@ -129,9 +130,9 @@ def images_of(source: Source) -> tuple[list[bytes], str]:
 
 
 def _validation_images(source: Source) -> list[bytes]:
-    """IMAGES readable ones, evenly spread, of digits or an image folder; none where these are not at hand."""
+    """IMAGES readable ones, evenly spread, of a set that is on this machine; none where these are not at hand."""
     config = source.config
-    if config is None or config.dataset not in ("digits", "imagefolder"):
+    if config is None or DATASETS[config.dataset].on_hub or DATASETS[config.dataset].downloads:
         return []
     try:
         _, val, _, _ = open_sets(config, None, source.classes)

@@ -11,6 +11,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from choices import DATASETS
 from config import Config
 from errors import printable, redact
 from results.agreement import Agreement
@@ -82,11 +83,12 @@ def dataset_of(source: Source) -> tuple[str, str | None]:
     if config is None:
         return "data that is not told", None
     name = config.dataset_id
-    if config.dataset in ("imagenet1k", "hf") and not config.dummy_data and HUB_ID.fullmatch(name):
+    dataset = DATASETS[config.dataset]
+    if dataset.on_hub and not config.dummy_data and HUB_ID.fullmatch(name):
         if not Path(name).exists():
             return name, name
         return f"a folder called {Path(name).name}", None
-    if config.dataset in ("hf", "imagefolder"):
+    if dataset.named_by:
         return f"a folder called {Path(name).resolve().name}", None
     return name, None
 

@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 import distributed
+from choices import DATASETS
 from config import Config
 from defaults import SMALL_SET
 from distributed import print0
 from errors import DataError, SnapshotError, UsageError
-from model_resnet50 import head_of
 from open_data import open_validation
 from preprocess import describe_change, evaluation_loader
 from report import write_report
@@ -60,7 +59,7 @@ def evaluate(given: Mapping[str, Any]) -> None:
     device = distributed.init(config.device, patience)
     distributed.require_agreement({f"--{name}": value for name, value in given.items()})
     model = source.build()
-    task = _open(source, config, given, model)
+    task = _open(source, config, given)
     print0(*_describe(task), sep="\n")
     predictor = build_predictor(model, config, device)
     _require_size(predictor, config, source)
@@ -78,14 +77,14 @@ def evaluate(given: Mapping[str, Any]) -> None:
             print(f"wrote     {run / 'report.html'}", flush=True)
 
 
-def _open(source: Source, config: Config, given: Mapping[str, Any], model: nn.Module) -> Task:
+def _open(source: Source, config: Config, given: Mapping[str, Any]) -> Task:
     """Open the data and find its classes among the model's. Raises DataError, UsageError, SnapshotError."""
     may_differ = bool(given.keys() & NAMES_DATA) or bool(given.get("any_data")) or source.config is None
     revision = None if may_differ else source.state.get("revision")
     opened = open_validation(config, revision, sampled_with_training=not may_differ)
     if not len(opened):
         raise DataError(f"{config.dataset_id} has no image to evaluate on; give another")
-    count = len(model.state_dict()[f"{head_of(model)}.weight"])
+    count = source.count
     try:
         found = map_classes(opened.classes, source.classes, count, lambda: without_images(opened))
     except DataError as error:
@@ -175,7 +174,9 @@ def _folder(given: Mapping[str, Any], task: Task) -> Path:
     if "out" in given:
         return Path(given["out"])
     config = task.config
-    data = config.dataset if config.dataset not in ("hf", "imagefolder") else config.dataset_id.rstrip("/")
+    dataset = DATASETS[config.dataset]
+    of_any = dataset.named_by and not dataset.evaluated_only
+    data = config.dataset_id.rstrip("/") if of_any else config.dataset
     name = safe(f"{Path(data).name if os.path.isdir(data) else data}-{_split(config)}")
     if task.source.run is not None:
         return task.source.run / "evaluation" / name

@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from errors import SnapshotError, UsageError, complain, printable
-from model_resnet50 import head_of
 from results.agreement import Agreement, compare, images_of
 from results.card import model_card, origin
 from results.folders import load_folder, write_folder
@@ -77,7 +76,7 @@ def require_free(out: Path) -> None:
 def _fill(order: Order, folder: Path, tell: Callable[[str], None]) -> Agreement:
     source = order.source
     model = source.build()
-    classes = len(model.get_submodule(head_of(model)).weight)  # type: ignore[arg-type]
+    classes = source.count
     is_program = order.format in PROGRAMS
     try:
         (write_program if is_program else write_folder)(order, model, folder)

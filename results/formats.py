@@ -74,9 +74,9 @@ def require_place(source: Source, format: str, precision: str) -> None:
     if has_cifar_stem(source) and format != "torchvision":
         raise UsageError(f"{format} has no ResNet with a stem for small images; export to torchvision, {others}")
     library = source.model.partition(":")[0]
-    homes = {"timm": ("timm", "transformers"), "torchvision": ("torchvision",)}.get(library, FORMATS)
+    homes = {"timm": ("timm", "transformers"), "torchvision": ("torchvision",)}.get(library, ())
     if resnet_name(source) is None and format not in homes:
-        raise UsageError(f"{format} has no {source.model}; export to {', '.join(homes)} or {others}")
+        raise UsageError(f"{format} has no {source.model}; export to {', '.join((*homes, ''))}{others}")
 
 
 def short_side(source: Source) -> int:

@@ -1,13 +1,16 @@
 """Augmentation of whole batches on the device (crop, flip and cutout, drawn for each sample), and normalisation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import nn
 
+from errors import UsageError
 from stream.seeds import Use, seeded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,12 +82,39 @@ class Augment:
         return images
 
 
-def sample_bits(seed: int, use: Use, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Registered:
+    """An augmentation that --augment names: a function of uint8 images (N, H, W, 3) and float32 draws (N, draws).
+
+    The draws are uniform in 0..1, less than 1, each a function of (seed, name, epoch, sample id).
+    """
+
+    seed: int
+    name: str
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    draws: int
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """`images` on any device, their `ids` (int64) on the host. Raises UsageError for what is no such images."""
+        words = np.frombuffer(xxhash.xxh3_128_digest(self.name.encode()), ">u4").tolist()
+        bits = sample_bits(self.seed, Use.REGISTERED, epoch, ids.numpy(), self.draws, *words)
+        draws = (bits >> 8).astype(np.float32) / np.float32(2**24)  # which float32 holds exactly
+        changed = self.function(images, send(draws, images.device))
+        if not isinstance(changed, torch.Tensor) or (changed.dtype, changed.shape) != (torch.uint8, images.shape):
+            told = (
+                f"{changed.dtype} {(*changed.shape,)}" if isinstance(changed, torch.Tensor) else type(changed).__name__
+            )
+            raise UsageError(f"--augment {self.name} returned {told}; it must return uint8 {(*images.shape,)}")
+        return changed
+
+
+def sample_bits(seed: int, use: Use, epoch: int, ids: np.ndarray, count: int, *numbers: int) -> np.ndarray:
     """`count` random int64 in 0..2^32 - 1 for each sample, (N, count): outputs count * id and up of one SplitMix64.
 
-    Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators.
+    `numbers` tell uses of one kind apart. Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number
+    Generators.
     """
-    start = seeded(seed, use, epoch).generate_state(1, np.uint64)
+    start = seeded(seed, use, epoch, *numbers).generate_state(1, np.uint64)
     index = ids.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
     bits: np.ndarray = start + index * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

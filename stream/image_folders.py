@@ -12,7 +12,7 @@ from stream.clutter import is_clutter
 from stream.files import read_small
 from stream.folders import class_name, layout_of
 from stream.formats import IMAGE_SUFFIXES, SIGNATURE_BYTES, is_image
-from stream.local import LocalDataset
+from stream.local import LocalDataset, from_files
 
 KINDS_TOLD = 6
 BOXES_BEHIND = re.compile(r"(?<=^n\d{8})( \d+)+.*")
@@ -122,7 +122,7 @@ def _open(folder: Path) -> LocalDataset:
     notes = [f"{folder} has no images in {_listed(empty)}: no class"] if empty else []
     if beside:
         notes.append(f"{beside:,} images in {folder} lie beside the class folders and are left out")
-    return _dataset(folder, samples, classes, [*notes, *left_out(folder, passed_over)])
+    return from_files(samples, folder, classes, [*notes, *left_out(folder, passed_over)])
 
 
 def images_in(folder: Path, passed_over: Counter[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -170,12 +170,6 @@ def left_out(folder: Path, passed_over: Counter[str]) -> list[str]:
     return [f"{passed_over.total():,} files in {folder} are no images and left out: {kinds}{more}"]
 
 
-def _dataset(folder: Path, samples: list[Sample], classes: list[str], notes: list[str]) -> LocalDataset:
-    numbers = {name: number for number, name in enumerate(classes)}
-    paths = [path for path, _ in samples]
-    return LocalDataset(paths, [numbers[name] for _, name in samples], classes, folder, notes)
-
-
 def _open_flat(folder: Path, file: Path) -> LocalDataset:
     """A folder of images whose labels are told by a file. Raises DataError."""
     passed_over = Counter[str]()
@@ -190,7 +184,7 @@ def _open_flat(folder: Path, file: Path) -> LocalDataset:
     notes = left_out(folder, passed_over)
     if len(samples) < len(paths):
         notes.append(f"{len(paths) - len(samples):,} images in {folder} have no label in {file} and are left out")
-    return _dataset(folder, samples, sorted({name for _, name in samples}), notes)
+    return from_files(samples, folder, notes=notes)
 
 
 def read_labels(file: Path, names: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,37 @@ class LocalDataset:
 
     def close(self) -> None:
         pass
+
+
+def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: Sequence[str]) -> LocalDataset:
+    """A set in memory: uint8 images (N, H, W, 3), or grey ones (N, H, W), and the place of each one's class (N,).
+
+    Raises DataError for arrays of another kind, and for labels that are no places in `classes`.
+    """
+    images, numbers = np.asarray(images), np.asarray(labels)
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=-1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise DataError(f"images are {images.dtype} {images.shape}; they must be uint8 (N, H, W, 3) or (N, H, W)")
+    if numbers.shape != images.shape[:1] or not np.isin(numbers, np.arange(len(classes))).all():
+        raise DataError(f"labels must be {len(images)} whole numbers from 0 to {len(classes) - 1}, one for each image")
+    return LocalDataset(images, numbers, classes)
+
+
+def from_files(
+    samples: Iterable[tuple[Path, str]],
+    root: Path | None = None,
+    classes: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+) -> LocalDataset:
+    """A set of image files, each with the name of its class; paths are told, and remembered, from `root` on.
+
+    The `classes` are those that have an image, sorted, if they are not told.
+    """
+    found = [(Path(path), name) for path, name in samples]
+    names = sorted({name for _, name in found}) if classes is None else classes
+    numbers = {name: number for number, name in enumerate(names)}
+    return LocalDataset([path for path, _ in found], [numbers[name] for _, name in found], names, root, notes)
 
 
 def load_digits() -> tuple[LocalDataset, LocalDataset]:

@@ -18,6 +18,7 @@ class Use(IntEnum):
     ERASING = 8  # the box that is erased of a sample
     JITTER = 9  # the colours of a sample
     MIX = 10  # how the images of a step are mixed
+    REGISTERED = 11  # a registered augmentation on a sample; the digest of its name follows the epoch
 
 
 def seeded(seed: int, use: Use, *numbers: int) -> np.random.SeedSequence:

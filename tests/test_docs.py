@@ -26,6 +26,7 @@ import export
 import predict
 
 GUIDES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+SHOWN = ["README.md", *(guide for guide in GUIDES if guide != "docs/EXTENDING.md")]  # tests/test_extending.py runs that
 DOORS: dict[str, Any] = {
     "main": lambda argv: config.parse("", "", argv),
     "run_lr_finder": lambda argv: config.parse("", "", argv),
@@ -47,7 +48,7 @@ def commands(document: str) -> list[str]:
     return [re.split(r"  #| #|\.\.\.", line)[0].strip() for line in lines]
 
 
-@pytest.mark.parametrize("document", ["README.md", *GUIDES])
+@pytest.mark.parametrize("document", SHOWN)
 def test_every_command_has_flags_that_exist(document: str) -> None:
     found = [re.search(rf"\b({'|'.join(DOORS)})\.py(.*)", command) for command in commands(document)]
     front_doors = [match.groups() for match in found if match]
@@ -99,7 +100,7 @@ def place(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", *GUIDES])
+@pytest.mark.parametrize("document", SHOWN)
 def test_every_offline_command_runs_as_written(document: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as Python runs a program, but in this process; those of the README that a guide repeats with the guide."""
     repeated = {command for guide in GUIDES for command in commands(guide)} if document == "README.md" else set()

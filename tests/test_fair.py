@@ -10,8 +10,9 @@ from shards import make_imagenet_like
 from test_image_folders import make_classes, put
 
 import open_data
+from choices import DATASETS
 from config import FITTED, resolve
-from defaults import PRESETS, Preset, fit_to, streams_for
+from defaults import IMAGENET, Preset, fit_to, streams_for
 from errors import DataError, UsageError
 from preflight import mixing
 from preprocess import Data, get_data_loaders
@@ -233,7 +234,7 @@ def settings_of(preset: Preset) -> dict[str, int]:
 
 @pytest.mark.parametrize("images", [20, 24, 33, 64, 192, 1000, 5000])
 def test_a_folder_of_photographs_needs_no_flags_but_where_it_is(tmp_path: Path, images: int) -> None:
-    preset = PRESETS["imagefolder"]
+    preset = IMAGENET
     values, lines = fit_to(preset, images, {"batch_size", "streams", "epochs"}, settings_of(preset), 1)
     batch, streams, epochs = values["batch_size"], values["streams"], values["epochs"]
     assert batch % streams == 0
@@ -248,7 +249,7 @@ def test_a_folder_of_photographs_needs_no_flags_but_where_it_is(tmp_path: Path, 
 
 def test_imagenet_keeps_its_published_settings() -> None:
     for name in ("imagenet1k", "hf", "imagefolder"):
-        preset = PRESETS[name]
+        preset = DATASETS[name].preset
         values, lines = fit_to(preset, 1_281_167, {"batch_size", "streams", "epochs"}, settings_of(preset), 8)
         assert (values, lines) == ({"batch_size": 256, "streams": 8, "epochs": 90}, [])
 
@@ -338,7 +339,7 @@ def test_a_set_too_small_for_what_a_batch_must_be_shared_by_is_refused_with_what
 
 
 def test_what_was_given_is_not_fitted() -> None:
-    preset, base = PRESETS["hf"], {"accumulate_steps": 1}
+    preset, base = IMAGENET, {"accumulate_steps": 1}
     values, lines = fit_to(preset, 192, {"streams"}, base | {"batch_size": 30, "streams": 8, "epochs": 3}, 1)
     assert values == {"batch_size": 30, "streams": 6, "epochs": 3}
     assert len(lines) == 1
@@ -359,7 +360,7 @@ def test_streams_divide_the_batch_and_are_shared_by_the_ranks(batch: int, ranks:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("images", [20, 100, 3000])
 def test_ranks_share_a_fitted_batch_evenly(world: int, images: int) -> None:
-    preset = PRESETS["imagefolder"]
+    preset = IMAGENET
     values, _ = fit_to(preset, images, {"batch_size", "streams", "epochs"}, settings_of(preset), world)
     assert values["batch_size"] % values["streams"] == values["streams"] % world == 0
     assert values["batch_size"] >= 4 * world or 2 * values["batch_size"] > images

@@ -16,15 +16,18 @@ LAYERS = (
     {"open_data", "pages"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
-    {"blurpool", "checks", "model_zoo", "recipe", "machine"},
-    {"flags", "registry"},
-    {"defaults", "errors"},
+    {"checks", "model_zoo"},
+    {"blurpool", "flags", "machine", "recipe"},
+    {"choices"},
+    {"registry", "defaults"},
+    {"errors"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
 UNKNOWN_TO_STREAM = {
     "blurpool",
     "checks",
+    "choices",
     "config",
     "defaults",
     "flags",

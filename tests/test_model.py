@@ -512,7 +512,7 @@ def test_models_of_libraries_take_the_classes_and_the_size(name: str, size: int)
     [
         ("torchvision:resnet5", {}, "did you mean resnet5"),
         ("timm:resnet5", {}, "timm has no model resnet5; did you mean"),
-        ("keras:resnet50", {}, "names no library"),
+        ("keras:resnet50", {}, "no choice keras:NAME"),
         ("torchvision:fasterrcnn_resnet50_fpn", {}, "torchvision has no model"),
         ("torchvision:googlenet", {}, "gives more than logits"),
         ("timm:resnet18", {"blurpool": True}, "for this program's own models"),

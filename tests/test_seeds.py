@@ -58,4 +58,5 @@ def test_the_number_of_a_use_is_never_changed() -> None:
         "ERASING": 8,
         "JITTER": 9,
         "MIX": 10,
+        "REGISTERED": 11,
     }

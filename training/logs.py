@@ -27,6 +27,7 @@ from torch import nn
 import distributed
 from config import Config
 from errors import UsageError, complain, printable, redact
+from registry import LOADED
 from stream.files import open_plain, read_small, write_durably
 from training.state import Progress
 
@@ -134,6 +135,7 @@ def _launch(argv: Sequence[str]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "ranks": distributed.world_size(),
+        "extensions": LOADED,
     }
 
 

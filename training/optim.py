@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from choices import DATASETS, SCHEDULES, Moment, Schedule
 from config import Config
-from defaults import ADAPTIVE_LR, LINEAR_SCALING_BATCH, PEAK_MOMENTUM, PRESETS
+from defaults import ADAPTIVE_LR, LINEAR_SCALING_BATCH, PEAK_MOMENTUM
 from errors import UsageError
+from registry import naming
 
 PLAN = (
     *("epochs", "scheduler", "schedule_per", "warmup_epochs", "warmup_start", "warmup_overlaps", "min_lr", "cooldown"),
@@ -22,6 +24,7 @@ PLAN = (
 )
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 PLAN_ROWS = 9
+Factor = Callable[[Moment, Config], float]
 
 
 def build_optimizer(
@@ -100,8 +103,8 @@ def default_lr(config: Config) -> tuple[float, str]:
         base, batch, source = ADAPTIVE_LR[config.optimizer]
         lr = base * math.sqrt(config.batch_size / batch)
         return lr, f"{lr:.4g} = {base:g} x sqrt({config.batch_size} / {batch}) ({source})"
-    preset = PRESETS[config.dataset]
-    base, source = preset.constant_lr, preset.constant_lr_source
+    preset = DATASETS[config.dataset].preset
+    base, source = preset.highest_constant_lr, preset.constant_lr_source
     if config.scheduler == "onecycle":
         base, source = preset.lr, preset.lr_source
         if config.onecycle_fixed_momentum and config.momentum < 1:
@@ -118,40 +121,74 @@ def build_schedule(optimizer: Optimizer, config: Config, lr: float, steps_per_ep
     none of it is saved: one built at step k equals, bit for bit, one that was stepped k times. PyTorch expects a
     schedule that starts later to find the groups initialised by one that started at 0, so it is then built twice.
     """
-    total = config.epochs * steps_per_epoch
+    total, schedule = config.epochs * steps_per_epoch, SCHEDULES[config.scheduler]
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
     def build(last_epoch: int) -> LRScheduler:
-        if config.scheduler == "onecycle":
-            return _one_cycle(optimizer, config, lr, total, last_epoch)
-        return LambdaLR(optimizer, partial(_factor, config=config, lr=lr, steps_per_epoch=steps_per_epoch), last_epoch)
+        if schedule.build is not None:
+            made: LRScheduler = schedule.build(optimizer, config, lr, total, last_epoch)
+            return made
+        factor = partial(_factor, config=config, lr=lr, steps_per_epoch=steps_per_epoch)
+        return LambdaLR(optimizer, factor, last_epoch)
 
-    schedule = build(-1)
-    return build(min(step, total - 1) - 1) if step else schedule
+    whole = build(-1)
+    return build(min(step, total - 1) - 1) if step else whole
 
 
 def _factor(done: int, config: Config, lr: float, steps_per_epoch: int) -> float:
-    """The factor of the learning rate `lr` after `done` steps, under the schedules other than OneCycle."""
+    """The factor of the learning rate `lr` after `done` steps, under the schedules that have one."""
     warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
     unit = steps_per_epoch if config.schedule_per == "epoch" else 1
     done = done // unit * unit
     if done < warmup:
         start = config.warmup_start
         return (done + unit) / warmup if start is None else start + (1 - start) * done / warmup
-    if config.scheduler == "step":
-        ends = [int(epoch) * steps_per_epoch for epoch in (config.milestones or "").split(",") if epoch]
-        return config.gamma ** (
-            sum(done >= end for end in ends) if ends else done // (config.step_size * steps_per_epoch)
-        )
-    begin = 0 if config.warmup_overlaps else warmup
-    share = (done - begin) / (total - begin)
-    if config.scheduler == "trapezoid":
-        begin = cooldown_start(config, steps_per_epoch)
-        share = max(0.0, (done - begin) / (total - begin))
-    falling = 0.5 * (1 + math.cos(math.pi * share)) if config.scheduler == "cosine" else 1 - share
-    least = config.min_lr / lr
-    return least + (1 - least) * falling
+    moment = Moment(done, total, 0 if config.warmup_overlaps else warmup, steps_per_epoch, config.min_lr / lr)
+    schedule = SCHEDULES[config.scheduler]
+    assert schedule.factor is not None
+    with naming("--scheduler", config.scheduler):
+        return _finite(schedule.factor(moment, config))
+
+
+def _finite(factor: float) -> float:
+    """The factor as a number. Raises ValueError for one that no rate may have."""
+    if not 0 <= float(factor) < math.inf:
+        raise ValueError(f"{factor} is no factor of a learning rate")
+    return float(factor)
+
+
+def _factor_schedule(name: str) -> Callable[[Factor], Factor]:
+    """Defines a built-in schedule by its factor of the learning rate."""
+
+    def define(function: Factor) -> Factor:
+        SCHEDULES.define(name)(Schedule(function))
+        return function
+
+    return define
+
+
+@_factor_schedule("cosine")
+def _cosine(moment: Moment, config: Config) -> float:
+    return moment.above_least(0.5 * (1 + math.cos(math.pi * moment.share)))
+
+
+@_factor_schedule("linear")
+def _linear(moment: Moment, config: Config) -> float:
+    return moment.above_least(1 - moment.share)
+
+
+@_factor_schedule("step")
+def _step(moment: Moment, config: Config) -> float:
+    ends = [int(epoch) * moment.steps_per_epoch for epoch in (config.milestones or "").split(",") if epoch]
+    passed = sum(moment.step >= end for end in ends)
+    return config.gamma ** (passed if ends else moment.step // (config.step_size * moment.steps_per_epoch))
+
+
+@_factor_schedule("trapezoid")
+def _trapezoid(moment: Moment, config: Config) -> float:
+    begin = cooldown_start(config, moment.steps_per_epoch)
+    return moment.above_least(1 - max(0.0, (moment.step - begin) / (moment.total - begin)))
 
 
 def cooldown_start(config: Config, steps_per_epoch: int) -> int:
@@ -175,6 +212,9 @@ def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last
         three_phase=config.onecycle_three_phase,
         last_epoch=last_epoch,
     )
+
+
+SCHEDULES.define("onecycle")(Schedule(build=_one_cycle))
 
 
 def schedule_at(config: Config, lr: float, steps_per_epoch: int, step: int) -> tuple[float, float]:

@@ -17,8 +17,10 @@ from torch.optim import Optimizer
 import distributed
 from config import Config
 from distributed import print0
-from errors import UsageError
+from errors import UsageError, UserError
+from flags import size_points
 from model_resnet50 import build_model, describe, load_weights
+from model_zoo import try_out
 from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
@@ -127,6 +129,17 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 def _new_model(config: Config, classes: int, source: Source | None) -> nn.Module:
     """Raises UsageError for an unknown model and for weights of another, DataError for incomplete ones."""
     model = build_model(classes, config.image_size, config.model, {name: getattr(config, name) for name in OPTIONS})
+    if config.progressive_size:
+        smallest = min(size for size, _ in size_points(config.progressive_size))
+        try:
+            try_out(model, classes, smallest)
+        except UserError:
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split())[:160]
+            raise UsageError(
+                f"--model {config.model} takes images of one size ({why}); leave out --progressive_size"
+            ) from error
     if source is not None:
         source.require_stem(config.image_size)
         is_new = load_weights(model, source.weights, source.told, new_head=True)
