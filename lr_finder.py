@@ -31,19 +31,8 @@ from training.state import rng_state, set_rng_state
 
 DEFAULT_METHOD = "lowest"
 DECIDES_LR = (
-    *("dataset", "dataset_name", "dataset_config", "image_size"),
-    *(
-        "model",
-        "use_pretrained",
-        "optimizer",
-        "nesterov",
-        "batch_size",
-        "loss",
-        "mixup",
-        "cutmix",
-        "auto_augment",
-        "augment",
-    ),
+    *("dataset", "dataset_name", "dataset_config", "image_size", "augment"),
+    *("model", "use_pretrained", "optimizer", "nesterov", "batch_size", "loss", "mixup", "cutmix", "auto_augment"),
 )
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
