@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -14,14 +14,15 @@ from config import Config
 from defaults import SMALL_SET
 from errors import DataError, UsageError, printable
 from registry import naming
-from stream.dataset import Cache, HuggingFaceImageNetDataset, pin_revision
 from stream.image_folders import is_unsplit, open_image_folder, open_to_evaluate
 from stream.labels import CLASSES_TOLD, NUMBER, without_images
 from stream.local import LocalDataset, load_cifar, load_digits, load_mnist
 from stream.picks import fair_sample, hold_out, places
 from stream.retry import Network
 from stream.source import ImageDataset
-from stream.synthetic import make_dummy_data
+
+if TYPE_CHECKING:
+    from stream.dataset import Cache, HuggingFaceImageNetDataset
 
 VAL_SPLITS = ["validation", "val", "valid", "test"]
 VAL_SHARE = 0.2
@@ -247,8 +248,11 @@ for _name in DATASETS.names():
         DATASETS[_name].open_validation = _folder_to_evaluate
 
 
-def _opener(config: Config, revision: str | None) -> Callable[..., HuggingFaceImageNetDataset]:
+def _opener(config: Config, revision: str | None) -> "Callable[..., HuggingFaceImageNetDataset]":
     """Opens a split of a dataset on the Hub or of a local folder, at one commit."""
+    from stream.dataset import HuggingFaceImageNetDataset, pin_revision  # with `datasets`, which takes a second
+    from stream.synthetic import make_dummy_data
+
     source, cache = str(make_dummy_data()) if config.dummy_data else config.dataset_id, _cache(config)
     asked = revision or config.dataset_revision
     network = Network(config.stall_timeout, 60 * config.network_patience)
@@ -267,7 +271,9 @@ def _opener(config: Config, revision: str | None) -> Callable[..., HuggingFaceIm
     )
 
 
-def _cache(config: Config) -> Cache | None:
+def _cache(config: Config) -> "Cache | None":
+    from stream.dataset import Cache
+
     if config.cache_dir is None:
         return None
     limit = None if config.cache_limit_gb is None else round(config.cache_limit_gb * 1e9)

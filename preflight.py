@@ -4,6 +4,7 @@ import shutil
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
@@ -13,12 +14,16 @@ from pages.names import short
 from preprocess import Data, get_data_loaders
 from stream import allowance
 from stream.block_reader import blocks_ahead, fetch_threads
-from stream.dataset import HuggingFaceImageNetDataset
 from stream.decode_pool import PROCESS_BYTES
 from stream.formats import LARGEST_PIXELS
 from stream.loader import BATCHES_AHEAD
+from stream.local import LocalDataset
 from stream.order import epoch_order
+from stream.source import ImageDataset
 from training.step import Training, passes_that_fit
+
+if TYPE_CHECKING:
+    from stream.dataset import HuggingFaceImageNetDataset
 
 POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
@@ -54,7 +59,7 @@ def describe_data(config: Config, data: Data) -> list[str]:
         _class_line(data),
         *data.notes,
     ]
-    if not isinstance(train, HuggingFaceImageNetDataset) or not isinstance(val, HuggingFaceImageNetDataset):
+    if not _is_streamed(train) or not _is_streamed(val):
         return lines
     sizes = np.array([block.size for block in train.blocks])
     val_bytes = sum(block.size for block in val.blocks)
@@ -79,10 +84,19 @@ def _class_line(data: Data) -> str:
     start = f"classes   {len(names):,}: "
     if len(names) > LISTED:
         return f"{start}{names[0]} ... {names[-1]}"
-    if isinstance(train, HuggingFaceImageNetDataset):  # whose labels would have to be fetched
+    if _is_streamed(train):  # whose labels would have to be fetched
         return start + ", ".join(names)
     counts = np.bincount(train.all_labels(), minlength=len(names)).tolist()
     return start + ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts, strict=True))
+
+
+def _is_streamed(dataset: ImageDataset) -> "TypeGuard[HuggingFaceImageNetDataset]":
+    """Whether a dataset is read in blocks; what is not needs no import of the library that reads them."""
+    if isinstance(dataset, LocalDataset):
+        return False
+    from stream.dataset import HuggingFaceImageNetDataset
+
+    return isinstance(dataset, HuggingFaceImageNetDataset)
 
 
 def as_size(count: float) -> str:
@@ -99,7 +113,7 @@ def free_bytes(folder: Path) -> int:
 def _holders(config: Config, data: Data) -> str:
     """What the memory is for."""
     train = data.train.dataset
-    assert isinstance(train, HuggingFaceImageNetDataset)
+    assert _is_streamed(train)
     rest = f"blocks ahead, batches and {config.num_workers} decoding processes"
     rest = rest if config.num_workers else "blocks ahead, batches"
     if train.cache is None:
@@ -110,7 +124,7 @@ def _holders(config: Config, data: Data) -> str:
     return f"{rest}; windows are mapped from the cache"
 
 
-def _mixing_line(config: Config, train: HuggingFaceImageNetDataset) -> str:
+def _mixing_line(config: Config, train: "HuggingFaceImageNetDataset") -> str:
     labels = train.estimated_labels()
     if labels is None:
         return "unknown: the files do not tell their labels"
@@ -147,7 +161,7 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
 def memory_bytes(config: Config, data: Data) -> int:
     """The most bytes that this rank's loader holds in its first two epochs, its decoding processes included."""
     train, val = data.train.dataset, data.val.dataset
-    assert isinstance(train, HuggingFaceImageNetDataset)
+    assert _is_streamed(train)
     largest = max(block.size for block in train.blocks)
     image = max(block.size / block.rows for block in train.blocks)
     total = sum(block.size for block in train.blocks)
@@ -167,7 +181,7 @@ def windows_bytes(config: Config, data: Data) -> int:
     first left, and none of that makes room before it is used. Ranks are taken to share the room equally.
     """
     train = data.train.dataset
-    assert isinstance(train, HuggingFaceImageNetDataset)
+    assert _is_streamed(train)
     room, kept = 0, dict[int, int]()
     if train.cache is not None:
         if train.cache.limit is None:
@@ -190,7 +204,7 @@ def windows_bytes(config: Config, data: Data) -> int:
 
 
 def _spans(
-    train: HuggingFaceImageNetDataset, order: list[np.ndarray], sizes: np.ndarray, share: int, ahead: int
+    train: "HuggingFaceImageNetDataset", order: list[np.ndarray], sizes: np.ndarray, share: int, ahead: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The blocks of an epoch as they are fetched, the batch that asks for each, and the one begun when it is dropped.
 
@@ -233,11 +247,11 @@ def _fullest(sizes: np.ndarray, asked: np.ndarray, last: np.ndarray) -> int:
     return int(np.cumsum(change).max())
 
 
-def _order(config: Config, train: HuggingFaceImageNetDataset) -> list[np.ndarray]:
+def _order(config: Config, train: "HuggingFaceImageNetDataset") -> list[np.ndarray]:
     return epoch_order(train.block_rows, 0, config.seed, config.streams, config.shuffle_window)
 
 
-def _request_lines(train: HuggingFaceImageNetDataset, val: HuggingFaceImageNetDataset) -> list[str]:
+def _request_lines(train: "HuggingFaceImageNetDataset", val: "HuggingFaceImageNetDataset") -> list[str]:
     """What the Hub is asked for, and how long its limit makes that take; nothing for local files."""
     index, blocks = (sum(pair) for pair in zip(train.requests(), val.requests(), strict=True))
     if not index:
@@ -254,7 +268,7 @@ def _request_lines(train: HuggingFaceImageNetDataset, val: HuggingFaceImageNetDa
     return [f"{line}.{few}"]
 
 
-def _cache_line(train: HuggingFaceImageNetDataset) -> str:
+def _cache_line(train: "HuggingFaceImageNetDataset") -> str:
     if train.cache is None:
         return "none" if train.revision is None else "none, every epoch streams everything again; see --cache_dir"
     names = train.cache.names()

@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import albumentations as A
 import cv2
 import numpy as np
 import torch
@@ -23,9 +22,7 @@ from open_data import open_sets, with_val_share
 from stream import inventory
 from stream.augment import Augment, BatchAugment, Chain, Registered
 from stream.auto_augment import AutoAugment
-from stream.dataset import HuggingFaceImageNetDataset
 from stream.erasing import RandomErasing
-from stream.images import AlbumentationsAdapter, RandomResizedCropAdapter, ResizedCentre, SquareOfStrip
 from stream.jitter import ColorJitter
 from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
@@ -33,14 +30,37 @@ from stream.order import epoch_order, repeated
 from stream.resident import ResidentLoader
 from stream.source import ImageDataset
 
+if TYPE_CHECKING:
+    import albumentations as A
+
+    from stream.dataset import HuggingFaceImageNetDataset
+    from stream.transforms import AlbumentationsAdapter
+
 __all__ = ["AlbumentationsAdapter", "HuggingFaceImageNetDataset", "StreamingDataLoader", "get_data_loaders"]
 
 EVAL_BATCH = 256
 RESIZE_RATIO = 256 / 224
 
 
-def train_transform(config: Config, size: int | None = None) -> AlbumentationsAdapter:
+def __getattr__(name: str) -> Any:
+    """The two classes of others, imported when they are asked for: their libraries take a second each."""
+    if name == "AlbumentationsAdapter":
+        from stream.transforms import AlbumentationsAdapter
+
+        return AlbumentationsAdapter
+    if name == "HuggingFaceImageNetDataset":
+        from stream.dataset import HuggingFaceImageNetDataset
+
+        return HuggingFaceImageNetDataset
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def train_transform(config: Config, size: int | None = None) -> "AlbumentationsAdapter":
     """A random crop to a square of `size` pixels, image_size by default; `batch_augment` does the rest."""
+    import albumentations as A
+
+    from stream.transforms import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
+
     size = size or config.image_size
     if config.crop == "fixed":
         short = round(size * RESIZE_RATIO)
@@ -49,11 +69,15 @@ def train_transform(config: Config, size: int | None = None) -> AlbumentationsAd
     return RandomResizedCropAdapter(crop, config.train_interpolation)
 
 
-def eval_transform(config: Config) -> AlbumentationsAdapter:
+def eval_transform(config: Config) -> "AlbumentationsAdapter":
     """Resize the short side to 256/224 of eval_size (or as eval_crop_pct says), with antialiasing, then cut the centre.
 
     With Pillow's interpolations the sides and the place are torchvision's.
     """
+    import albumentations as A
+
+    from stream.transforms import AlbumentationsAdapter, ResizedCentre, SquareOfStrip
+
     size, share = config.eval_size, config.eval_crop_pct
     short = int(size / share) if share else round(size * RESIZE_RATIO)
     strip = SquareOfStrip(at_random=False)
@@ -107,7 +131,9 @@ CHAIN: tuple[Callable[[Config], list[BatchAugment]], ...] = (
 )
 
 
-def _resize_short_side(short: int) -> A.SmallestMaxSize:
+def _resize_short_side(short: int) -> "A.SmallestMaxSize":
+    import albumentations as A
+
     return A.SmallestMaxSize(short, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
 
 
@@ -192,7 +218,7 @@ def get_data_loaders(
         config,
         device,
         train,
-        train_transform(config),
+        partial(train_transform, config),
         order=partial(_rank_order, train.block_rows, config, window),
         batch_size=batch_size,
         image_size=config.image_size,
@@ -222,7 +248,7 @@ def evaluation_loader(
         config,
         device,
         dataset,
-        eval_transform(config),
+        partial(eval_transform, config),
         order=lambda epoch: [share],
         batch_size=batch,
         image_size=config.eval_size,
@@ -231,13 +257,13 @@ def evaluation_loader(
 
 
 def _loader(
-    config: Config, device: torch.device, dataset: Any, transform: AlbumentationsAdapter, **options: Any
+    config: Config, device: torch.device, dataset: Any, transform: "Callable[[], AlbumentationsAdapter]", **options: Any
 ) -> Loader:
     if config.is_small:
         return ResidentLoader(dataset, device=device, **options)
     return StreamingDataLoader(
         dataset,
-        transform,
+        transform(),
         device=device,
         seed=config.seed,
         num_workers=config.num_workers,
@@ -254,7 +280,7 @@ def _too_large(config: Config, is_derived: bool, images: int) -> str:
     return f"{batch} is larger than the training set of {images} images; use less"
 
 
-def _of_epoch(config: Config, epoch: int) -> tuple[int, AlbumentationsAdapter]:
+def _of_epoch(config: Config, epoch: int) -> tuple[int, "AlbumentationsAdapter"]:
     """The size and the transform of an epoch's training images."""
     size = config.size_at(epoch)
     return size, train_transform(config, size)

@@ -1,4 +1,7 @@
-"""Pictures of a run: its curves, its schedule, its first training images, and the finder's curve."""
+"""Pictures of a run: its curves, its schedule, its first training images, and the finder's curve.
+
+matplotlib, whose import takes a while, is imported when a picture is drawn.
+"""
 
 import io
 import textwrap
@@ -6,13 +9,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from config import Config
 from errors import complain, printable
@@ -26,12 +25,17 @@ from stream.loader import Batch
 from training.lr_curve import RangeTest
 from training.optim import describe_schedule, schedule_at
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a name is drawn with boxes then
 
 DPI = 110
 SCHEDULE_POINTS = 500
 CURVE_POINTS = 2000
 MARKS = 30  # on a line
+SAMPLES = 32  # images of the first batch that are drawn
 NAME_WIDTH = 20  # characters of a line above a small image
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # Okabe and Ito 2008, for all eyes
 BROWN, GREY = "#7a5c00", "#999999"
@@ -52,10 +56,14 @@ def plot_curves(run_dir: Path) -> Path:
 
     For a long run, only some CURVE_POINTS steps are plotted.
     """
+    from matplotlib.ticker import MaxNLocator
+
     run = read_history(run_dir)
     steps, epochs, per_epoch = read_steps(run_dir, CURVE_POINTS), run.epochs, run.steps_per_epoch
     at, step = [row["epoch"] for row in epochs], [row["step"] / per_epoch for row in steps]
-    figure = Figure(figsize=(15, 8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    figure = _figure(15, 8)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.12, h_pad=0.12)
     loss, top1, beside, rate, speed, time = figure.subplots(2, 3).flat
     each_step = {"color": BLUE, "alpha": 0.3, "linewidth": 0.8, "label": "training, each step"}
     loss.plot(step, [row["loss"] for row in steps], **each_step)
@@ -91,7 +99,7 @@ def plot_curves(run_dir: Path) -> Path:
     return save_picture(figure, run_dir / "plots" / "curves.png")
 
 
-def _frame_losses(axes: Axes, values: Sequence[float]) -> None:
+def _frame_losses(axes: "Axes", values: Sequence[float]) -> None:
     """Show all of these losses of epochs, on a logarithmic axis where they differ much; those of steps may leave."""
     finite = [value for value in values if np.isfinite(value)]
     if not finite:
@@ -104,7 +112,7 @@ def _frame_losses(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, 1.08 * high)
 
 
-def _plot_plan(axes: Axes, at: Sequence[float], rates: Sequence[float], momenta: Sequence[float]) -> None:
+def _plot_plan(axes: "Axes", at: Sequence[float], rates: Sequence[float], momenta: Sequence[float]) -> None:
     """Learning rate and, on an axis of its own at the right, momentum."""
     axes.plot(at, rates, color=GREEN)
     axes.set(title="Learning rate and momentum", ylim=(0, 1.05 * max(rates)))
@@ -114,7 +122,7 @@ def _plot_plan(axes: Axes, at: Sequence[float], rates: Sequence[float], momenta:
     momentum.set_ylabel("momentum (dashed)", color=PURPLE)
 
 
-def _plot_time(axes: Axes, run: History) -> None:
+def _plot_time(axes: "Axes", run: History) -> None:
     """A bar for each epoch, the evaluation above the training."""
     at, training = [row["epoch"] for row in run.epochs], run.training_seconds()
     rest = [row["seconds"] - seconds for row, seconds in zip(run.epochs, training, strict=True)]
@@ -140,9 +148,10 @@ class RunPictures:
         self._warned: set[str] = set()
 
     def samples(self, batch: Batch) -> None:
-        """Draw the images of the first batch."""
+        """Draw the images of the first batch, in the background."""
         path = self._run_dir / "plots" / "samples.png"
-        self._try(lambda: plot_samples(batch.images.cpu().numpy(), batch.labels.tolist(), self._classes, path))
+        images, labels = batch.images[:SAMPLES].cpu().numpy().copy(), batch.labels[:SAMPLES].tolist()
+        self._thread.submit(self._try, lambda: plot_samples(images, labels, self._classes, path))
 
     def curves(self) -> None:
         """Draw the logs as they are now; while an earlier picture is still being drawn, leave that to `close`."""
@@ -189,7 +198,7 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
     total = config.epochs * steps_per_epoch
     steps = np.unique(np.linspace(0, total - 1, SCHEDULE_POINTS).astype(int)).tolist()
     rates, momenta = zip(*(schedule_at(config, lr, steps_per_epoch, step) for step in steps), strict=True)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = _figure(8, 4.2)
     axes = figure.subplots()
     _plot_plan(axes, steps, rates, momenta)
     axes.set(title="\n".join(textwrap.wrap(f"The plan: {describe_schedule(config, total)}", 80)), xlabel="step")
@@ -202,11 +211,11 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
 
 
 def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> Path:
-    """Draw up to 32 uint8 images (N, H, W, 3) as the model sees them, with their class names."""
-    count = min(32, len(images))
+    """Draw up to SAMPLES uint8 images (N, H, W, 3) as the model sees them, with their class names."""
+    count = min(SAMPLES, len(images))
     columns = min(8, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.85 * rows), layout="constrained")
+    figure = _figure(1.5 * columns, 1.85 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -219,7 +228,7 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
 
 def plot_lr_finder(found: RangeTest, path: Path) -> Path:
     """Plot a range test on a logarithmic axis, with each method's suggestion, the chosen one with a star."""
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = _figure(11, 5.4)
     axes = figure.subplots()
     axes.plot(found.lr, found.loss, color=BLUE, alpha=0.3, label="loss")
     axes.plot(found.lr, found.smoothed_loss, color=BLUE, label="smoothed loss")
@@ -248,7 +257,14 @@ def plot_lr_finder(found: RangeTest, path: Path) -> Path:
     return save_picture(figure, path)
 
 
-def save_picture(figure: Figure, path: Path) -> Path:
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_picture(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)

@@ -17,7 +17,8 @@ from open_data import open_sets
 from preprocess import eval_transform
 from results.formats import PROGRAMS, Loaded, Order, channels_of
 from stream.formats import UnreadableImage
-from stream.images import AlbumentationsAdapter, Transform
+from stream.images import Transform
+from stream.transforms import AlbumentationsAdapter
 from training.predictor import Predictor, normalize_of
 from training.sources import Source
 

@@ -46,7 +46,8 @@ How it becomes a batch
     loader       StreamingDataLoader: batches in the order of an epoch
     resident     ResidentLoader: a small dataset in the device's memory
     decode_pool  processes that decode and transform
-    images       encoded images -> transformed pixels
+    images       encoded images -> resized and transformed pixels
+    transforms   pipelines of albumentations: what is done to each image
     pictures     encoded images -> pixels, by one rule for all formats
     formats      which files are images, and how large they may be
     jpeg         JPEGs and regions of them, and whether their data are sound

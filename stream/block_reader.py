@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from stream.blocks import BlockData
 from stream.cache import FileStore
 from stream.images import UnreadableImage
 from stream.loader import POLL_SECONDS, Cancelled
-from stream.parquet import Block
 from stream.retry import say
+
+if TYPE_CHECKING:
+    from stream.parquet import Block
 
 FETCH_THREADS = 8
 SMALL_BLOCK, SMALL_THREADS = 2**20, 32  # bytes: what takes longer to ask for than to send is asked for in more threads
@@ -28,7 +30,7 @@ CLOSE_SECONDS = 1.0
 class BlockDataset(Protocol):
     """Samples in blocks, each of a name and a size in bytes."""
 
-    blocks: list[Block]
+    blocks: "list[Block]"
     cache: FileStore | None
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ import sys, time
 sys.modules["torch"] = None  # takes seconds
 import numpy as np
 from stream.decode_pool import DecodingPool, Job, pack
-from stream.images import AlbumentationsAdapter
+from stream.transforms import AlbumentationsAdapter
 pool, pixels = DecodingPool(2), np.zeros((1, 4, 4, 3), np.uint8)
 for _ in range(2):
     pool.run(pack(AlbumentationsAdapter()), [Job(pixels[0], (0, 0, 0))], pixels)

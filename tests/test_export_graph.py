@@ -14,7 +14,7 @@ from PIL import Image
 from config import resolve
 from preprocess import eval_transform
 from results.sampling import ResizedCrop
-from stream.images import AlbumentationsAdapter
+from stream.transforms import AlbumentationsAdapter
 from training.predictor import normalize_of
 from training.preprocessing import of_processor, share_of
 

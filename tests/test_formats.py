@@ -20,8 +20,9 @@ from slow import out_of_memory
 from stream import formats, jpeg
 from stream.decode_pool import DecodingPool, Job, pack
 from stream.formats import IMAGE_SUFFIXES, LARGEST_PIXELS, SIGNATURE_BYTES, UnreadableImage, is_image
-from stream.images import AlbumentationsAdapter, decode_into
+from stream.images import decode_into
 from stream.pictures import Picture, decode
+from stream.transforms import AlbumentationsAdapter
 
 PHOTO = Image.fromarray(photographs()[0][:60, :90, ::-1].copy())
 MODES: dict[str, list[str]] = {

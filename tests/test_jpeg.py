@@ -13,7 +13,8 @@ from shards import draw, photographs
 from config import resolve
 from preprocess import eval_transform, train_transform
 from stream import jpeg
-from stream.images import Picture, UnreadableImage, decode, decode_into
+from stream.images import UnreadableImage, decode, decode_into
+from stream.pictures import Picture
 
 needs_library = pytest.mark.skipif(not jpeg.can_decode_regions(), reason="there is no libjpeg-turbo 3 here")
 SUBSAMPLING = {

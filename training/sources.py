@@ -20,7 +20,6 @@ from config import Config, resolve, resume
 from errors import DataError, SnapshotError, UsageError
 from flags import channels
 from model_resnet50 import CIFAR_STEM_UP_TO, build_model, head_of, load_weights, read_transformers_resnet
-from stream.explain import one_line_errors
 from stream.files import read_small
 from stream.retry import Network, patiently
 from training import snapshot as snapshots
@@ -144,6 +143,8 @@ def _fetched(hub_id: str, patience: float) -> Path:
     Xet's client tells no bytes, so only patience ends it.
     """
     from huggingface_hub import snapshot_download
+
+    from stream.explain import one_line_errors
 
     network = Network(stall_timeout=patience, patience=patience)
     wanted = ["*.json", "*.safetensors"]
