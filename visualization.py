@@ -131,7 +131,9 @@ class RunPictures:
     Warns once if a picture cannot be drawn, and once if the report cannot be written.
     """
 
-    def __init__(self, run_dir: Path, classes: Sequence[str]) -> None:
+    def __init__(self, run_dir: Path, classes: Sequence[str], tell: Callable[[Path], None] = lambda path: None) -> None:
+        """`tell` is called with each picture that was drawn."""
+        self._tell = tell
         self._run_dir = run_dir
         self._classes = classes
         self._thread = ThreadPoolExecutor(1, "curves")
@@ -142,7 +144,8 @@ class RunPictures:
     def samples(self, batch: Batch) -> None:
         """Draw the images of the first batch."""
         path = self._run_dir / "plots" / "samples.png"
-        self._try(lambda: plot_samples(batch.images.cpu().numpy(), batch.labels.tolist(), self._classes, path))
+        images = batch.images.cpu().numpy()
+        self._try(lambda: self._tell(plot_samples(images, batch.labels.tolist(), self._classes, path)))
 
     def curves(self) -> None:
         """Draw the logs as they are now; while an earlier picture is still being drawn, leave that to `close`."""
@@ -161,7 +164,7 @@ class RunPictures:
         self._try(lambda: write_report(self._run_dir), self._run_dir, "report.html")
 
     def _draw(self) -> None:
-        self._try(lambda: plot_curves(self._run_dir))
+        self._try(lambda: self._tell(plot_curves(self._run_dir)))
         self.report()
 
     def _try(self, draw: Callable[[], object], folder: Path | None = None, what: str = "a picture") -> None:
