@@ -211,7 +211,8 @@ class Trackio(Tracker):
     @classmethod
     def view(cls, run_dir: Path) -> str:
         folder = os.environ.get("TRACKIO_DIR") or run_dir / "tracking" / "trackio"
-        return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {os.environ.get('TRACKIO_PROJECT', PROJECT)}"
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {shlex.quote(project)}"
 
 
 @TRACKERS.register("mlflow")

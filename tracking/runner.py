@@ -216,7 +216,9 @@ class _Worker(threading.Thread):
     def _write_note(self, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._noted > NOTE_SECONDS:
             self._note.parent.mkdir(exist_ok=True)
-            write_durably(self._note, json.dumps({"id": self._id, **self._logged}).encode())
+            most = self._logged["steps"] - (not at_once)  # the last step may not be complete
+            logged = {kind: min(last, most) for kind, last in self._logged.items()}
+            write_durably(self._note, json.dumps({"id": self._id, **logged}).encode())
             self._noted = time.monotonic()
 
 
