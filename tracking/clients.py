@@ -226,7 +226,7 @@ class MLflow(Tracker):
         from mlflow.entities import Metric, Param
 
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what is raised is told, but in one line
         self._metric, self._waiting = Metric, list[Any]()
         own = run_dir.resolve() / "tracking" / "mlflow"
         own.mkdir(parents=True, exist_ok=True)
