@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from program import ROOT, TIMEOUT, cut, environment, ledger, metrics, pretend_rank, run, start, train, until, wait
+from program import ROOT, TIMEOUT, cut, environment, ledger, metrics, run, start, train, until, wait
 from test_secrets import SECRETS, forms, leaks
 
 import tracking.clients  # registers them
 from tracking import runner
 from tracking.choices import TRACKERS, Tracker, describe
-from tracking.runner import scalars_of_epoch, scalars_of_step
+from tracking.runner import Trackers, scalars_of_epoch, scalars_of_step
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -194,11 +194,16 @@ def test_a_run_that_is_stopped_ends_its_trackers_as_incomplete(
     assert told("finish") == [("<!doctype", False)]
 
 
-def test_other_ranks_have_no_tracker(recorder: type[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_have_no_tracker(recorder: type[Recorder], tmp_path: Path) -> None:
+    """main.py makes theirs without names."""
     recorder.told = []
-    pretend_rank(monkeypatch, 1, 1)
-    train(*SMALL, "--epochs", 1, "--track", "recorder,tensorboard", "--run_dir", tmp_path / "run")
-    assert (recorder.told, list(tmp_path.iterdir())) == ([], [])
+    trackers = Trackers((), tmp_path)
+    trackers.start(0, anew=False)
+    trackers.steps([{"step": 1, "loss": 1.0}])
+    trackers.epoch({"step": 1})
+    trackers.picture(Path(__file__))
+    trackers.finish(tmp_path, complete=True)
+    assert (recorder.told, trackers.lines(), list(tmp_path.iterdir())) == ([], [], [])
 
 
 # ---- the choices -----------------------------------------------------------------------------------------------------

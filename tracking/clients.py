@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from errors import redact
 from tracking.choices import TRACKERS, Tracker
+from tracking.choices import describe as describe
 from tracking.choices import names_of as names_of
 from tracking.choices import require_packages as require_packages
 

@@ -122,6 +122,7 @@ class _Worker(threading.Thread):
         self._is_behind = False
         self._id: str | None = None
         self._logged = {"steps": 0, "epochs": 0}  # the last of which every number is logged
+        self._settled = dict(self._logged)
         self._noted = 0.0
 
     def put(self, call: "Callable[[_Worker], None]") -> None:
@@ -205,7 +206,6 @@ class _Worker(threading.Thread):
             if step > self._logged["epochs"]:
                 self.tracker.scalars(step, values)
                 self._logged["epochs"] = step
-                self._noted = 0.0
 
     def _read_note(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
@@ -214,12 +214,17 @@ class _Worker(threading.Thread):
         return {}
 
     def _write_note(self, at_once: bool = False) -> None:
-        if at_once or time.monotonic() - self._noted > NOTE_SECONDS:
-            self._note.parent.mkdir(exist_ok=True)
-            most = self._logged["steps"] - (not at_once)  # the last step may not be complete
-            logged = {kind: min(last, most) for kind, last in self._logged.items()}
-            write_durably(self._note, json.dumps({"id": self._id, **logged}).encode())
-            self._noted = time.monotonic()
+        """Note what is logged, or now and then what was so at the note before: a library may keep the rest for a while."""
+        now = time.monotonic()
+        if at_once:
+            self._settled = dict(self._logged)
+        elif now - self._noted < NOTE_SECONDS:
+            return
+        self._note.parent.mkdir(exist_ok=True)
+        write_durably(self._note, json.dumps({"id": self._id, **self._settled}).encode())
+        most = self._logged["steps"] - 1  # of the last step the epoch's numbers may still come
+        self._settled = {kind: min(last, most) for kind, last in self._logged.items()}
+        self._noted = now
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
