@@ -214,7 +214,7 @@ class _Worker(threading.Thread):
         return {}
 
     def _write_note(self, at_once: bool = False) -> None:
-        """Note what is logged, or now and then what was so at the note before: a library may keep the rest for a while."""
+        """Note what is logged, or now and then what was so at the last note: a library may not have written the rest."""
         now = time.monotonic()
         if at_once:
             self._settled = dict(self._logged)
