@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import heapq
 import json
 import math
 import os
@@ -192,8 +193,11 @@ class _Worker(threading.Thread):
             if path.exists():
                 self.tracker.picture(step, f"plots/{path.stem}", path)
         if step:
-            self.log_steps(_steps_logged(self._folder, held["steps"], step))
-            self.log_epochs(_epochs_logged(self._folder, held["epochs"], step))
+            steps = _steps_logged(self._folder, held["steps"], step)
+            epochs = _epochs_logged(self._folder, held["epochs"], step)
+            parts = ((row, self.log_steps) for row in steps), ((row, self.log_epochs) for row in epochs)
+            for row, log in heapq.merge(*parts, key=lambda part: part[0][0]):  # the step's before the epoch's
+                log([row])
 
     def log_steps(self, rows: "Iterator[Scalars] | list[Scalars]") -> None:
         for step, values in rows:
@@ -214,7 +218,7 @@ class _Worker(threading.Thread):
         return {}
 
     def _write_note(self, at_once: bool = False) -> None:
-        """Note what is logged, or now and then what was so at the last note: a library may not have written the rest."""
+        """Note what is logged, or now and then what was so at the last note, for which a library has had the time."""
         now = time.monotonic()
         if at_once:
             self._settled = dict(self._logged)
