@@ -166,6 +166,7 @@ class Config:
     doctor: bool = flag("run", "report on this machine, the Hub and what will be slow or fail here, then stop", False, on_resume="forgotten")
     quiet: bool = flag("run", "print a line an epoch, warnings, errors and the last lines only", False, on_resume="forgotten")
     verbose: bool = flag("run", "print all that there is to say: a line every --log_steps, more about streaming and time", False, on_resume="forgotten")
+    track: str | None = flag("run", "also send numbers, pictures and the report to tensorboard, wandb, trackio or mlflow", None, on_resume="kept", metavar="NAME,NAME")
     compare: Sequence[str] = flag("run", "tell what sets these runs apart and what came of each, write compare.html here, and stop", (), nargs="+", metavar="RUN", on_resume="forgotten")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on

@@ -28,14 +28,13 @@ from stream import jpeg, reach
 from stream.cache import FileStore
 from stream.decode_pool import PROCESS_BYTES
 from stream.reach import Reach
+from tracking.clients import describe, names_of
 
 OK, NOTE, WARNING = "ok", "note", "warning"
 PACKAGES = ("torchvision", "datasets", "huggingface_hub", "opencv-python-headless", "albumentations", "turbojpeg")
 OPTIONAL = {
     "timm": "--model timm:NAME and --optimizer lamb",
-    "onnx": "export.py --to onnx",
-    "onnxruntime": "export.py --to onnx",
-    "onnxscript": "export.py --to onnx",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export.py --to onnx"),
 }
 KEPT = ("num_workers", "amp", "amp_dtype", "device", "run_dir")  # flags that concern the machine, whatever the data
 IMAGENET_BYTES = 150e9  # on the Hub
@@ -70,7 +69,8 @@ class Room(NamedTuple):
 class Facts:
     """What was found. `threads` are PyTorch's; `cuda` is what it was built for; `driver` is NVIDIA's, if there is one.
 
-    `disks` are the rooms of folders by their use; `packages` are versions, None of those that are missing.
+    `disks` are the rooms of folders by their use; `packages` are versions, None of those that are missing;
+    `trackers` are whether each can be used, and what there is to tell of it.
     """
 
     machine: Machine
@@ -88,6 +88,7 @@ class Facts:
     compiler: str | None = None
     disks: Mapping[str, Room] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
+    trackers: list[tuple[bool, str]] = field(default_factory=list)
 
 
 def examine(given: Mapping[str, Any]) -> None:
@@ -131,6 +132,7 @@ def find(config: Config, measured: Config) -> Facts:
         compiler=next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None),
         disks={use: _room(folder) for use, folder in _folders(config).items()},
         packages={name: machine.package_version(name) for name in (*PACKAGES, *OPTIONAL)},
+        trackers=[describe(name) for name in names_of(config.track)],
     )
 
 
@@ -165,6 +167,7 @@ def report(facts: Facts, config: Config, measured: Config) -> Iterator[Line]:
     yield from of_jpeg(facts)
     yield from of_speed(facts, measured)
     yield from of_packages(facts, config)
+    yield from (Line(OK if usable else WARNING, "track", told) for usable, told in facts.trackers)
 
 
 def of_versions(facts: Facts) -> Iterator[Line]:

@@ -1,5 +1,6 @@
 """Errors a user can cause: each is shown as one line, without a traceback, and has an exit status."""
 
+import contextlib
 import errno
 import io
 import os
@@ -9,12 +10,16 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_is_abandoned = False
 
 
 class UserError(Exception):
@@ -97,6 +102,29 @@ def _reader_left() -> bool:
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
     return True
+
+
+def abandon() -> None:
+    """Note that a thread, or what a library does when the process ends, may never come to an end; see `leave`."""
+    global _is_abandoned
+    _is_abandoned = True
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Call a front door and end the process with its status, without waiting for what was abandoned."""
+    try:
+        status = main()
+    except Exception:
+        if not _is_abandoned:
+            raise
+        traceback.print_exc()
+        status = 1
+    if _is_abandoned:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run_front_door(run: Callable[[], None], debug: bool) -> int:

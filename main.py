@@ -21,6 +21,7 @@ done; 2 bad arguments, or a resume whose settings changed; 3 data missing, unrea
 written.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,7 +32,7 @@ import config as configuration
 import evaluate
 import run_lr_finder
 from config import FITTED, Config
-from errors import SnapshotError, UsageError, complain, greet, run_front_door
+from errors import SnapshotError, UsageError, complain, greet, leave, run_front_door
 from registry import load_extensions
 
 if TYPE_CHECKING:
@@ -74,12 +75,15 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
+    from tracking.clients import names_of, require_packages
     from training.console import header
     from training.step import build_training
 
     distributed.be_quiet(bool(given.get("quiet")))
     with distributed.announced("for the snapshot or the weights to start from"):
         config, snapshot, source = _settings(given)
+    if os.environ.get("RANK", "0") == "0":
+        require_packages(names_of(config.track))
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     if config.recipe:
@@ -222,13 +226,15 @@ def _fit(
 ) -> None:
     import distributed
     from distributed import print0
+    from tracking.clients import names_of
+    from tracking.runner import Trackers
     from train import Run, fit
     from training.console import header, plan_lines
     from training.journal import Journal
     from training.logs import UnreadableLog, note_resolved
     from training.optim import build_schedule, describe_schedule
     from training.signals import StopRequest
-    from visualization import RunPictures, drawn, plot_schedule
+    from visualization import RunPictures
 
     stop, steps = StopRequest.listening(data.train, data.val), len(data.train)
     if snapshot is None and config.lr == "auto":
@@ -238,22 +244,22 @@ def _fit(
     distributed.require_agreement({"the learning rate": progress.lr, "the step to go on from": progress.step})
     schedule = build_schedule(training.optimizer, config, progress.lr, steps, progress.step)
     plan = describe_schedule(config, config.epochs * steps)
-    header([f"schedule  {plan}", *plan_lines(config, steps, folder)], config)
     on_rank0 = distributed.rank() == 0
+    trackers = Trackers(names_of(config.track) if on_rank0 else (), folder)
+    header([f"schedule  {plan}", *plan_lines(config, steps, folder), *trackers.lines()], config)
     if config.plot_schedule and on_rank0:
-        path = folder / "plots" / "schedule.png"
-        if drawn(lambda: plot_schedule(config, progress.lr, steps, path), path.parent):
-            print0(f"schedule  {path}")
+        _draw_schedule(config, progress.lr, steps, folder / "plots" / "schedule.png")
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
     record |= {"data": data.fingerprint, "steps_per_epoch": steps}
-    pictures = RunPictures(folder, data.classes) if on_rank0 else None
+    pictures = RunPictures(folder, data.classes, trackers.picture) if on_rank0 else None
     for loader in (data.train, data.val):
         loader.report = UnreadableLog(folder / "unreadable.csv", progress)
     if on_rank0:
         data.keep_inventory(folder)
         sizes = {"steps_per_epoch": steps, "classes": len(data.classes), "ranks": distributed.world_size()}
         note_resolved(folder / "config.json", training.model, {"lr": progress.lr, "lr_source": lr_source, **sizes})
-    journal = Journal(config, training, progress, data.train, record, folder if on_rank0 else None, pictures)
+    own = folder if on_rank0 else None
+    journal = Journal(config, training, progress, data.train, record, own, pictures, trackers)
     dropped = journal.rewind()
     if snapshot is not None:
         print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
@@ -262,11 +268,21 @@ def _fit(
     if config.extend_epochs:
         progress.best_top1 = -1.0  # whose file stays behind
         journal.save()  # the copy of the run's past becomes a run, to be resumed like any other
+    trackers.start(progress.step, anew=bool(config.override))
     try:
         fit(Run(data, training, progress, schedule, config.epochs, stop, journal))
     finally:
         if pictures is not None:
             pictures.report()  # now that the last snapshot is written
+        trackers.finish(folder / "report.html", complete=bool(progress.why_over(config)))
+
+
+def _draw_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -> None:
+    from distributed import print0
+    from visualization import drawn, plot_schedule
+
+    if drawn(lambda: plot_schedule(config, lr, steps_per_epoch, path), path.parent):
+        print0(f"schedule  {path}")
 
 
 def _changes(snapshot: "Snapshot", config: Config, progress: "Progress", steps_per_epoch: int) -> list[str]:
@@ -319,4 +335,4 @@ def _known_lr(config: Config) -> tuple[float, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -139,7 +139,9 @@ class RunPictures:
     Warns once if a picture cannot be drawn, and once if the report cannot be written.
     """
 
-    def __init__(self, run_dir: Path, classes: Sequence[str]) -> None:
+    def __init__(self, run_dir: Path, classes: Sequence[str], tell: Callable[[Path], None] = lambda path: None) -> None:
+        """`tell` is called with each picture that was drawn."""
+        self._tell = tell
         self._run_dir = run_dir
         self._classes = classes
         self._thread = ThreadPoolExecutor(1, "curves")
@@ -151,7 +153,7 @@ class RunPictures:
         """Draw the images of the first batch, in the background."""
         path = self._run_dir / "plots" / "samples.png"
         images, labels = batch.images[:SAMPLES].cpu().numpy().copy(), batch.labels[:SAMPLES].tolist()
-        self._thread.submit(self._try, lambda: plot_samples(images, labels, self._classes, path))
+        self._thread.submit(self._try, lambda: self._tell(plot_samples(images, labels, self._classes, path)))
 
     def curves(self) -> None:
         """Draw the logs as they are now; while an earlier picture is still being drawn, leave that to `close`."""
@@ -170,7 +172,7 @@ class RunPictures:
         self._try(lambda: write_report(self._run_dir), self._run_dir, "report.html")
 
     def _draw(self) -> None:
-        self._try(lambda: plot_curves(self._run_dir))
+        self._try(lambda: self._tell(plot_curves(self._run_dir)))
         self.report()
 
     def _try(self, draw: Callable[[], object], folder: Path | None = None, what: str = "a picture") -> None:

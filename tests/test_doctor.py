@@ -77,6 +77,12 @@ def test_a_machine_that_has_everything_gets_no_warning_and_no_advice() -> None:
     assert [line for line in lines(FACTS, "--amp") if line.mark != OK] == []
 
 
+def test_each_tracker_that_is_asked_for_is_told() -> None:
+    here, missing = (True, "wandb 0.31.0; offline: no key is found"), (False, "mlflow is not here: pip install mlflow")
+    found = [line for line in lines(replace(FACTS, trackers=[here, missing])) if line.topic == "track"]
+    assert [(line.mark, line.text) for line in found] == [(OK, here[1]), (WARNING, missing[1])]
+
+
 def test_64_mb_of_shared_memory_matter_only_to_several_gpus() -> None:
     small = on(shared=64 * MIB)
     line = told(small, "/dev/shm")

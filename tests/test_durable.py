@@ -22,7 +22,7 @@ from program import Outcome, assert_same_run, run, snapshot_path, start, steps_k
 
 from errors import SnapshotError
 from training import snapshot
-from training.logs import Tracker
+from training.logs import RunLogs
 from training.snapshot import SnapshotStore, find, read, step_files
 
 FLAGS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 1, "--ledger", "--snapshot_steps", 2)
@@ -224,10 +224,10 @@ def test_the_logs_are_on_the_disk_before_a_snapshot_that_counts_on_them(
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path).as_posix())
         fsync(descriptor)
 
-    tracker = Tracker(tmp_path, ledger=False)
+    logs = RunLogs(tmp_path, ledger=False)
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    store = SnapshotStore(tmp_path / "snapshots", 1, tracker.logs)
+    store = SnapshotStore(tmp_path / "snapshots", 1, logs.paths)
     monkeypatch.setattr(os, "fsync", noting)
     store.save({"model.weight": torch.zeros(9)}, {"step": 1})
     store.wait()

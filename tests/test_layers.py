@@ -5,7 +5,7 @@ import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("stream", "training", "results", "pages")
+WINGS = ("stream", "training", "tracking", "results", "pages")
 LAYERS = (
     {"main"},
     {"run_lr_finder", "evaluate", "predict", "export", "dry_run", "doctor"},
@@ -13,7 +13,7 @@ LAYERS = (
     {"train"},
     {"preflight", "lr_finder", "visualization", "speed"},
     {"preprocess", "training", "report", "compare"},
-    {"open_data", "pages"},
+    {"open_data", "pages", "tracking"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
     {"checks", "model_zoo"},

@@ -89,7 +89,7 @@ def program(tmp_path: Path) -> Path:
     """A clone of the program whose remote has a password in it."""
     folder = tmp_path / "program"
     folder.mkdir()
-    for wing in (".", "stream", "training", "results", "pages"):
+    for wing in (".", "stream", "training", "tracking", "results", "pages"):
         (folder / wing).mkdir(exist_ok=True)
         for path in (ROOT / wing).glob("*.py" if wing == "." else "*.*"):
             shutil.copy(path, folder / wing)

@@ -15,7 +15,7 @@ import pytest
 
 from config import resolve
 from errors import UsageError
-from training.logs import RESULT_COLUMNS, Stopwatch, Tracker, ledger_row, open_run_folder
+from training.logs import RESULT_COLUMNS, RunLogs, Stopwatch, ledger_row, open_run_folder
 
 COLUMNS = "epoch,step,train_loss,train_top1,val_loss,val_top1,val_top5,lr,images_per_s,seconds"
 LOGS = ("metrics.jsonl", "ledger.jsonl", "results.csv")
@@ -31,13 +31,13 @@ def epoch_row(epoch: int, step: int) -> dict[str, Any]:
     return values | {"epoch": epoch, "step": step, "correct1": 1, "correct5": 2, "images": 4}
 
 
-def log_epochs(tracker: Tracker, first: int, last: int, steps: int = 4) -> None:
+def log_epochs(logs: RunLogs, first: int, last: int, steps: int = 4) -> None:
     """Epochs `first` to `last`, of `steps` steps each, as training logs them: some steps at a time."""
     for epoch in range(first, last + 1):
         rows = [step_row((epoch - 1) * steps + step, epoch) for step in range(1, steps + 1)]
-        tracker.log_steps(rows[:3])
-        tracker.log_steps(rows[3:])
-        tracker.end_epoch(epoch_row(epoch, epoch * steps))
+        logs.log_steps(rows[:3])
+        logs.log_steps(rows[3:])
+        logs.end_epoch(epoch_row(epoch, epoch * steps))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -79,7 +79,7 @@ def test_a_ledger_row_tells_the_order_of_its_ids_and_the_last_bit_of_its_floats(
 
 @pytest.mark.parametrize("ledger", [True, False])
 def test_the_ledger_is_written_only_on_request_and_ids_stay_out_of_the_metrics(tmp_path: Path, ledger: bool) -> None:
-    log_epochs(Tracker(tmp_path, ledger), 1, 1)
+    log_epochs(RunLogs(tmp_path, ledger), 1, 1)
     assert (tmp_path / "ledger.jsonl").exists() is ledger
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = [{key: value for key, value in step_row(step).items() if key != "ids"} for step in range(1, 5)]
@@ -90,16 +90,16 @@ def test_the_ledger_is_written_only_on_request_and_ids_stay_out_of_the_metrics(t
 
 
 def test_results_have_one_header_and_a_row_an_epoch_in_the_promised_columns(tmp_path: Path) -> None:
-    log_epochs(Tracker(tmp_path, False), 1, 2)
-    log_epochs(Tracker(tmp_path, False), 3, 3)
+    log_epochs(RunLogs(tmp_path, False), 1, 2)
+    log_epochs(RunLogs(tmp_path, False), 3, 3)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0] == COLUMNS
     assert lines[1:] == [f"{epoch},{4 * epoch}" + ",0.25" * 8 for epoch in (1, 2, 3)]
 
 
 def test_results_keep_every_digit(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, False)
-    tracker.end_epoch(epoch_row(1, 1) | {"val_loss": 0.1 + 0.2})
+    logs = RunLogs(tmp_path, False)
+    logs.end_epoch(epoch_row(1, 1) | {"val_loss": 0.1 + 0.2})
     with open(tmp_path / "results.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["val_loss"]) == 0.1 + 0.2
 
@@ -114,37 +114,37 @@ def test_a_run_rewound_and_gone_on_with_has_the_logs_of_one_never_stopped(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-        log_epochs(Tracker(folder, ledger=True), 1, 3)
-    tracker = Tracker(killed, ledger=True)
-    tracker.rewind(step, epoch)
+        log_epochs(RunLogs(folder, ledger=True), 1, 3)
+    logs = RunLogs(killed, ledger=True)
+    logs.rewind(step, epoch)
     assert steps_of(killed / "metrics.jsonl") == steps_of(killed / "ledger.jsonl") == list(range(1, step + 1))
     assert epochs_of(killed) == list(range(1, epoch + 1))
     for number in range(epoch + 1, 4):
         rows = [step_row(s, number) for s in range(max(step, 4 * number - 4) + 1, 4 * number + 1)]
-        tracker.log_steps(rows)
-        tracker.end_epoch(epoch_row(number, 4 * number))
+        logs.log_steps(rows)
+        logs.end_epoch(epoch_row(number, 4 * number))
     assert contents(killed) == contents(whole)
 
 
 def test_rewinding_twice_or_to_the_end_changes_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, ledger=True)
-    log_epochs(tracker, 1, 2)
+    logs = RunLogs(tmp_path, ledger=True)
+    log_epochs(logs, 1, 2)
     before = contents(tmp_path)
-    tracker.rewind(8, 2)
-    tracker.rewind(8, 2)
+    logs.rewind(8, 2)
+    logs.rewind(8, 2)
     assert contents(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(LOGS)
 
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_line_that_a_kill_left_half_written_is_dropped(tmp_path: Path, name: str) -> None:
-    tracker = Tracker(tmp_path, ledger=True)
-    log_epochs(tracker, 1, 2)
+    logs = RunLogs(tmp_path, ledger=True)
+    log_epochs(logs, 1, 2)
     before = contents(tmp_path)
     last = before[name].splitlines(keepends=True)[-1]
     for cut in range(1, len(last)):
         (tmp_path / name).write_bytes(before[name].encode()[:-cut])
-        tracker.rewind(7, 1)
+        logs.rewind(7, 1)
         assert steps_of(tmp_path / "metrics.jsonl") == list(range(1, 8))
         assert steps_of(tmp_path / "ledger.jsonl") == list(range(1, 8))
         assert epochs_of(tmp_path) == [1]
@@ -155,9 +155,9 @@ def test_a_line_that_a_kill_left_half_written_is_dropped(tmp_path: Path, name: s
 @pytest.mark.parametrize("cut", [1, 5, 40])
 def test_a_header_cut_short_is_written_anew(tmp_path: Path, cut: int) -> None:
     (tmp_path / "results.csv").write_text(COLUMNS[:-cut])
-    tracker = Tracker(tmp_path, ledger=False)
-    tracker.rewind(0, 0)
-    log_epochs(tracker, 1, 1)
+    logs = RunLogs(tmp_path, ledger=False)
+    logs.rewind(0, 0)
+    log_epochs(logs, 1, 1)
     assert (tmp_path / "results.csv").read_text().splitlines()[0] == COLUMNS
     assert epochs_of(tmp_path) == [1]
 
@@ -167,23 +167,23 @@ def test_a_header_cut_short_is_written_anew(tmp_path: Path, cut: int) -> None:
 def test_a_line_that_a_crash_filled_with_rubbish_does_not_stop_the_resume(
     tmp_path: Path, name: str, junk: bytes
 ) -> None:
-    tracker = Tracker(tmp_path, ledger=True)
-    log_epochs(tracker, 1, 1)
+    logs = RunLogs(tmp_path, ledger=True)
+    log_epochs(logs, 1, 1)
     with open(tmp_path / name, "ab") as file:
         file.write(junk)
-    tracker.rewind(4, 1)
+    logs.rewind(4, 1)
     assert steps_of(tmp_path / name) == [1, 2, 3, 4]
 
 
 def test_rewinding_a_new_run_writes_nothing(tmp_path: Path) -> None:
-    Tracker(tmp_path, ledger=True).rewind(0, 0)
+    RunLogs(tmp_path, ledger=True).rewind(0, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_number_that_is_not_finite_is_null_and_a_norm_that_was_not_asked_for_is_left_out(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, ledger=False)
+    logs = RunLogs(tmp_path, ledger=False)
     lost = step_row(1) | {"loss": math.nan, "grad_norm": math.inf}
-    tracker.log_steps([lost, step_row(2) | {"grad_norm": math.nan}])
+    logs.log_steps([lost, step_row(2) | {"grad_norm": math.nan}])
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] is first["grad_norm"] is None
     assert "grad_norm" not in second
@@ -197,9 +197,9 @@ def test_the_other_ranks_neither_write_nor_print(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tracker = Tracker(None, ledger=True)
-    tracker.rewind(0, 0)
-    log_epochs(tracker, 1, 2)
+    logs = RunLogs(None, ledger=True)
+    logs.rewind(0, 0)
+    log_epochs(logs, 1, 2)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 

@@ -14,8 +14,9 @@ from config import Config
 from distributed import print0
 from errors import DivergedError
 from stream.loader import Batch, Loader
+from tracking.runner import Trackers
 from training.console import Console, header, resume_command
-from training.logs import Stopwatch, Tracker
+from training.logs import RunLogs, Stopwatch
 from training.optim import cooldown_start, momentum_of
 from training.snapshot import BEST, SnapshotStore
 from training.state import Progress, all_finite, capture
@@ -52,6 +53,7 @@ class Journal:
         record: dict[str, Any],
         folder: Path | None,
         pictures: Pictures | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.config = config
         self.training = training
@@ -60,9 +62,10 @@ class Journal:
         self.record = record
         self.pictures = pictures
         self.spent = TimeSpent(training.device)
-        self.tracker = Tracker(folder, config.ledger)
+        self.trackers = trackers
+        self.logs = RunLogs(folder, config.ledger)
         self.console = Console(config, len(loader), len(record.get("classes", ())), speaks=folder is not None)
-        self.store = SnapshotStore(folder / "snapshots", config.keep_snapshots, self.tracker.logs) if folder else None
+        self.store = SnapshotStore(folder / "snapshots", config.keep_snapshots, self.logs.paths) if folder else None
         self.cooldown = cooldown_start(config, len(loader)) if config.scheduler == "trapezoid" else None
         self.profiler: StepProfiler | None = None
         if config.profile and folder:
@@ -76,8 +79,8 @@ class Journal:
 
     def rewind(self) -> list[str]:
         """Delete logs and snapshots of steps after `progress`; returns the names of the deleted snapshots."""
-        self.tracker.rewind(self.progress.step, self.progress.epoch)
-        self._seconds_before = self.tracker.seconds_logged()
+        self.logs.rewind(self.progress.step, self.progress.epoch)
+        self._seconds_before = self.logs.seconds_logged()
         dropped = self.store.rewind(self.progress.step) if self.store else []
         if BEST in dropped:
             self.progress.best_top1 = -1.0  # no earlier best has a file any more: the next epoch becomes the best
@@ -167,7 +170,9 @@ class Journal:
             self.progress.add(loss, all_correct, bool(skipped))
             if self.progress.bad_steps >= self.config.max_bad_steps and not diverged_at:
                 diverged_at = row["step"] - self.progress.bad_steps + 1
-        self.tracker.log_steps(rows)
+        self.logs.log_steps(rows)
+        if self.trackers is not None:
+            self.trackers.steps(rows)
         self.console.steps(rows[-1], done, self.progress.train_seconds, self.spent.waiting())
         if diverged_at:
             raise self._diverged(diverged_at)
@@ -193,7 +198,9 @@ class Journal:
         }
         judged = result.get("ema_top1", result["val_top1"])
         is_best = judged > progress.best_top1
-        self.tracker.end_epoch(row)
+        self.logs.end_epoch(row)
+        if self.trackers is not None:
+            self.trackers.epoch(row)
         self.console.end_epoch(row, is_best)
         self._seconds_before += row["seconds"]
         if self.pictures is not None:

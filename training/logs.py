@@ -139,13 +139,13 @@ def _launch(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-class Tracker:
+class RunLogs:
     """Logs one dict per step and one per finished epoch. `folder` is None on all ranks but 0; these write nothing."""
 
     def __init__(self, folder: Path | None, ledger: bool) -> None:
         self.folder = folder
         self.ledger = ledger
-        self.logs = [folder / name for name in LOGS] if folder else []
+        self.paths = [folder / name for name in LOGS] if folder else []
 
     def rewind(self, step: int, epoch: int) -> None:
         """Remove log entries after this step, and epochs after this one, because a resume will log them again."""

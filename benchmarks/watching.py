@@ -1,0 +1,138 @@
+"""What it costs a step that a run is watched: its pictures and report, the bar of a terminal, and each tracker.
+
+    uv run python benchmarks/watching.py
+
+Runs of main.py in one process, turn by turn: one that draws nothing and prints into nowhere, and the same run with one
+thing more. The time of a step is read from metrics.jsonl, from the second epoch on: the median of the steps, and their
+mean, which has the pauses too. Imports and what trackers do at the start lie before that; a first round is not counted.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import pty
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+import torch
+
+import main
+import visualization
+from benchmarks.common import installed_versions, record, spread_of
+
+OURS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+@dataclass
+class System:
+    """A way to watch, and of each round the milliseconds of a step: their median, and their mean."""
+
+    title: str
+    flags: Sequence[str] = ()
+    is_bare: bool = True
+    on_terminal: bool = False
+    medians: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+
+
+SYSTEMS = (
+    System("none"),
+    System("none, again"),
+    System("the bar of a terminal", on_terminal=True),
+    System("pictures and report, which every run has", is_bare=False),
+    *(System(name, ("--track", name)) for name in OURS),
+    System("all of these", ("--track", ",".join(OURS)), is_bare=False, on_terminal=True),
+)
+
+
+def measure() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--epochs", type=int, default=11, help="the first is not counted")
+    flags.add_argument("--threads", type=int, default=2)
+    flags.add_argument("--flags", default="--log_steps 10", help="of main.py, beside these")
+    given = flags.parse_args()
+    load = os.getloadavg()[0]
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"WANDB_MODE": "offline", "TRACKIO_DIR": f"{folder}/trackio"}
+        for number in range(given.rounds + 1):
+            for system in SYSTEMS:
+                times = steps_of(system, Path(folder), given.epochs if number else 2, given.flags.split())
+                if number:
+                    system.medians.append(median(times))
+                    system.means.append(mean(times))
+            print(f"round {number} of {given.rounds} is done", file=sys.stderr)
+    set_up = (
+        f"ResNet-20 on digits, batch 64, {given.flags}; {given.epochs - 1} epochs of 22 steps count in each run; "
+        f"{given.threads} threads for torch; {given.rounds} rounds in turn; load average {load:.1f} before. A ratio is "
+        "that of a round to `none` of the same round; those of `none, again` tell the noise."
+    )
+    record("Watching a run", set_up, rows(), versions())
+
+
+def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> list[float]:
+    """Milliseconds of each step of a run from the second epoch on, those of its evaluations and snapshots left out."""
+    run = folder / f"run {len(list(folder.iterdir()))}"  # MLflow remembers a store by its path
+    with contextlib.ExitStack() as stack:
+        if system.is_bare:
+            for name in ("samples", "curves", "report"):
+                stack.enter_context(mock.patch.object(visualization.RunPictures, name))
+        if system.on_terminal:
+            master, terminal = pty.openpty()
+            out = stack.enter_context(open(terminal, "w"))
+            threading.Thread(target=swallow, args=(master,), daemon=True).start()
+        else:
+            out = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        flags = ["--epochs", str(epochs), "--run_dir", str(run), *more, *system.flags]
+        if status := main.main(flags):
+            raise SystemExit(f"{system.title}: status {status} of {shlex.join(flags)}")
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(run / "snapshots")
+    pairs = itertools.pairwise(found)
+    return [1000 * (b["seconds"] - a["seconds"]) for a, b in pairs if a["epoch"] == b["epoch"] > 1]
+
+
+def swallow(master: int) -> None:
+    """Read what a program writes to its terminal, until it ends."""
+    try:
+        while os.read(master, 65536):
+            pass
+    except OSError:
+        os.close(master)
+
+
+def rows() -> str:
+    lines = ["| watched by | ms a step, median | over none: median (min to max) | mean over none |", "|" + " --- |" * 4]
+    for system in SYSTEMS:
+        cells = [system.title, f"{median(system.medians):.2f}"]
+        for mine, none in ((system.medians, SYSTEMS[0].medians), (system.means, SYSTEMS[0].means)):
+            ratios = [a / b for a, b in zip(mine, none, strict=True)]
+            cells.append("" if system is SYSTEMS[0] else spread_of(ratios, "{:.3f}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("tensorboard", "wandb", "trackio", "mlflow-skinny")
+    return installed_versions() | {name: version(name) for name in names}
+
+
+if __name__ == "__main__":
+    measure()
