@@ -1,4 +1,4 @@
-"""What --dataset, --model, --augment and --scheduler choose from, and what a file in extensions/ adds to it.
+"""What --dataset, --model, --augment, --scheduler and --track choose from, and what a file in extensions/ adds to it.
 
 See docs/EXTENDING.md. What is built in is registered here by name, and gets its meaning where it is made, so that
 --help imports nothing large.
@@ -111,6 +111,7 @@ MODELS = Registry[Callable[..., "nn.Module"]](
 )
 SCHEDULES = Registry[Schedule]("--scheduler", ("onecycle", "cosine", "linear", "step", "trapezoid"))
 AUGMENTATIONS = Registry[Augmentation]("--augment")
+TRACKERS = Registry[type[Any]]("--track", ("tensorboard", "wandb", "trackio", "mlflow"))
 
 
 def model_choice(name: str) -> str:
@@ -159,3 +160,8 @@ def augmentation(name: str, draws: int = 1) -> Callable[[Function], Function]:
         return function
 
     return register
+
+
+def tracker(name: str) -> Callable[[type[Any]], type[Any]]:
+    """Registers a class that takes the numbers and pictures of a run, see `Tracker` in tracking/tracker.py."""
+    return TRACKERS.register(name)

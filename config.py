@@ -8,13 +8,12 @@ from typing import Any
 
 import recipe
 from checks import require_consistency, require_even_shares
-from choices import AUGMENTATIONS, DATASETS, MODELS, SCHEDULES, model_choice
+from choices import AUGMENTATIONS, DATASETS, MODELS, SCHEDULES, TRACKERS, model_choice
 from defaults import first_guess, fit_to
 from errors import SnapshotError, UsageError, printable
 from flags import (
     FROM_PRESET,
     SIZE_STEP,
-    augmentations_list,
     channels,
     check_bounds,
     epochs_list,
@@ -22,6 +21,7 @@ from flags import (
     learning_rate,
     model_name,
     parser_of,
+    several_of,
     size_points,
     sizes_list,
 )
@@ -33,7 +33,18 @@ COMMON = (  # what --help shows; --help_all shows every flag
     *("num_workers", "auto_augment", "mixup", "cutmix", "model", "use_pretrained", "freeze_backbone", "recipe"),
     *("epochs", "batch_size", "lr", "lr_from", "optimizer", "weight_decay", "label_smoothing", "ema_decay", "amp"),
     *("compile", "device", "seed", "scheduler", "warmup_epochs", "run_dir", "resume_from", "override", "evaluate"),
-    *("save_best", "snapshot_steps", "early_stop", "dry_run", "doctor", "quiet", "verbose", "compare", "debug"),
+    *(
+        "save_best",
+        "snapshot_steps",
+        "early_stop",
+        "dry_run",
+        "doctor",
+        "quiet",
+        "verbose",
+        "track",
+        "compare",
+        "debug",
+    ),
 )
 OTHER_DATA = "data=changed"  # what --override takes beside settings
 
@@ -73,7 +84,7 @@ class Config:
     max_bad_fraction: float = flag("data", "stop when more than this fraction of an epoch's images cannot be read", 0.001, on_resume="kept", least=0, most=1)
     num_workers: int = flag("data", "decoding processes of each rank; 0 decodes in the training thread", FROM_PRESET, on_resume="forgotten", short="the cores of this machine, shared among its processes", least=0)
     auto_augment: str | None = flag("augmentation", "ta_wide (TrivialAugment), ra-n2-m9 (torchvision's RandAugment) or rand-m7-n2-mstd0.5-inc1 (timm's)", None)
-    augment: str | None = flag("augmentation", "augmentations of your own, from files in extensions/, in this order before --random_erasing", None, type=augmentations_list, metavar="NAME,...", names=AUGMENTATIONS)
+    augment: str | None = flag("augmentation", "augmentations of your own, from files in extensions/, in this order before --random_erasing", None, type=several_of(AUGMENTATIONS), metavar="NAME,...", names=AUGMENTATIONS)
     random_erasing: float = flag("augmentation", "probability that a box of a training image is erased", 0.0, least=0, most=1)
     color_jitter: str | None = flag("augmentation", "random brightness, contrast, saturation and hue: up to four shares such as 0.4,0.4,0.4,0.1", None, metavar="X,X,X,X")
     mixup: float = flag("augmentation", "mix images of a step, with shares from Beta(X, X)", 0.0, least=0)
@@ -166,7 +177,7 @@ class Config:
     doctor: bool = flag("run", "report on this machine, the Hub and what will be slow or fail here, then stop", False, on_resume="forgotten")
     quiet: bool = flag("run", "print a line an epoch, warnings, errors and the last lines only", False, on_resume="forgotten")
     verbose: bool = flag("run", "print all that there is to say: a line every --log_steps, more about streaming and time", False, on_resume="forgotten")
-    track: str | None = flag("run", "also send numbers, pictures and the report to tensorboard, wandb, trackio or mlflow", None, on_resume="kept", metavar="NAME,NAME")
+    track: str | None = flag("run", "also send numbers, pictures and the report to these trackers, several with commas between", None, on_resume="kept", type=several_of(TRACKERS), metavar="NAME,...", names=TRACKERS)
     compare: Sequence[str] = flag("run", "tell what sets these runs apart and what came of each, write compare.html here, and stop", (), nargs="+", metavar="RUN", on_resume="forgotten")
     debug: bool = flag("run", "show tracebacks", False, on_resume="forgotten")
     # fmt: on

@@ -20,6 +20,7 @@ import speed
 from choices import DATASETS
 from config import Config
 from errors import UsageError, redact
+from flags import listed
 from machine import Gpu, Machine
 from pages.markup import duration
 from preflight import as_size, free_bytes
@@ -28,7 +29,7 @@ from stream import jpeg, reach
 from stream.cache import FileStore
 from stream.decode_pool import PROCESS_BYTES
 from stream.reach import Reach
-from tracking.clients import describe, names_of
+from tracking.clients import describe
 
 OK, NOTE, WARNING = "ok", "note", "warning"
 PACKAGES = ("torchvision", "datasets", "huggingface_hub", "opencv-python-headless", "albumentations", "turbojpeg")
@@ -132,7 +133,7 @@ def find(config: Config, measured: Config) -> Facts:
         compiler=next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None),
         disks={use: _room(folder) for use, folder in _folders(config).items()},
         packages={name: machine.package_version(name) for name in (*PACKAGES, *OPTIONAL)},
-        trackers=[describe(name) for name in names_of(config.track)],
+        trackers=[describe(name) for name in listed(config.track)],
     )
 
 

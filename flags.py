@@ -5,11 +5,11 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, field, fields
 from typing import Any
 
-from choices import AUGMENTATIONS, DATASETS, MODELS, model_choice
+from choices import DATASETS, MODELS, model_choice
 from errors import UsageError
 from registry import Registry
 
@@ -59,11 +59,21 @@ def model_name(text: str) -> str:
     return text
 
 
-def augmentations_list(text: str) -> str:
-    names = [AUGMENTATIONS.require(name) for name in text.split(",")]
-    if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text} names an augmentation twice")
-    return text
+def several_of(names: Registry[Any]) -> Callable[[str], str]:
+    """Takes a list of different names, with commas between."""
+
+    def take(text: str) -> str:
+        found = [names.require(name) for name in listed(text)]
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text} names something twice")
+        return text
+
+    return take
+
+
+def listed(text: str | None) -> list[str]:
+    """The names in a list with commas between, none if there is no list."""
+    return text.split(",") if text else []
 
 
 def sizes_list(text: str) -> str:

@@ -33,6 +33,7 @@ import evaluate
 import run_lr_finder
 from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, greet, leave, run_front_door
+from flags import listed
 from registry import load_extensions
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _run(argv: list[str]) -> None:
     import distributed
     from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
-    from tracking.clients import names_of, require_packages
+    from tracking.clients import require_packages
     from training.console import header
     from training.step import build_training
 
@@ -83,7 +84,7 @@ def _run(argv: list[str]) -> None:
     with distributed.announced("for the snapshot or the weights to start from"):
         config, snapshot, source = _settings(given)
     if os.environ.get("RANK", "0") == "0":
-        require_packages(names_of(config.track))
+        require_packages(listed(config.track))
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     if config.recipe:
@@ -226,7 +227,6 @@ def _fit(
 ) -> None:
     import distributed
     from distributed import print0
-    from tracking.clients import names_of
     from tracking.runner import Trackers
     from train import Run, fit
     from training.console import header, plan_lines
@@ -245,7 +245,7 @@ def _fit(
     schedule = build_schedule(training.optimizer, config, progress.lr, steps, progress.step)
     plan = describe_schedule(config, config.epochs * steps)
     on_rank0 = distributed.rank() == 0
-    trackers = Trackers(names_of(config.track) if on_rank0 else (), folder)
+    trackers = Trackers(listed(config.track) if on_rank0 else (), folder)
     header([f"schedule  {plan}", *plan_lines(config, steps, folder), *trackers.lines()], config)
     if config.plot_schedule and on_rank0:
         _draw_schedule(config, progress.lr, steps, folder / "plots" / "schedule.png")

@@ -18,6 +18,7 @@ import distributed
 from choices import AUGMENTATIONS, DATASETS
 from config import Config
 from errors import DataError, UsageError
+from flags import listed
 from open_data import open_sets, with_val_share
 from stream import inventory
 from stream.augment import Augment, BatchAugment, Chain, Registered
@@ -114,7 +115,7 @@ def _policy(config: Config) -> list[BatchAugment]:
 
 
 def _registered(config: Config) -> list[BatchAugment]:
-    names = config.augment.split(",") if config.augment else []
+    names = listed(config.augment)
     return [Registered(config.seed, name, AUGMENTATIONS[name].function, AUGMENTATIONS[name].draws) for name in names]
 
 

@@ -260,7 +260,7 @@ def test_two_ranks_see_the_images_of_one(copy: Copy, whole: Path) -> None:
         ("--model smal_cnn", "--model has no choice smal_cnn; did you mean small_cnn?"),
         ("--model keras:x", "--model has no choice keras:NAME"),
         ("--augment solarise", "--augment has no choice solarise; did you mean solarize?"),
-        ("--augment same,same", "names an augmentation twice"),
+        ("--augment same,same", "names something twice"),
         ("--scheduler rot", "--scheduler has no choice rot; did you mean root?"),
         ("--scheduler cosin", "--scheduler has no choice cosin; did you mean cosine?"),
         ("--model small_cnn --drop_path 0.1", "--drop_path is nothing that --model small_cnn takes"),

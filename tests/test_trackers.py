@@ -19,9 +19,11 @@ from program import ROOT, TIMEOUT, cut, environment, ledger, metrics, run, start
 from test_secrets import SECRETS, forms, leaks
 
 import tracking.clients  # registers them
+from choices import TRACKERS
 from tracking import runner
-from tracking.choices import TRACKERS, Tracker, describe
+from tracking.clients import describe
 from tracking.runner import Trackers, scalars_of_epoch, scalars_of_step
+from tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -100,6 +102,7 @@ def rows_told() -> Rows:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
     monkeypatch.setattr(TRACKERS, "_choices", {**TRACKERS._choices, "recorder": Recorder})
+    monkeypatch.setattr(TRACKERS, "_names", {**TRACKERS._names, "recorder": None})
     monkeypatch.setattr(Recorder, "release", threading.Event())
     yield Recorder
     Recorder.release.set()
@@ -211,7 +214,11 @@ def test_other_ranks_have_no_tracker(recorder: type[Recorder], tmp_path: Path) -
 
 def test_an_unknown_tracker_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     done = run(*SMALL, "--track", "tensorboard,wandbb", "--run_dir", tmp_path / "run")
-    assert (done.status, done.err) == (2, "error: --track has no choice wandbb; did you mean wandb\n")
+    assert done.status == 2
+    assert (
+        done.err == "error: --track has no choice wandbb; did you mean wandb? "
+        "there are tensorboard, wandb, trackio, mlflow\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -396,7 +403,8 @@ def test_mlflow_goes_on_with_its_run_and_reads_the_logs(tmp_path: Path, monkeypa
 HANGING = """
 import atexit, sys, threading, time
 import errors, main
-from tracking.choices import TRACKERS, Tracker
+from choices import TRACKERS
+from tracking.tracker import Tracker
 
 @TRACKERS.register("hanging")
 class Hanging(Tracker):

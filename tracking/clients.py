@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from choices import TRACKERS
 from errors import redact
-from tracking.choices import TRACKERS, Tracker
-from tracking.choices import describe as describe
-from tracking.choices import names_of as names_of
-from tracking.choices import require_packages as require_packages
+from tracking.tracker import Tracker
+from tracking.tracker import describe as describe
+from tracking.tracker import require_packages as require_packages
 
 PROJECT = "imagenet1k"
 BATCH = 1000  # numbers that MLflow takes at once
 
 
-@TRACKERS.register("tensorboard")
+@TRACKERS.define("tensorboard")
 class TensorBoard(Tracker):
     needs = ("tensorboard",)
     packages = ("tensorboard",)
@@ -89,7 +89,7 @@ class TensorBoard(Tracker):
         return shlex.join(["tensorboard", "--logdir", str(run_dir / "tracking" / "tensorboard")])
 
 
-@TRACKERS.register("wandb")
+@TRACKERS.define("wandb")
 class WeightsAndBiases(Tracker):
     needs = ("wandb",)
     packages = ("wandb",)
@@ -166,7 +166,7 @@ def _wandb_mode() -> tuple[str, str]:
     return "offline", "no key is found; wandb login stores one"
 
 
-@TRACKERS.register("trackio")
+@TRACKERS.define("trackio")
 class Trackio(Tracker):
     needs = ("trackio",)
     packages = ("trackio",)
@@ -216,7 +216,7 @@ class Trackio(Tracker):
         return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {shlex.quote(project)}"
 
 
-@TRACKERS.register("mlflow")
+@TRACKERS.define("mlflow")
 class MLflow(Tracker):
     needs = ("mlflow", "sqlalchemy", "alembic")  # the last two for the store in the run's folder
     packages = ("mlflow-skinny", "sqlalchemy", "alembic")

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from choices import TRACKERS
 from distributed import announced
 from errors import abandon, complain, printable, redact
 from stream.files import read_small, write_durably
-from tracking.choices import TRACKERS, Tracker
+from tracking.tracker import Tracker
 
 MOST_WAITING = 1000  # calls; what comes while as many wait is left out
 FINISH_SECONDS = 20.0  # that the end of a run waits for trackers

@@ -1,16 +1,16 @@
-"""The choices of --track: what a tracker is, which there are, and which of them can be used on this machine."""
+"""What a tracker is, and whether it can be used on this machine."""
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from choices import TRACKERS
 from errors import UsageError
-from registry import Registry
 
 
 class Tracker:
-    """Takes the numbers and pictures of a run. A subclass, registered with `@TRACKERS.register("name")`, is a choice.
+    """Takes the numbers and pictures of a run. A subclass that `choices.tracker` registers is a choice.
 
     Every method is called by one thread, which is the tracker's own. It may take its time, raise or hang: training does
     not notice. Libraries are imported in `start`, not at the top of a file.
@@ -52,17 +52,6 @@ class Tracker:
     def mode(cls) -> str:
         """How it would work now, if there is something to tell."""
         return ""
-
-
-TRACKERS: Registry[type[Tracker]] = Registry("--track")
-
-
-def names_of(text: str | None) -> list[str]:
-    """The names in a comma list, each once. Raises UsageError for one that nobody registered."""
-    names = list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
-    for name in names:
-        TRACKERS[name]
-    return names
 
 
 def require_packages(names: list[str]) -> None:
