@@ -3,8 +3,8 @@
     uv run python benchmarks/watching.py
 
 Runs of main.py in one process, turn by turn: one that draws nothing and prints into nowhere, and the same run with one
-thing more. The time of a step is read from metrics.jsonl, from the second epoch on: the median of the steps, and their
-mean, which has the pauses too. Imports and what trackers do at the start lie before that; a first round is not counted.
+thing more. The time of a step is read from metrics.jsonl, in the second half of the epochs: the median of the steps, and
+their mean, which has the pauses too. What trackers do at the start lies before that; a first round is not counted.
 """
 
 import argparse
@@ -61,7 +61,7 @@ SYSTEMS = (
 def measure() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--rounds", type=int, default=5)
-    flags.add_argument("--epochs", type=int, default=11, help="the first is not counted")
+    flags.add_argument("--epochs", type=int, default=16, help="of which the second half counts")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--flags", default="--log_steps 10", help="of main.py, beside these")
     given = flags.parse_args()
@@ -77,7 +77,7 @@ def measure() -> None:
                     system.means.append(mean(times))
             print(f"round {number} of {given.rounds} is done", file=sys.stderr)
     set_up = (
-        f"ResNet-20 on digits, batch 64, {given.flags}; {given.epochs - 1} epochs of 22 steps count in each run; "
+        f"ResNet-20 on digits, batch 64, {given.flags}; {given.epochs // 2} epochs of 22 steps count in each run; "
         f"{given.threads} threads for torch; {given.rounds} rounds in turn; load average {load:.1f} before. A ratio is "
         "that of a round to `none` of the same round; those of `none, again` tell the noise."
     )
@@ -85,7 +85,7 @@ def measure() -> None:
 
 
 def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> list[float]:
-    """Milliseconds of each step of a run from the second epoch on, those of its evaluations and snapshots left out."""
+    """Milliseconds of each step of a run in the second half of its epochs, those of its evaluations and snapshots left out."""
     run = folder / f"run {len(list(folder.iterdir()))}"  # MLflow remembers a store by its path
     with contextlib.ExitStack() as stack:
         if system.is_bare:
@@ -104,7 +104,7 @@ def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> 
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(run / "snapshots")
     pairs = itertools.pairwise(found)
-    return [1000 * (b["seconds"] - a["seconds"]) for a, b in pairs if a["epoch"] == b["epoch"] > 1]
+    return [1000 * (b["seconds"] - a["seconds"]) for a, b in pairs if a["epoch"] == b["epoch"] > epochs // 2]
 
 
 def swallow(master: int) -> None:

@@ -345,7 +345,7 @@ def mlflow_rows(folder: Path, run_id: str) -> Rows:
 
 @pytest.mark.slow
 def test_after_a_kill_and_a_resume_each_client_reads_the_logs_and_no_step_twice_and_no_secret(tmp_path: Path) -> None:
-    folder, names = tmp_path / "run", ("tensorboard", "wandb", "trackio")
+    folder, names = tmp_path / "a run", ("tensorboard", "wandb", "trackio")
     flags = (*SMALL[2:], "--max_samples", 160, "--epochs", 12, "--snapshot_steps", 7, "--track", ",".join(names))
     env: dict[str, Any] = SECRETS | {"HOME": str(tmp_path), "WANDB_MODE": "offline", "NO_PROXY": "127.0.0.1"}
     process = start(*flags, "--run_dir", folder, **env)

@@ -206,7 +206,7 @@ class Trackio(Tracker):
 
     def finish(self, report: Path | None, complete: bool) -> None:
         if report is not None:
-            self._run.log_artifact(str(report), name=f"{self._run.name}-report", type="report")
+            self._run.log_artifact(str(report), name=f"report-{self._run.id}", type="report")
         self._run.finish()  # type: ignore[no-untyped-call]
 
     @classmethod
