@@ -18,7 +18,7 @@ Choice = TypeVar("Choice")
 
 
 class Registry(Generic[Choice]):
-    """The choices of one kind, by name. Registering is done with a decorator: `@TRACKERS.register("name")`."""
+    """The choices of one kind, by name. `register` and `define` are decorators."""
 
     def __init__(self, flag: str, built_in: Iterable[str] = ()) -> None:
         """`flag` is the one that takes these names; the `built_in` ones are known before `define` gives them a meaning,

@@ -29,6 +29,7 @@ from program import (
     environment,
     ledger,
     metrics,
+    results,
     run,
     snapshot_path,
     tensors,
@@ -149,7 +150,7 @@ def whole(copy: Copy) -> Path:
 
 @pytest.mark.slow
 def test_each_file_of_the_guide_is_whole_and_short_and_prints_what_the_guide_says(printed: dict[str, str]) -> None:
-    assert [*FILES] == ["stripes.py", "listed.py", "small_cnn.py", "solarize.py", "root.py"]
+    assert [*FILES] == ["stripes.py", "listed.py", "small_cnn.py", "solarize.py", "root.py", "bars.py"]
     assert max(text.count("\n") for text in FILES.values()) < 30
     told = [line for block in re.findall(r"```text\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
     assert len(told) > 8
@@ -171,6 +172,16 @@ def test_the_schedule_is_its_formula_at_every_step(copy: Copy) -> None:
     warmup = [(step + 1) / 22 for step in range(22)]
     assert rates == [0.1 * factor for factor in (*warmup, *(1 - math.sqrt(step / 44) for step in range(44)))]
     assert (copy.folder / "runs" / "root" / "plots" / "schedule.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("printed")
+def test_the_tracker_has_the_accuracy_of_each_epoch_after_a_resume_too(copy: Copy) -> None:
+    run_dir = copy.folder / "runs" / "bars"
+    copy.done("main.py", "--resume_from", run_dir, "--override", "epochs=3", "--override", "scheduler=cosine")
+    bars = [f"{int(row['step']):6} {'#' * round(50 * float(row['val_top1']))}" for row in results(run_dir)]
+    assert len(bars) == 3
+    assert (run_dir / "bars.txt").read_text().splitlines() == bars
 
 
 @pytest.mark.slow

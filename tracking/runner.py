@@ -48,6 +48,8 @@ class Trackers:
         Where a tracker lacks earlier numbers, it gets them from the logs. `anew` makes a new run of one that cannot
         take back the steps after `step`: they will differ.
         """
+        if self._names:
+            import matplotlib.figure  # noqa: F401 (what a thread imports while another does may be half of it)
         self._step = step
         self._workers = [_Worker(name, self._folder, step, anew) for name in self._names]
         for worker in self._workers:
