@@ -106,6 +106,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
     monkeypatch.setattr(Recorder, "release", threading.Event())
     yield Recorder
     Recorder.release.set()
+    for thread in threading.enumerate():
+        if thread.name == "track recorder":  # it would do what the next test asks for
+            thread.join(10)
 
 
 @pytest.fixture(scope="module")
