@@ -112,7 +112,7 @@ def test_a_run_is_resumed_twice(digits: Path, tmp_path: Path) -> None:
 def test_a_finished_run_has_nothing_left_to_do(digits: Path, tmp_path: Path) -> None:
     copy = cut(digits, STEPS, tmp_path / "copy")
     done = train("--resume_from", copy)
-    assert "nothing left to do" in done.out
+    assert "nothing left to do: all 2 epochs are done; --override epochs=N trains longer" in done.out
     assert_same_run(copy, digits)
 
 

@@ -201,7 +201,7 @@ def plan_lines(config: Config, steps: int, folder: Path) -> list[str]:
     """How much will be trained, what is logged, and how to stop and go on."""
     often = f", and every {config.snapshot_steps} steps" if config.snapshot_steps else ""
     lines = [
-        f"plan      {config.epochs} epochs x {steps:,} steps of {config.batch_size} images = "
+        f"plan      {config.epochs} epoch{'s' * (config.epochs > 1)} x {steps:,} steps of {config.batch_size} images = "
         f"{config.epochs * steps:,} steps; a snapshot after each epoch{often}",
         f"stop      Ctrl-C: it writes a snapshot, and {resume_command(folder)} goes on",
     ]

@@ -69,7 +69,9 @@ class Progress:
     def why_over(self, config: Config) -> str:
         """Why nothing is left to do; empty while there is."""
         if self.epoch >= config.epochs:
-            return f"all {config.epochs} epochs are done"
+            longer = "--extend_epochs N" if config.scheduler == "trapezoid" else "--override epochs=N"
+            done = "the epoch is" if config.epochs == 1 else f"all {config.epochs} epochs are"
+            return f"{done} done; {longer} trains longer"
         if 0 < config.early_stop <= self.stale_epochs:
             better = f"no better {'ema' if config.ema_decay else 'val'}_top1 than {self.highest_top1:.2%}"
             return f"{better} in {self.stale_epochs} epochs; a larger --early_stop goes on, --early_stop 0 to the end"
