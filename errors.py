@@ -16,8 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import output
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _is_abandoned = False
 
@@ -85,7 +87,7 @@ def greet(arguments: Sequence[str]) -> None:
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """Handles SIGTERM and SIGUSR1 while there is nothing to save yet."""
+    """Handles signals but SIGINT while there is nothing to save yet."""
     complain(f"stopped by {signal.Signals(signum).name}")
     os._exit(128 + signum)
 
@@ -129,11 +131,11 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not every name that is printed is UTF-8, nor every terminal
-        sys.stdout.reconfigure(errors="backslashreplace")
+    output.last()
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, _leave)
+    for signum in handlers.keys() - {signal.SIGINT}:
+        if handlers[signum] != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(signum, _leave)
     try:
         run()
         sys.stdout.flush()

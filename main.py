@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import config as configuration
 import evaluate
+import output
 import run_lr_finder
 from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, greet, leave, run_front_door
@@ -72,6 +73,7 @@ def _run(argv: list[str]) -> None:
         evaluate.evaluate(evaluate.flags_of_main(given, str(source)))
         return
 
+    output.outlive()
     greet(argv)
     import distributed
     from preflight import describe_data, in_passes_that_fit

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config as configuration
+import output
 from config import Config
 from errors import Interrupted, UsageError, greet, run_front_door
 from registry import load_extensions
@@ -45,6 +46,7 @@ def _run(argv: list[str]) -> None:
     if given.get("dry_run") or given.get("doctor"):
         raise UsageError("--dry_run and --doctor are for main.py; the finder has nothing to rehearse")
 
+    output.outlive()
     greet(argv)
     import distributed
     from preflight import describe_data, in_passes_that_fit

@@ -21,6 +21,7 @@ LAYERS = (
     {"choices"},
     {"registry", "defaults"},
     {"errors"},
+    {"output"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import distributed
+import output
 from config import Config
 from errors import UsageError, complain, printable, redact
 from registry import LOADED
@@ -73,6 +74,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
             _note_launch(folder / "config.json", config, argv)
         except OSError as error:
             raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
+        output.outlive(folder / "console.log")
         distributed.print0(f"run       {folder}")
         yield folder
 

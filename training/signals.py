@@ -23,10 +23,14 @@ class StopRequest:
 
     @classmethod
     def listening(cls, *loaders: Loader) -> "StopRequest":
-        """Handle SIGTERM, SIGINT and SIGUSR1 (Slurm's) from now on; after one the loaders stop waiting for data."""
+        """Handle SIGNALS from now on, but those that this process was told to ignore.
+
+        After one the loaders stop waiting for data.
+        """
         stop = cls()
         for number in SIGNALS:
-            signal.signal(number, stop._note)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, stop._note)
         for loader in loaders:
             loader.should_stop = lambda: bool(stop.signum)
         return stop
