@@ -1,6 +1,6 @@
 """Shells around a run, each of which takes something away from it; every run must be the undisturbed one.
 
-    uv run python tests/shell_sweep.py
+uv run python tests/shell_sweep.py
 """
 
 import os

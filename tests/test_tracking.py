@@ -257,6 +257,16 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> 
     assert "\n" not in str(refusal.value)
 
 
+def test_two_runs_of_one_second_have_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260102-030405")
+    names = []
+    for _ in range(3):
+        with open_run_folder(resolve({}), None, ()) as folder:
+            names.append(str(folder))
+    assert names == [f"runs/digits-20260102-030405{end}" for end in ("", "-2", "-3")]
+
+
 def test_a_stopwatch_goes_on_from_an_earlier_process() -> None:
     first, second = Stopwatch(100.0), Stopwatch()
     assert first.seconds() >= 100.0 > second.seconds() >= 0.0

@@ -51,11 +51,11 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
     A run that extends the `resumed` one is a new run, with a copy of the other's past.
     Raises UsageError when the folder cannot be written, is in use by another process, or holds another run.
     """
-    new = Path("runs") / f"{config.dataset_id.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
     extended = resumed if config.extend_epochs else None
     if extended:
-        resumed, new = None, extended.with_name(f"{extended.name}-{config.epochs}_epochs")
-    folder = Path(distributed.from_rank0(lambda: config.run_dir or str(resumed or new)))
+        resumed, longer = None, extended.with_name(f"{extended.name}-{config.epochs}_epochs")
+    told = config.run_dir or resumed or (extended and longer)
+    folder = Path(distributed.from_rank0(lambda: str(told or _new_folder(config.dataset_id))))
     if distributed.rank():
         yield folder
         return
@@ -77,6 +77,20 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
         output.outlive(folder / "console.log")
         distributed.print0(f"run       {folder}")
         yield folder
+
+
+def _new_folder(dataset: str) -> Path:
+    """A new folder, named by the dataset and the time; a number tells runs of one second apart. Raises UsageError."""
+    name = f"{dataset.rstrip('/').split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for folder in (Path("runs") / f"{name}{number}" for number in ("", *(f"-{n}" for n in range(2, 1000)))):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
+        return folder
+    raise UsageError(f"runs/{name} cannot be made; give a --run_dir")
 
 
 def _claim(lock: IO[str], folder: Path) -> None:
