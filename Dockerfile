@@ -1,14 +1,14 @@
 # docker build -t imagenet1k .
-# docker run --gpus all --ipc host --user "$(id -u)" -e HF_TOKEN -v "$PWD/runs:/work/runs" imagenet1k --dataset imagenet1k --amp
+# mkdir -p runs && docker run --gpus all --ipc host --user "$(id -u)" -e HF_TOKEN -v "$PWD/runs:/work/runs" imagenet1k --dataset imagenet1k --amp
 #
 # --ipc host: decoding processes hand over batches in shared memory, of which a container has 64 MB. Other programs:
 # docker run ... --entrypoint python imagenet1k /app/evaluate.py runs/NAME
-FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # The compiler is for --compile. torch brings CUDA's libraries along.
 RUN apt-get update && apt-get install -y --no-install-recommends python3-dev gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY --from=ghcr.io/astral-sh/uv:latest /uv /usr/local/bin/uv
+COPY --from=ghcr.io/astral-sh/uv:0.13 /uv /usr/local/bin/uv
 
 WORKDIR /app
 COPY requirements.txt .

@@ -41,8 +41,15 @@ def _letter(number: int) -> str:
 def settings(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
     """The settings in which the runs differ, each with its values."""
     names = [name for name in Config.__dataclass_fields__ if name not in NO_SETTINGS]
-    values = ((name, [str(run.config.get(name)) for run in runs]) for name in names)
+    values = ((name, [_told(run, name) for run in runs]) for name in names)
     return [(name, told) for name, told in values if len(set(told)) > 1]
+
+
+def _told(run: History, name: str) -> str:
+    """A setting as it was trained with: of the rate and the model what they came to, where that is known."""
+    value = run.resolved.get(name) if name in ("lr", "model") else None
+    value = run.config.get(name) if value is None else value
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def results(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
@@ -56,7 +63,7 @@ def results(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
             "last top-1": f"{last[run.judged]:.2%}" if last else "",
             "last val loss": f"{last['val_loss']:.4f}" if last else "",
             "last train loss": f"{last['train_loss']:.4f}" if last else "",
-            "epochs": f"{len(run.epochs)} of {run.config['epochs']}",
+            "epochs done": f"{len(run.epochs)} of {run.config['epochs']}",
             "images/s": f"{last['images_per_s']:,.0f}" if last else "",
             "time": duration(sum(row["seconds"] for row in run.epochs)) if last else "",
         }

@@ -19,12 +19,14 @@ from flags import (
     epochs_list,
     flag,
     learning_rate,
+    listed,
     model_name,
     parser_of,
     several_of,
     size_points,
     sizes_list,
 )
+from registry import Registry
 
 FEWEST_LR_STEPS = 16
 FITTED = frozenset({"batch_size", "streams", "epochs"})  # fitted to a small set where they are not given
@@ -305,6 +307,8 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
     try:
         _require_extensions(kept)
+        if "track" not in given and (gone := [name for name in listed(kept.get("track")) if name not in TRACKERS]):
+            raise UsageError(f"--track {gone[0]} of this run is not known here; give other ones, or none with --track=")
         if "extend_epochs" in given:
             kept["epochs"] += given["extend_epochs"]
         return resolve(kept | new | insisted)
@@ -313,9 +317,15 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
 
 
 def _require_extensions(saved: Mapping[str, Any]) -> None:
-    """Refuse the settings of a run whose dataset or model is not registered here."""
-    for registry, name in ((DATASETS, saved["dataset"]), (MODELS, saved["model"])):
-        if model_choice(str(name)) not in registry:
+    """Refuse the settings of a run that name what is not registered here."""
+    used: list[tuple[Registry[Any], Any]] = [
+        (DATASETS, saved["dataset"]),
+        (MODELS, saved["model"]),
+        (SCHEDULES, saved["scheduler"]),
+    ]
+    used += [(AUGMENTATIONS, name) for name in listed(saved.get("augment"))]
+    for registry, name in used:
+        if (model_choice(str(name)) if registry is MODELS else name) not in registry:
             raise UsageError(
                 f"{registry.flag} {printable(str(name))} of this run is not known here; put the file that registers it back "
                 "into extensions/"

@@ -55,8 +55,7 @@ def epochs_list(text: str) -> str:
 
 
 def model_name(text: str) -> str:
-    MODELS.require(model_choice(text))
-    return text
+    return text if model_choice(text) in MODELS else MODELS.require(text)
 
 
 def several_of(names: Registry[Any]) -> Callable[[str], str]:
@@ -153,6 +152,7 @@ class _Parser(argparse.ArgumentParser):
         """Give the rare flags, which --help leaves out, their help."""
         for action, text in self.rare.items():
             action.help = text
+        self.epilog = None
 
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message}; {self._nearest(message)}see --help")
@@ -209,9 +209,9 @@ def parser_of(
         result.add_argument(
             "--help_all", action=_HelpAll, nargs=0, help="show every flag, not only the usual ones", **once
         )
-    shells = ("bash", "zsh", "tcsh")
-    text = f'print what completes the flags of {prog} in a shell: eval "$(./{prog} --print_completion bash)"'
-    result.add_argument("--print_completion", action=_PrintCompletion, choices=shells, help=text, **once)
+    text = f'print what completes the flags of {prog} in bash, zsh or tcsh: eval "$(./{prog} --print_completion bash)"'
+    once |= {"choices": ("bash", "zsh", "tcsh"), "metavar": "SHELL"}
+    result.add_argument("--print_completion", action=_PrintCompletion, help=text, **once)
     hints = typing.get_type_hints(settings)
     groups: dict[str, Any] = {}
     for item in fields(settings):

@@ -271,12 +271,14 @@ def _fit(
         progress.best_top1 = -1.0  # whose file stays behind
         journal.save()  # the copy of the run's past becomes a run, to be resumed like any other
     trackers.start(progress.step, anew=bool(config.override))
+    is_complete = False
     try:
         fit(Run(data, training, progress, schedule, config.epochs, stop, journal))
+        is_complete = True
     finally:
         if pictures is not None:
             pictures.report()  # now that the last snapshot is written
-        trackers.finish(folder / "report.html", complete=bool(progress.why_over(config)))
+        trackers.finish(folder / "report.html", complete=is_complete)
 
 
 def _draw_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -> None:

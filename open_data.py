@@ -186,7 +186,17 @@ def _open_local(config: Config) -> tuple[LocalDataset, LocalDataset | None]:
     if dataset.open is None:
         raise UsageError(f"--dataset {config.dataset} is evaluated whole; leave out --val_share")
     found = _opened(config, dataset.open)
-    train, val = found if isinstance(found, tuple) else (found, None)
+    parts = [*found] if isinstance(found, tuple | list) else [found, None]
+    if (
+        len(parts) != 2
+        or not all(hasattr(part, "all_labels") for part in parts if part is not None)
+        or parts[0] is None
+    ):
+        raise DataError(
+            f"--dataset {config.dataset} gave {printable(str(found))[:80]}; its function must return a set, or one to "
+            "train on and one to validate on"
+        )
+    train, val = parts
     for part in (train, val):
         if dataset.in_memory and part is not None and np.ndim(part.images) != 4:
             raise UsageError(

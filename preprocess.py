@@ -20,6 +20,7 @@ from config import Config
 from errors import DataError, UsageError
 from flags import listed
 from open_data import open_sets, with_val_share
+from registry import naming
 from stream import inventory
 from stream.augment import Augment, BatchAugment, Chain, Registered
 from stream.auto_augment import AutoAugment
@@ -116,7 +117,17 @@ def _policy(config: Config) -> list[BatchAugment]:
 
 def _registered(config: Config) -> list[BatchAugment]:
     names = listed(config.augment)
-    return [Registered(config.seed, name, AUGMENTATIONS[name].function, AUGMENTATIONS[name].draws) for name in names]
+    return [Registered(config.seed, name, _one_line(name), AUGMENTATIONS[name].draws) for name in names]
+
+
+def _one_line(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A registered augmentation, whose errors are a line; where memory is short, smaller passes may do."""
+
+    def change(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+        with naming("--augment", name, passing=lambda error: "memory" in str(error)):
+            return AUGMENTATIONS[name].function(images, random)
+
+    return change
 
 
 def _erasing(config: Config) -> list[BatchAugment]:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ class Registry(Generic[Choice]):
         """A decorator that adds what it decorates under a new name. Raises UsageError for a name that is taken."""
 
         def add(choice: Choice) -> Choice:
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise UsageError(f"{self.flag} cannot have the choice {printable(name)}; use letters, digits and _.+-")
             if name in self._names:
                 raise UsageError(f"{self.flag} has the choice {name} already; register another name")
             self._names[name] = None
@@ -71,13 +74,23 @@ class Registry(Generic[Choice]):
 
 
 @contextlib.contextmanager
-def naming(flag: str, name: str, kind: type[UserError] = UsageError) -> Iterator[None]:
-    """A context in which what was registered is called: its own errors become one of this kind, a line."""
+def naming(
+    flag: str,
+    name: str,
+    kind: type[UserError] = UsageError,
+    passing: Callable[[Exception], bool] = lambda error: False,
+) -> Iterator[None]:
+    """A context in which what was registered is called: its own errors become one of this kind, a line.
+
+    Those that are `passing` stay as they are.
+    """
     try:
         yield
     except (UserError, Interrupted):
         raise
     except Exception as error:
+        if passing(error):
+            raise
         why = printable(f"{type(error).__name__}: {error}")[:200]
         raise kind(f"{flag} {name} failed ({why}); mend it: --debug shows where") from error
 
@@ -93,10 +106,11 @@ def load_extensions(folder: Path = EXTENSIONS) -> list[Path]:
         spec = importlib.util.spec_from_file_location(name, path)
         if path.name in LOADED or spec is None or spec.loader is None:  # there is a loader for every name in .py
             continue
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            spec.loader.exec_module(sys.modules[name])
+            if getattr(sys.modules.get(name), "__file__", None) != str(path):  # else another file imported it
+                sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+                spec.loader.exec_module(sys.modules[name])
         except Exception as error:
             why = printable(f"{type(error).__name__}: {error}")[:200]
             raise UsageError(f"{path} cannot be imported ({why}); mend it, or move it away") from error

@@ -139,40 +139,45 @@ class RunPictures:
     Warns once if a picture cannot be drawn, and once if the report cannot be written.
     """
 
-    def __init__(self, run_dir: Path, classes: Sequence[str], tell: Callable[[Path], None] = lambda path: None) -> None:
-        """`tell` is called with each picture that was drawn."""
+    def __init__(
+        self, run_dir: Path, classes: Sequence[str], tell: Callable[[Path, int], None] = lambda path, step: None
+    ) -> None:
+        """`tell` is called with each picture that was drawn, and the step of the run that it shows."""
         self._tell = tell
         self._run_dir = run_dir
         self._classes = classes
         self._thread = ThreadPoolExecutor(1, "curves")
         self._drawing: Future[None] | None = None
-        self._behind = False
+        self._behind, self._step = False, 0
         self._warned: set[str] = set()
 
     def samples(self, batch: Batch) -> None:
         """Draw the images of the first batch, in the background."""
         path = self._run_dir / "plots" / "samples.png"
         images, labels = batch.images[:SAMPLES].cpu().numpy().copy(), batch.labels[:SAMPLES].tolist()
-        self._thread.submit(self._try, lambda: self._tell(plot_samples(images, labels, self._classes, path)))
+        self._thread.submit(self._try, lambda: self._tell(plot_samples(images, labels, self._classes, path), 0))
 
-    def curves(self) -> None:
-        """Draw the logs as they are now; while an earlier picture is still being drawn, leave that to `close`."""
-        self._behind = self._drawing is not None and not self._drawing.done()
+    def curves(self, step: int) -> None:
+        """Draw the logs as they are now, after so many steps.
+
+        While an earlier picture is still being drawn, that is left to `close`.
+        """
+        self._behind, self._step = self._drawing is not None and not self._drawing.done(), step
         if not self._behind:
-            self._drawing = self._thread.submit(self._draw)
+            self._drawing = self._thread.submit(self._draw, step)
 
     def close(self) -> None:
         """Wait until the curves are drawn up to the last epoch."""
         if self._behind:
-            self._thread.submit(self._draw)
+            self._thread.submit(self._draw, self._step)
         self._thread.shutdown()
 
     def report(self) -> None:
         """Write the report, about what the run's folder holds now."""
         self._try(lambda: write_report(self._run_dir), self._run_dir, "report.html")
 
-    def _draw(self) -> None:
-        self._try(lambda: self._tell(plot_curves(self._run_dir)))
+    def _draw(self, step: int) -> None:
+        self._try(lambda: self._tell(plot_curves(self._run_dir), step))
         self.report()
 
     def _try(self, draw: Callable[[], object], folder: Path | None = None, what: str = "a picture") -> None:

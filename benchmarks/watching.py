@@ -4,7 +4,7 @@
 
 Runs of main.py in one process, turn by turn: one that draws nothing and prints into nowhere, and the same run with one
 thing more. The time of a step is read from metrics.jsonl, in the second half of the epochs: the median of the steps,
-and their mean, which has the pauses too. What trackers do at the start lies before that; a first round is not counted.
+and their mean, which has the pauses too. What trackers do at the start lies before it; a first round does not count.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def measure() -> None:
 
 
 def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> list[float]:
-    """Milliseconds of each step of a run in the second half of its epochs, without evaluations and snapshots."""
+    """Milliseconds of each step in the second half of a run, what lies between its epochs left out."""
     run = folder / f"run {len(list(folder.iterdir()))}"  # MLflow remembers a store by its path
     with contextlib.ExitStack() as stack:
         if system.is_bare:

@@ -26,13 +26,17 @@ CHOSEN_BY_THE_MACHINE = frozenset({"num_workers", "data_dir", "cache_dir"})  # n
 
 @dataclass(frozen=True)
 class History:
-    """What a run's folder tells; `snapshot` is what its newest readable one holds beside tensors, if any."""
+    """What a run's folder tells; `snapshot` is what its newest readable one holds beside tensors, if any.
+
+    `resolved` is what its settings came to.
+    """
 
     folder: Path
     config: dict[str, Any]
     launches: list[dict[str, Any]]
     epochs: list[dict[str, float]]
     snapshot: dict[str, Any]
+    resolved: dict[str, Any]
 
     @property
     def judged(self) -> str:
@@ -67,10 +71,11 @@ def read_history(folder: Path) -> History:
     try:
         told = json.loads(read_small(folder / "config.json"))
         config, launches = dict(told["config"]), list(told["launches"])
+        resolved = dict(told.get("resolved", {}))
         config["batch_size"], config["epochs"], config["dataset"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder} is not the folder of a run: it has no config.json of one; name another") from error
-    return History(folder, config, launches, read_epochs(folder), _newest_state(folder))
+    return History(folder, config, launches, read_epochs(folder), _newest_state(folder), resolved)
 
 
 def read_epochs(folder: Path) -> list[dict[str, float]]:

@@ -25,7 +25,8 @@ def test_settings_that_differ_and_results_are_told_side_by_side(runs: tuple[Path
     assert rows["lr"] == ["0.1", "0.2"]
     assert rows["amp"] == ["True", "False"]
     assert rows["seed"] == ["0", "3"]
-    assert rows["epochs"] == ["5", "of", "5", "2", "of", "5"]
+    assert "epochs done" in done.out
+    assert rows["epochs"] == ["done", "5", "of", "5", "2", "of", "5"]
     assert not {"momentum", "run_dir", "num_workers"} & rows.keys()
     assert "best top-1" in done.out
     page = Path("compare.html").read_text()

@@ -65,7 +65,7 @@ def test_a_thread_that_draws_is_asked_for_no_more_than_it_can_do(
     monkeypatch.setattr(visualization, "plot_curves", wait_and_draw)
     pictures = RunPictures(tmp_path, [])
     for _ in range(50):
-        pictures.curves()
+        pictures.curves(1)
     free.set()
     pictures.close()
     assert len(drawn) == 2

@@ -75,6 +75,11 @@ for line in sys.stdin:
             status = int(stop.code or 0)
     print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
 """
+SCHEDULE = """
+from choices import schedule
+
+schedule("flat")(lambda moment, config: 1.0)
+"""
 ALL = (
     *("--dataset", "stripes", "--model", "small_cnn", "--augment", "solarize,same", "--scheduler", "root"),
     *("--warmup_epochs", 0.5, "--snapshot_steps", 3, "--keep_snapshots", 99, "--ledger"),
@@ -269,7 +274,7 @@ def test_two_ranks_see_the_images_of_one(copy: Copy, whole: Path) -> None:
         ("--dataset stripe", "--dataset has no choice stripe; did you mean stripes?"),
         ("--dataset digit", "--dataset has no choice digit; did you mean digits?"),
         ("--model smal_cnn", "--model has no choice smal_cnn; did you mean small_cnn?"),
-        ("--model keras:x", "--model has no choice keras:NAME"),
+        ("--model keras:x", "--model has no choice keras:x"),
         ("--augment solarise", "--augment has no choice solarise; did you mean solarize?"),
         ("--augment same,same", "names something twice"),
         ("--scheduler rot", "--scheduler has no choice rot; did you mean root?"),
@@ -371,6 +376,47 @@ def test_a_dataset_that_fails_is_one_line(function: Callable[[Any], Any], kind: 
 
 
 @pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("made", [[], None, 3, [1, 2, 3], (None, None)])
+def test_a_dataset_that_gives_something_else_is_one_line(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DATASETS["digits"], "open", lambda config: made)
+    with pytest.raises(DataError, match=r"--dataset digits gave .*; its function must return a set"):
+        open_sets(config.resolve({}), None, None)
+
+
+def test_a_dataset_may_give_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DATASETS["digits"], "open", lambda config, given=DATASETS["digits"].open: [*given(config)])
+    assert len(open_sets(config.resolve({}), None, None)[0]) == 1437
+
+
+def test_an_augmentation_that_fails_is_one_line_but_not_where_memory_is_short() -> None:
+    for message, kind in (("bad", UsageError), ("cannot allocate memory", RuntimeError)):
+
+        def failing(images: torch.Tensor, random: torch.Tensor, message: str = message) -> torch.Tensor:
+            raise RuntimeError(message)
+
+        augmentation(f"fails-{kind.__name__}")(failing)
+        chain = batch_augment(config.resolve({"augment": f"fails-{kind.__name__}"}))
+        with pytest.raises(kind, match=message):
+            chain(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.arange(2), 0)
+
+
+@pytest.mark.parametrize("name", ["half%", "my:cnn", "a,b", "a$(b)c", "", "two words"])
+def test_a_name_that_no_flag_or_shell_can_take_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="use letters, digits"):
+        Registry[int]("--x").register(name)(1)
+
+
+@pytest.mark.parametrize(("first", "second"), [("aa", "bb"), ("bb", "aa")])
+def test_files_may_import_each_other_in_any_order(first: str, second: str, tmp_path: Path) -> None:
+    folder = tmp_path / "program"
+    copied(
+        folder, **{f"{first}.py": "helper = 1\n" + SCHEDULE, f"{second}.py": f"from extensions.{first} import helper\n"}
+    )
+    done = subprocess.run([sys.executable, "main.py", "--help"], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "flat" in done.stdout
+
+
 def test_a_dataset_has_the_rates_of_its_preset_and_only_its_flags() -> None:
     dataset("mine", PRESET, needs={"data_dir": "a folder"})(lambda config: FOUR)
     with pytest.raises(UsageError, match="--dataset mine needs --data_dir: a folder"):

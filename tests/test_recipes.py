@@ -181,9 +181,9 @@ def planned(name: str) -> Config:
     return resolve(parse("main.py", "", ["--recipe", name]))
 
 
-def test_every_recipe_is_known_to_this_table_and_to_the_readme() -> None:
+def test_every_recipe_is_known_to_this_table_and_to_the_guide() -> None:
     assert sorted([*PUBLISHED, "digits"]) == RECIPES
-    rows = re.findall(r"^\| `([\w`, -]+)` \| ([\d., /]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w`, -]+)` \| ([\d., /]+) \|", (ROOT / "docs" / "RECIPES.md").read_text(), re.MULTILINE)
     told = {
         name: top1
         for names, values in rows

@@ -165,7 +165,7 @@ def test_logs_that_cannot_be_read_are_warned_of_once_and_the_run_goes_on(
     (folder / "results.csv").write_text("epoch,step\nnot a number,1\n")
     monkeypatch.setattr(visualization, "plot_curves", lambda folder: None)
     pictures = RunPictures(folder, [])
-    pictures.curves()
+    pictures.curves(1)
     pictures.close()
     pictures.report()
     err = capsys.readouterr().err

@@ -322,7 +322,7 @@ def test_a_write_that_failed_in_the_background_is_told_once(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("free", "best", "told"),
-    [(1000, False, "0 MB are free and 1 needed"), (1_400_000, True, "1 MB are free and 2 needed")],
+    [(1000, False, "0.0 MB are free and 1.1 needed"), (1_400_000, True, "1.4 MB are free and 2.1 needed")],
 )
 def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, best: bool, told: str
@@ -330,7 +330,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     """The best takes as much again."""
     store = save_some(tmp_path, [1])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # type: ignore[attr-defined]
-    with pytest.raises(SnapshotError, match=f"{told}; make room"):
+    with pytest.raises(SnapshotError, match=f"{told}; make room and resume"):
         store.save(make_tensors(2), make_state(2), best)
     assert names(tmp_path) == ["step-000000001.safetensors"]
 

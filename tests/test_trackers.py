@@ -207,7 +207,7 @@ def test_other_ranks_have_no_tracker(recorder: type[Recorder], tmp_path: Path) -
     trackers.start(0, anew=False)
     trackers.steps([{"step": 1, "loss": 1.0}])
     trackers.epoch({"step": 1})
-    trackers.picture(Path(__file__))
+    trackers.picture(Path(__file__), 1)
     trackers.finish(tmp_path, complete=True)
     assert (recorder.told, trackers.lines(), list(tmp_path.iterdir())) == ([], [], [])
 

@@ -68,9 +68,9 @@ class Trackers:
             logged = scalars_of_epoch(row)
             self._put(lambda worker: worker.log_epochs([logged]))
 
-    def picture(self, path: Path) -> None:
-        """Log a PNG file of the run, if it is there."""
-        step, name = self._step, f"plots/{path.stem}"
+    def picture(self, path: Path, step: int) -> None:
+        """Log a PNG file of the run at this step, if it is there."""
+        name = f"plots/{path.stem}"
         if path.exists():
             self._put(lambda worker: worker.tracker.picture(step, name, path))
 

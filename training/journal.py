@@ -30,8 +30,8 @@ class Pictures(Protocol):
     def samples(self, batch: Batch) -> None:
         """Draw the images of the first batch."""
 
-    def curves(self) -> None:
-        """Draw the logs up to now, in the background."""
+    def curves(self, step: int) -> None:
+        """Draw the logs up to now, after so many steps, in the background."""
 
     def close(self) -> None:
         """Wait until everything is drawn."""
@@ -204,7 +204,7 @@ class Journal:
         self.console.end_epoch(row, is_best)
         self._seconds_before += row["seconds"]
         if self.pictures is not None:
-            self.pictures.curves()
+            self.pictures.curves(progress.step)
         progress.end_epoch(judged)
         self.save(best=is_best and self.config.save_best)
         told = describe_time(self.spent.shares(), self.config, self.loader, train_seconds)
@@ -244,9 +244,12 @@ class Journal:
     def close(self) -> None:
         """Finish writing and drawing. Raises SnapshotError."""
         self.console.close()
-        for part in (self.profiler, self.pictures):
-            if part is not None:
-                part.close()
+        try:
+            if self.profiler is not None:
+                self.profiler.close()
+        finally:
+            if self.pictures is not None:
+                self.pictures.close()
         if self.store is not None:
             self.store.wait()
 

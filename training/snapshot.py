@@ -192,8 +192,8 @@ class SnapshotStore:
         free = shutil.disk_usage(self.folder).free
         if free < size * len(targets):
             raise SnapshotError(
-                f"cannot write {path}: {free / 1e6:,.0f} MB are free and {size * len(targets) / 1e6:,.0f} needed; "
-                "make room and resume, the older snapshots are intact"
+                f"cannot write {path}: {free / 1e6:,.1f} MB are free and {size * len(targets) / 1e6:,.1f} needed; "
+                f"make room and {'resume, older snapshots are intact' if step_files(self.folder) else 'start again'}"
             )
         self._copies = copy_to_host(tensors, self._copies)
         self._writing = self._writer.submit(self._write, targets, self._copies, state)
