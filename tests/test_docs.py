@@ -34,7 +34,7 @@ DOORS: dict[str, Any] = {
     "predict": predict.parse,
     "export": export.parse,
 }
-NEEDS_MORE = re.compile(r"torchrun|pytest|benchmarks/|microsoft/|resnet50\.pth")
+NEEDS_MORE = re.compile(r"torchrun|--logdir|pytest|benchmarks/|microsoft/|resnet50\.pth")
 SMALLER = {  # what is added to a command so that it takes seconds
     r"/main.* (imagenet1k|timm/|cifar10|--recipe|--data_dir)|finder.*imagenet": "--max_samples 32 --batch_size 16 "
     "--epochs 1 --warmup_epochs 0 --image_size 32 --eval_size 32 --model resnet20 --num_workers 0 --no_amp",
@@ -109,7 +109,7 @@ def test_every_offline_command_runs_as_written(document: str, place: Path, monke
     for name in {"ONE", "OTHER"} - set(re.findall(r"--run_dir runs/(\w+)", " ".join(offline))):
         shutil.copytree(place / "runs" / "NAME", place / "runs" / name, copy_function=os.link)
     for command in offline:
-        script, *arguments = shlex.split(command.removeprefix("uv run python ").partition(" > ")[0])
+        script, *arguments = shlex.split(re.sub(r"uv run (--extra \w+ )?python ", "", command).partition(" > ")[0])
         more = " ".join(flags for pattern, flags in SMALLER.items() if re.search(pattern, f"/{script} {command}"))
         monkeypatch.setattr("sys.argv", [script, *arguments, *shlex.split(more)])
         done = run(entry=lambda _, script=script: run_program(ROOT / script))  # type: ignore[misc]
