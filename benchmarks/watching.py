@@ -73,13 +73,15 @@ def measure() -> None:
         while done < given.rounds:
             turn = [steps_of(system, Path(folder), given.epochs, given.flags.split()) for system in SYSTEMS]
             if not all(turn):
-                break  # stopped by a signal
+                break  # a run failed, or was stopped by a signal
             done += 1
             print(f"round {done} of {given.rounds} is done", file=sys.stderr)
             for system, times in zip(SYSTEMS, turn, strict=True):
                 if done:
                     system.medians.append(median(times))
                     system.means.append(mean(times))
+    if done < 1:
+        raise SystemExit("a run failed or was stopped before the first round was done")
     set_up = (
         f"ResNet-20 on digits, batch 64, {given.flags}; {given.epochs // 2} epochs of 22 steps count in each run; "
         f"{given.threads} threads for torch; {done} rounds in turn; load average {load:.1f} before. A ratio is "
@@ -89,7 +91,7 @@ def measure() -> None:
 
 
 def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> list[float]:
-    """Milliseconds of each step in the second half of a run, what lies between its epochs left out; none if it fails."""
+    """Milliseconds of each step in the second half of a run, what lies between epochs left out; none if it fails."""
     run = folder / f"run {len(list(folder.iterdir()))}"  # MLflow remembers a store by its path
     with contextlib.ExitStack() as stack:
         if system.is_bare:
