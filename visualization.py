@@ -5,6 +5,7 @@ matplotlib, whose import takes a while, is imported when a picture is drawn.
 
 import io
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ DPI = 110
 SCHEDULE_POINTS = 500
 CURVE_POINTS = 2000
 MARKS = 30  # on a line
+REST = 30.0  # times as long as drawing took, so that short epochs are not spent on drawing
 SAMPLES = 32  # images of the first batch that are drawn
 NAME_WIDTH = 20  # characters of a line above a small image
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # Okabe and Ito 2008, for all eyes
@@ -134,7 +136,7 @@ def _plot_time(axes: "Axes", run: History) -> None:
 
 
 class RunPictures:
-    """Draws the pictures of a run into its folder and writes its report, both in a background thread after each epoch.
+    """Draws the pictures of a run into its folder and writes its report, both in a background thread after epochs.
 
     Warns once if a picture cannot be drawn, and once if the report cannot be written.
     """
@@ -148,7 +150,7 @@ class RunPictures:
         self._classes = classes
         self._thread = ThreadPoolExecutor(1, "curves")
         self._drawing: Future[None] | None = None
-        self._behind, self._step = False, 0
+        self._behind, self._step, self._rest_until = False, 0, 0.0
         self._warned: set[str] = set()
 
     def samples(self, batch: Batch) -> None:
@@ -160,9 +162,10 @@ class RunPictures:
     def curves(self, step: int) -> None:
         """Draw the logs as they are now, after so many steps.
 
-        While an earlier picture is still being drawn, that is left to `close`.
+        While an earlier picture is still being drawn, or was a moment ago, that is left to later ones and to `close`.
         """
-        self._behind, self._step = self._drawing is not None and not self._drawing.done(), step
+        is_drawing = self._drawing is not None and not self._drawing.done()
+        self._behind, self._step = is_drawing or time.monotonic() < self._rest_until, step
         if not self._behind:
             self._drawing = self._thread.submit(self._draw, step)
 
@@ -177,8 +180,10 @@ class RunPictures:
         self._try(lambda: write_report(self._run_dir), self._run_dir, "report.html")
 
     def _draw(self, step: int) -> None:
+        start = time.monotonic()
         self._try(lambda: self._tell(plot_curves(self._run_dir), step))
         self.report()
+        self._rest_until = time.monotonic() + REST * (time.monotonic() - start)
 
     def _try(self, draw: Callable[[], object], folder: Path | None = None, what: str = "a picture") -> None:
         if not drawn(draw, folder or self._run_dir / "plots", what, quiet=what in self._warned):

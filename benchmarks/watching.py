@@ -5,6 +5,7 @@
 Runs of main.py in one process, turn by turn: one that draws nothing and prints into nowhere, and the same run with one
 thing more. The time of a step is read from metrics.jsonl, in the second half of the epochs: the median of the steps,
 and their mean, which has the pauses too. What trackers do at the start lies before it; a first round does not count.
+A signal ends it with the table so far.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import itertools
 import json
 import os
 import pty
-import shlex
 import shutil
 import sys
 import tempfile
@@ -69,23 +69,29 @@ def measure() -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "TRACKIO_DIR": f"{folder}/trackio"}
-        for number in range(given.rounds + 1):
-            for system in SYSTEMS:
-                times = steps_of(system, Path(folder), given.epochs if number else 2, given.flags.split())
-                if number:
+        done = -1
+        while done < given.rounds:
+            turn = [steps_of(system, Path(folder), given.epochs, given.flags.split()) for system in SYSTEMS]
+            if not all(turn):
+                break  # a run failed, or was stopped by a signal
+            done += 1
+            print(f"round {done} of {given.rounds} is done", file=sys.stderr)
+            for system, times in zip(SYSTEMS, turn, strict=True):
+                if done:
                     system.medians.append(median(times))
                     system.means.append(mean(times))
-            print(f"round {number} of {given.rounds} is done", file=sys.stderr)
+    if done < 1:
+        raise SystemExit("a run failed or was stopped before the first round was done")
     set_up = (
         f"ResNet-20 on digits, batch 64, {given.flags}; {given.epochs // 2} epochs of 22 steps count in each run; "
-        f"{given.threads} threads for torch; {given.rounds} rounds in turn; load average {load:.1f} before. A ratio is "
+        f"{given.threads} threads for torch; {done} rounds in turn; load average {load:.1f} before. A ratio is "
         "that of a round to `none` of the same round; those of `none, again` tell the noise."
     )
     record("Watching a run", set_up, rows(), versions())
 
 
 def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> list[float]:
-    """Milliseconds of each step in the second half of a run, what lies between its epochs left out."""
+    """Milliseconds of each step in the second half of a run, what lies between epochs left out; none if it fails."""
     run = folder / f"run {len(list(folder.iterdir()))}"  # MLflow remembers a store by its path
     with contextlib.ExitStack() as stack:
         if system.is_bare:
@@ -99,8 +105,8 @@ def steps_of(system: System, folder: Path, epochs: int, more: Sequence[str]) -> 
             out = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(out))
         flags = ["--epochs", str(epochs), "--run_dir", str(run), *more, *system.flags]
-        if status := main.main(flags):
-            raise SystemExit(f"{system.title}: status {status} of {shlex.join(flags)}")
+        if main.main(flags):
+            return []
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(run / "snapshots")
     pairs = itertools.pairwise(found)

@@ -71,6 +71,26 @@ def test_a_thread_that_draws_is_asked_for_no_more_than_it_can_do(
     assert len(drawn) == 2
 
 
+def test_short_epochs_are_not_spent_on_drawing_and_the_last_one_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+
+    def draw(folder: Path) -> None:
+        time.sleep(0.02)
+        drawn.append(time.monotonic())
+
+    monkeypatch.setattr(visualization, "plot_curves", draw)
+    pictures, told = RunPictures(tmp_path, [], lambda path, step: steps.append(step)), list(range(1, 101))
+    steps: list[int] = []
+    for step in told:
+        pictures.curves(step)
+        time.sleep(0.005)
+    pictures.close()
+    assert len(drawn) < 10
+    assert (steps[0], steps[-1]) == (1, 100)
+
+
 def test_a_picture_of_a_long_run_looks_at_some_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, loads = [0], json.loads
     folder = write_logs(tmp_path / "run", epochs=2, steps=25_000)

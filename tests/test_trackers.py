@@ -53,7 +53,6 @@ class Recorder(Tracker):
 
     at = ""
     how = ""
-    release = threading.Event()
     told: list[tuple[Any, ...]]
 
     def start(self, config: dict[str, Any], run_dir: Path, run_id: str | None, step: int) -> str:
@@ -75,7 +74,7 @@ class Recorder(Tracker):
 
     def _misbehave(self, where: str) -> None:
         if where == self.at and self.how == "hangs":
-            self.release.wait()
+            threading.Event().wait()  # for ever: one that went on would meddle with the tests after this one
         elif where == self.at and self.how == "raises":
             raise KeyError("https://user:CANARY@host/ is away\nthe second line")
         elif where == self.at and self.how == "exits":
@@ -100,15 +99,10 @@ def rows_told() -> Rows:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     monkeypatch.setattr(TRACKERS, "_choices", {**TRACKERS._choices, "recorder": Recorder})
     monkeypatch.setattr(TRACKERS, "_names", {**TRACKERS._names, "recorder": None})
-    monkeypatch.setattr(Recorder, "release", threading.Event())
-    yield Recorder
-    Recorder.release.set()
-    for thread in threading.enumerate():
-        if thread.name == "track recorder":  # it would do what the next test asks for
-            thread.join(10)
+    return Recorder
 
 
 @pytest.fixture(scope="module")
