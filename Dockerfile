@@ -1,5 +1,5 @@
 # docker build -t imagenet1k .
-# mkdir -p runs && docker run --gpus all --ipc host --user "$(id -u)" -e HF_TOKEN -v "$PWD/runs:/work/runs" imagenet1k --dataset imagenet1k --amp
+# mkdir -p runs && docker run --gpus all --ipc host --user "$(id -u)" -e HF_TOKEN -v "$PWD/runs:/srv/runs" imagenet1k --dataset imagenet1k --amp
 #
 # --ipc host: decoding processes hand over batches in shared memory, of which a container has 64 MB. Other programs:
 # docker run ... --entrypoint python imagenet1k /app/evaluate.py runs/NAME
@@ -16,9 +16,9 @@ RUN uv venv --python /usr/bin/python3 /opt/venv && uv pip install --no-cache --p
     -r requirements.txt
 COPY . .
 
-# Any user may run it: what a run writes goes to /work, and what libraries keep to the home folder.
-RUN useradd --create-home --uid 10001 trainer && mkdir -p /work/runs && chmod -R a+rwX /work /home/trainer
-ENV PATH=/opt/venv/bin:$PATH HOME=/home/trainer NO_ALBUMENTATIONS_UPDATE=1 PYTHONDONTWRITEBYTECODE=1
+# Any user may run it: what a run writes, and what libraries keep, goes to /srv.
+RUN useradd --home-dir /srv --uid 10001 trainer && mkdir -p /srv/runs && chmod -R a+rwX /srv
+ENV PATH=/opt/venv/bin:$PATH HOME=/srv NO_ALBUMENTATIONS_UPDATE=1 PYTHONDONTWRITEBYTECODE=1
 USER trainer
-WORKDIR /work
+WORKDIR /srv
 ENTRYPOINT ["python", "/app/main.py"]

@@ -35,18 +35,8 @@ COMMON = (  # what --help shows; --help_all shows every flag
     *("num_workers", "auto_augment", "mixup", "cutmix", "model", "use_pretrained", "freeze_backbone", "recipe"),
     *("epochs", "batch_size", "lr", "lr_from", "optimizer", "weight_decay", "label_smoothing", "ema_decay", "amp"),
     *("compile", "device", "seed", "scheduler", "warmup_epochs", "run_dir", "resume_from", "override", "evaluate"),
-    *(
-        "save_best",
-        "snapshot_steps",
-        "early_stop",
-        "dry_run",
-        "doctor",
-        "quiet",
-        "verbose",
-        "track",
-        "compare",
-        "debug",
-    ),
+    *("save_best", "snapshot_steps", "early_stop", "dry_run", "doctor", "quiet", "verbose", "track", "compare"),
+    "debug",
 )
 OTHER_DATA = "data=changed"  # what --override takes beside settings
 
@@ -288,10 +278,11 @@ def resolve(given: Mapping[str, Any]) -> Config:
     return Config(**values)
 
 
-def resume(saved: Any, given: Mapping[str, Any]) -> Config:
+def resume(saved: Any, given: Mapping[str, Any], to_train: bool = True) -> Config:
     """The saved settings, updated by given flags that cannot change the result and by `--override`.
 
-    Raises UsageError with a table when a given flag would change the result without an override.
+    Raises UsageError where the run needs something, `to_train` or to be used at all, that is not registered here, and
+    with a table when a given flag would change the result without an override.
     """
     if not isinstance(saved, dict):
         raise SnapshotError("the snapshot holds no settings of this program; give another")
@@ -306,9 +297,7 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
     kept = {name: value for name, value in saved.items() if name in _names("fixed", "kept")}
     new = {name: value for name, value in given.items() if name in _names("kept", "forgotten")}
     try:
-        _require_extensions(kept)
-        if "track" not in given and (gone := [name for name in listed(kept.get("track")) if name not in TRACKERS]):
-            raise UsageError(f"--track {gone[0]} of this run is not known here; give other ones, or none with --track=")
+        _require_extensions(kept | new, to_train)
         if "extend_epochs" in given:
             kept["epochs"] += given["extend_epochs"]
         return resolve(kept | new | insisted)
@@ -316,19 +305,19 @@ def resume(saved: Any, given: Mapping[str, Any]) -> Config:
         raise SnapshotError("the snapshot holds no settings of this program; give another") from error
 
 
-def _require_extensions(saved: Mapping[str, Any]) -> None:
-    """Refuse the settings of a run that name what is not registered here."""
-    used: list[tuple[Registry[Any], Any]] = [
-        (DATASETS, saved["dataset"]),
-        (MODELS, saved["model"]),
-        (SCHEDULES, saved["scheduler"]),
-    ]
-    used += [(AUGMENTATIONS, name) for name in listed(saved.get("augment"))]
+def _require_extensions(saved: Mapping[str, Any], to_train: bool) -> None:
+    """Refuse the settings of a run that name what is not registered here and needed, be it to train or not."""
+    used: list[tuple[Registry[Any], Any]] = [(DATASETS, saved["dataset"]), (MODELS, model_choice(str(saved["model"])))]
+    if to_train:
+        used += [(SCHEDULES, saved["scheduler"])]
+        used += [(AUGMENTATIONS, name) for name in listed(saved.get("augment"))]
+        used += [(TRACKERS, name) for name in listed(saved.get("track"))]
     for registry, name in used:
-        if (model_choice(str(name)) if registry is MODELS else name) not in registry:
+        if name not in registry:
+            without = ", or go on without with --track=" if registry is TRACKERS else ""
             raise UsageError(
                 f"{registry.flag} {printable(str(name))} of this run is not known here; put the file that registers it back "
-                "into extensions/"
+                f"into extensions/{without}"
             )
 
 

@@ -38,13 +38,11 @@ OPTIONAL = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export.py --to onnx"),
 }
 KEPT = ("num_workers", "amp", "amp_dtype", "device", "run_dir")  # flags that concern the machine, whatever the data
-IMAGENET_BYTES = 150e9  # on the Hub
-IMAGENET_IMAGES = 1_281_167
+IMAGENET_BYTES, IMAGENET_IMAGES = 150e9, 1_281_167  # on the Hub
 IMAGE_BYTES = 110_000  # of a photograph of ImageNet
 PROCESS_MEMORY = 2e9  # bytes, of the training process beside its data, as measured
 FILES_OF_A_PROCESS, OTHER_FILES = 3, 200  # descriptors for a decoding process, and for everything else
-UNKNOWN = 2**62  # bytes
-LITTLE_SHARED = 2**30  # bytes
+UNKNOWN, LITTLE_SHARED = 2**62, 2**30  # bytes
 
 
 class Line(NamedTuple):

@@ -232,8 +232,8 @@ def parser_of(
                 options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         default = "the source's own" if of_source and item.metadata["on_resume"] != "forgotten" else _default_text(item)
         names = item.metadata["names"]
-        listed = f": {', '.join(names.names()) or 'none is registered'}" if names is not None else ""
-        text = f"{item.metadata['help']}{listed} (default: {default})"
+        told = f": {', '.join(names.names()) or 'none is registered'}" if names is not None else ""
+        text = f"{item.metadata['help']}{told} (default: {default})"
         action = group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
         if names is not None:
             result.registries[action] = names

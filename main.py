@@ -245,10 +245,10 @@ def _fit(
         print0(f"lr        {progress.lr:.4g} from {lr_source}")
     distributed.require_agreement({"the learning rate": progress.lr, "the step to go on from": progress.step})
     schedule = build_schedule(training.optimizer, config, progress.lr, steps, progress.step)
-    plan = describe_schedule(config, config.epochs * steps)
     on_rank0 = distributed.rank() == 0
     trackers = Trackers(listed(config.track) if on_rank0 else (), folder)
-    header([f"schedule  {plan}", *plan_lines(config, steps, folder), *trackers.lines()], config)
+    plan = f"schedule  {describe_schedule(config, config.epochs * steps)}"
+    header([plan, *plan_lines(config, steps, folder), *trackers.lines()], config)
     if config.plot_schedule and on_rank0:
         _draw_schedule(config, progress.lr, steps, folder / "plots" / "schedule.png")
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
@@ -262,11 +262,10 @@ def _fit(
         note_resolved(folder / "config.json", training.model, {"lr": progress.lr, "lr_source": lr_source, **sizes})
     own = folder if on_rank0 else None
     journal = Journal(config, training, progress, data.train, record, own, pictures, trackers)
-    dropped = journal.rewind()
+    dropped = [f"dropped   {name}, a later step of the same run" for name in journal.rewind()]
     if snapshot is not None:
-        print0(f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}")
-        for name in dropped:
-            print0(f"dropped   {name}, a later step of the same run")
+        resumed = f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}"
+        print0(resumed, *dropped, sep="\n")
     if config.extend_epochs:
         progress.best_top1 = -1.0  # whose file stays behind
         journal.save()  # the copy of the run's past becomes a run, to be resumed like any other

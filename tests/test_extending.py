@@ -56,11 +56,21 @@ from training.snapshot import read
 
 GUIDE = (ROOT / "docs" / "EXTENDING.md").read_text()
 FILES = {text.split("extensions/")[1].split(":")[0]: text for text in re.findall(r"```python\n(.*?)```", GUIDE, re.S)}
-OF_TESTS = '''"""extensions/zz_tests.py: changes nothing, and says nothing."""
+OF_TESTS = '''"""extensions/zz_tests.py: an augmentation of nothing, and a tracker that notes its rank."""
 
-from choices import augmentation
+import os
+
+from choices import augmentation, tracker
+from tracking.tracker import Tracker
 
 augmentation("same", draws=3)(lambda images, random: images.clone())
+
+
+@tracker("ranks")
+class Ranks(Tracker):
+    def start(self, config, run_dir, run_id, step):
+        with open(run_dir / "ranks.txt", "a") as file:
+            file.write(os.environ["RANK"])
 '''
 DRIVER = """
 import contextlib, io, json, runpy, sys
@@ -173,10 +183,10 @@ def test_the_files_are_noted_in_the_run_with_their_digests(copy: Copy) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("printed")
 def test_the_schedule_is_its_formula_at_every_step(copy: Copy) -> None:
-    rates = [row["lr"] for row in metrics(copy.folder / "runs" / "root")]
+    rates = [row["lr"] for row in metrics(copy.folder / "runs" / "falling")]
     warmup = [(step + 1) / 22 for step in range(22)]
     assert rates == [0.1 * factor for factor in (*warmup, *(1 - math.sqrt(step / 44) for step in range(44)))]
-    assert (copy.folder / "runs" / "root" / "plots" / "schedule.png").stat().st_size > 5000
+    assert (copy.folder / "runs" / "falling" / "plots" / "schedule.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
@@ -258,11 +268,12 @@ def test_an_augmentation_that_changes_nothing_changes_no_number_of_a_run(copy: C
 
 
 @pytest.mark.slow
-def test_two_ranks_see_the_images_of_one(copy: Copy, whole: Path) -> None:
-    command = [sys.executable, *TORCHRUN, "2", "main.py", *map(str, ALL), "--run_dir", "runs/ranks"]
+def test_two_ranks_see_the_images_of_one_and_only_the_first_has_trackers(copy: Copy, whole: Path) -> None:
+    command = [sys.executable, *TORCHRUN, "2", "main.py", *map(str, ALL), "--track", "ranks", "--run_dir", "runs/ranks"]
     subprocess.run(command, cwd=copy.folder, env=environment(), check=True, capture_output=True)
     for one, two in zip(ledger(whole), ledger(copy.folder / "runs" / "ranks"), strict=True):
         assert (one["ids"], one["lr"]) == (two["ids"], two["lr"])
+    assert (copy.folder / "runs" / "ranks" / "ranks.txt").read_text() == "0"
 
 
 # ---- the wrong ways --------------------------------------------------------------------------------------------------
@@ -298,8 +309,16 @@ def test_a_run_whose_file_is_gone_is_refused_by_name(copy: Copy, whole: Path, tm
         done = run(whole, *more.get(door, []), entry=door.main)
     assert (done.status, done.err.count("\n")) == (2, 1), done.err
     assert "--dataset stripes of this run is not known here" in done.err
+    saved = read(snapshot_path(whole, 20)).state["config"] | {"dataset": "digits"}
     with pytest.raises(UsageError, match="--model small_cnn of this run is not known here"):
-        config.resume(read(snapshot_path(whole, 20)).state["config"] | {"dataset": "digits"}, {})
+        config.resume(saved, {}, to_train=False)
+    saved |= {"model": "resnet20", "track": "bars"}
+    assert config.resume(saved, {}, to_train=False).scheduler == "root"
+    for name, choice in (("scheduler", "root"), ("augment", "solarize"), ("track", "bars")):
+        with pytest.raises(UsageError, match=f"--{name} {choice} of this run is not known here"):
+            config.resume(saved, {})
+        saved[name] = {"scheduler": "cosine"}.get(name)
+    assert config.resume(saved, {}).scheduler == "cosine"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from program import ROOT, TIMEOUT, assert_same_run, environment, results, run, train, wait_for
+from program import ROOT, TIMEOUT, assert_same_run, environment, results, train, wait_for
 from shell_sweep import FLAGS, SHELLS, in_shell
 
 SOME = ("reader leaves after a line", "all three closed", "output on a full disk", "no home, no terminal")
@@ -63,7 +63,7 @@ def on_a_terminal(tmp_path: Path, before: Callable[[], object] = lambda: None) -
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
 def test_a_closed_terminal_and_a_clusters_signal_leave_a_snapshot(number: signal.Signals, tmp_path: Path) -> None:
     process, terminal = on_a_terminal(tmp_path)
-    wait_for_text(tmp_path / "run" / "results.csv", process)
+    wait_for(tmp_path / "run" / "results.csv", process)  # type: ignore[arg-type]
     os.close(terminal)  # nothing can be printed any more
     process.send_signal(number)
     assert process.wait(TIMEOUT) == 128 + number
@@ -74,7 +74,7 @@ def test_a_closed_terminal_and_a_clusters_signal_leave_a_snapshot(number: signal
 @pytest.mark.slow
 def test_under_nohup_a_run_goes_on_without_its_terminal(tmp_path: Path) -> None:
     process, terminal = on_a_terminal(tmp_path, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_for_text(tmp_path / "run" / "results.csv", process)
+    wait_for(tmp_path / "run" / "results.csv", process)  # type: ignore[arg-type]
     os.close(terminal)
     process.send_signal(signal.SIGHUP)
     seen = len(results(tmp_path / "run"))
@@ -84,20 +84,7 @@ def test_under_nohup_a_run_goes_on_without_its_terminal(tmp_path: Path) -> None:
     assert process.wait(TIMEOUT) == 143
 
 
-def wait_for_text(path: Path, process: "subprocess.Popen[bytes]") -> None:
-    wait_for(path, process)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_signals_before_training_end_it_at_once(tmp_path: Path) -> None:
-    for number in (signal.SIGHUP, signal.SIGUSR2):
-        code = f"import os, signal, errors; errors.run_front_door(lambda: os.kill(os.getpid(), {int(number)}), False)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stderr) == (128 + number, f"stopped by {number.name}\n")
-
-
-def test_a_program_whose_product_is_its_output_still_ends_with_its_reader(tmp_path: Path) -> None:
-    assert run("--compare", tmp_path).status == 2  # in this process, whose streams are the test's
+def test_a_program_whose_product_is_its_output_still_ends_with_its_reader() -> None:
     code = "import output; output.last(); print('x' * 100000, flush=True)"
     done = subprocess.run(
         ["bash", "-c", f'"{sys.executable}" -c "{code}" | true; exit ${{PIPESTATUS[0]}}'],

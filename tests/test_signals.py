@@ -53,7 +53,7 @@ def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2], ids=str)
 def test_a_signal_before_training_is_one_line(tmp_path: Path, signum: signal.Signals) -> None:
     process = start("--dataset", "digits", "--model", "resnet152", "--run_dir", tmp_path / "run")
     assert process.stdout is not None

@@ -22,7 +22,7 @@ import tracking.clients  # registers them
 from choices import TRACKERS
 from tracking import runner
 from tracking.clients import describe
-from tracking.runner import Trackers, scalars_of_epoch, scalars_of_step
+from tracking.runner import scalars_of_epoch, scalars_of_step
 from tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -192,18 +192,6 @@ def test_a_run_that_is_stopped_ends_its_trackers_as_incomplete(
     done = run(*SMALL, "--epochs", 500, "--track", "recorder", "--run_dir", tmp_path / "run")
     assert done.status == 128 + signal.SIGTERM
     assert told("finish") == [("<!doctype", False)]
-
-
-def test_other_ranks_have_no_tracker(recorder: type[Recorder], tmp_path: Path) -> None:
-    """main.py makes theirs without names."""
-    recorder.told = []
-    trackers = Trackers((), tmp_path)
-    trackers.start(0, anew=False)
-    trackers.steps([{"step": 1, "loss": 1.0}])
-    trackers.epoch({"step": 1})
-    trackers.picture(Path(__file__), 1)
-    trackers.finish(tmp_path, complete=True)
-    assert (recorder.told, trackers.lines(), list(tmp_path.iterdir())) == ([], [], [])
 
 
 # ---- the choices -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ class Trackers:
         self._folder = folder
         self._names = names
         self._workers: list[_Worker] = []
-        self._step = 0
 
     def lines(self) -> list[str]:
         """How to look at each."""
@@ -50,7 +49,6 @@ class Trackers:
         """
         if self._names:
             import matplotlib.figure  # noqa: F401 (what a thread imports while another does may be half of it)
-        self._step = step
         self._workers = [_Worker(name, self._folder, step, anew) for name in self._names]
         for worker in self._workers:
             worker.start()
@@ -58,7 +56,6 @@ class Trackers:
     def steps(self, rows: Sequence[dict[str, Any]]) -> None:
         """Log rows of metrics.jsonl."""
         if rows and self._workers:
-            self._step = rows[-1]["step"]
             logged = [scalars_of_step(row) for row in rows]
             self._put(lambda worker: worker.log_steps(logged))
 
@@ -202,13 +199,13 @@ class _Worker(threading.Thread):
             for row, log in heapq.merge(*parts, key=lambda part: part[0][0]):  # the step's before the epoch's
                 log([row])
 
-    def log_steps(self, rows: "Iterator[Scalars] | list[Scalars]") -> None:
+    def log_steps(self, rows: Sequence[Scalars]) -> None:
         for step, values in rows:
             if step > self._logged["steps"]:  # else an earlier launch logged the same numbers
                 self.tracker.scalars(step, values)
                 self._logged["steps"] = step
 
-    def log_epochs(self, rows: "Iterator[Scalars] | list[Scalars]") -> None:
+    def log_epochs(self, rows: Sequence[Scalars]) -> None:
         for step, values in rows:
             if step > self._logged["epochs"]:
                 self.tracker.scalars(step, values)
@@ -267,6 +264,7 @@ def _epochs_logged(folder: Path, after: int, upto: int) -> Iterator[Scalars]:
     """The same of results.csv."""
     if after >= upto or not os.path.lexists(folder / "results.csv"):
         return
-    for row in csv.DictReader(read_small(folder / "results.csv", most=2**32).decode().splitlines()):
+    whole = read_small(folder / "results.csv", most=2**32).decode().rpartition("\n")[0]  # likewise
+    for row in csv.DictReader(whole.splitlines()):
         if after < int(row["step"]) <= upto:
             yield scalars_of_epoch(row)

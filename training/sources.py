@@ -195,7 +195,7 @@ def _of_run(folder: Path, which: str | None) -> Source:
 def _of_snapshot(found: snapshots.Snapshot, which: str | None) -> Source:
     if which not in (None, "best", "last", "ema") and not which.isdecimal():
         raise UsageError(f"--which {which} is not best, last, ema or the number of a step")
-    config = resume(found.state.get("config"), {})
+    config = resume(found.state.get("config"), {}, to_train=False)
     averaged = any(name.startswith("ema.") for name in found.tensors)
     if which == "ema" and not averaged:
         raise UsageError(
