@@ -7,11 +7,14 @@ from typing import Any
 from config import Config
 from errors import UsageError, printable
 from pages.history import History, read_history
-from pages.markup import Markup, duration, page, table, tag
+from pages.markup import Markup, page, table, tag
 from pages.svg import STYLES, Line, chart
 from stream.files import write_durably
+from units import as_rate, duration
 
 NAME = "compare.html"
+TIME_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+FEWEST_UNITS = 3  # of the longest run, for a unit of the time axis
 NO_SETTINGS = frozenset({"run_dir", "resume_from", "override", "num_workers", "compare"})
 
 
@@ -64,7 +67,7 @@ def results(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
             "last val loss": f"{last['val_loss']:.4f}" if last else "",
             "last train loss": f"{last['train_loss']:.4f}" if last else "",
             "epochs done": f"{len(run.epochs)} of {run.config['epochs']}",
-            "images/s": f"{last['images_per_s']:,.0f}" if last else "",
+            "images/s": as_rate(run.images_per_s) if last else "",
             "time": duration(sum(row["seconds"] for row in run.epochs)) if last else "",
         }
         rows = rows or [(name, []) for name in told]
@@ -101,7 +104,7 @@ def _page(runs: Sequence[History], letters: Sequence[str], folders: Sequence[str
         _overlay("Top-1 accuracy in training", runs, letters, "%", "train_top1"),
         _overlay("Learning rate at the end of each epoch", runs, letters, "rate", "lr"),
         _overlay("Speed", runs, letters, "images/s", "images_per_s"),
-        _overlay("Top-1 accuracy against time", runs, letters, "%", hours=True),
+        _overlay("Top-1 accuracy against time", runs, letters, "%", against_time=True),
     ]
     sections: list[tuple[str, list[Any]]] = [
         ("Runs", [named]),
@@ -113,19 +116,21 @@ def _page(runs: Sequence[History], letters: Sequence[str], folders: Sequence[str
 
 
 def _overlay(
-    title: str, runs: Sequence[History], letters: Sequence[str], unit: str, column: str = "", hours: bool = False
+    title: str, runs: Sequence[History], letters: Sequence[str], unit: str, column: str = "", against_time: bool = False
 ) -> Markup:
-    """A column of all runs, of accuracy where none is named, against the epoch or the hours in training."""
+    """A column of all runs, of accuracy where none is named, against the epoch or the time in training."""
+    longest = max(sum(row["seconds"] for row in run.epochs) for run in runs)
+    time_unit, size = next(found for found in TIME_UNITS if longest >= FEWEST_UNITS * found[1] or found[1] == 1)
     lines = []
     for number, (run, letter) in enumerate(zip(runs, letters, strict=True)):
         name = column or run.judged
         percent = 100 if "top1" in name else 1
         at, passed = [], 0.0
         for row in run.epochs:
-            passed += row["seconds"] / 3600
-            at.append(passed if hours else row["epoch"])
+            passed += row["seconds"] / size
+            at.append(passed if against_time else row["epoch"])
         best = run.best if not column else None
         star = (at[run.epochs.index(best)], percent * best[name]) if best else None
         values = [percent * row[name] for row in run.epochs]
         lines.append(Line(f"{letter} {run.folder.name}", at, values, number % STYLES, best=star))
-    return chart(title, lines, "hours" if hours else "epoch", unit, logarithmic="loss" in column)
+    return chart(title, lines, time_unit if against_time else "epoch", unit, logarithmic="loss" in column)

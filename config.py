@@ -46,7 +46,7 @@ class Config:
     """The settings of one run. Construct it with `parse` or `resolve`, which fill in the dataset's defaults."""
 
     # fmt: off
-    dataset: str = flag("data", "what to train on", "digits", short="digits; hf with --dataset_name, imagefolder with --data_dir", names=DATASETS)
+    dataset: str = flag("data", "what to train on; imagenet_v2, _a, _r and _sketch are for evaluate.py", "digits", short="digits; hf with --dataset_name, imagefolder with --data_dir", names=DATASETS)
     dataset_name: str | None = flag("data", "with --dataset hf: a Hub id, or a local folder of parquet files", None)
     dataset_revision: str = flag("data", "branch, tag or commit of the Hub dataset; pinned to its commit at the start", "main")
     dataset_config: str | None = flag("data", "with --dataset hf: which configuration of the dataset, where its card tells several", None, short="its default")

@@ -6,7 +6,7 @@ What is found goes into `Facts`; a function for each subject makes lines of them
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,14 @@ from config import Config
 from errors import UsageError, redact
 from flags import listed
 from machine import Gpu, Machine
-from pages.markup import duration
-from preflight import as_size, free_bytes
+from preflight import free_bytes
 from speed import Speed
 from stream import jpeg, reach
 from stream.cache import FileStore
 from stream.decode_pool import PROCESS_BYTES
 from stream.reach import Reach
 from tracking.clients import describe
+from units import as_rate, as_size, duration
 
 OK, NOTE, WARNING = "ok", "note", "warning"
 PACKAGES = ("torchvision", "datasets", "huggingface_hub", "opencv-python-headless", "albumentations", "turbojpeg")
@@ -39,6 +39,7 @@ OPTIONAL = {
 }
 KEPT = ("num_workers", "amp", "amp_dtype", "device", "run_dir")  # flags that concern the machine, whatever the data
 IMAGENET_BYTES, IMAGENET_IMAGES = 150e9, 1_281_167  # on the Hub
+LONG_EPOCH = 86400  # seconds
 IMAGE_BYTES = 110_000  # of a photograph of ImageNet
 PROCESS_MEMORY = 2e9  # bytes, of the training process beside its data, as measured
 FILES_OF_A_PROCESS, OTHER_FILES = 3, 200  # descriptors for a decoding process, and for everything else
@@ -68,13 +69,14 @@ class Room(NamedTuple):
 class Facts:
     """What was found. `threads` are PyTorch's; `cuda` is what it was built for; `driver` is NVIDIA's, if there is one.
 
-    `disks` are the rooms of folders by their use; `packages` are versions, None of those that are missing;
-    `trackers` are whether each can be used, and what there is to tell of it.
+    `ask` and `measure` take seconds, and are called once other lines have been told. `disks` are the rooms of folders
+    by their use; `packages` are versions, None of those that are missing; `trackers` are whether each can be used, and
+    what there is to tell of it.
     """
 
     machine: Machine
-    reach: Reach
-    speed: Speed
+    ask: Callable[[], Reach]
+    measure: Callable[[], Speed]
     device: str
     problem: str | None = None
     gpus: list[Gpu] = field(default_factory=list)
@@ -108,7 +110,7 @@ def examine(given: Mapping[str, Any]) -> None:
 
 
 def find(config: Config, measured: Config) -> Facts:
-    """Everything that `report` needs. Takes about ten seconds, most of them to measure."""
+    """Everything that `report` needs."""
     device, problem = torch.device("cpu"), None
     try:
         device = distributed.pick_device(config.device)
@@ -117,8 +119,8 @@ def find(config: Config, measured: Config) -> Facts:
     dataset = config.dataset_id if DATASETS[config.dataset].on_hub and not config.dummy_data else None
     return Facts(
         machine=machine.look(),
-        reach=reach.ask(None if dataset is None or Path(dataset).is_dir() else dataset),
-        speed=speed.measure(measured, device),
+        ask=lambda: reach.ask(None if dataset is None or Path(dataset).is_dir() else dataset),
+        measure=lambda: speed.measure(measured, device),
         device=device.type,
         problem=problem,
         gpus=machine.gpus(),
@@ -161,12 +163,13 @@ def report(facts: Facts, config: Config, measured: Config) -> Iterator[Line]:
     yield from of_devices(facts, config)
     yield from of_cores(facts, config)
     yield from of_memory(facts, config)
-    yield from of_disks(facts, measured)
-    yield from of_hub(facts.reach, config)
     yield from of_jpeg(facts)
-    yield from of_speed(facts, measured)
     yield from of_packages(facts, config)
     yield from (Line(OK if usable else WARNING, "track", told) for usable, told in facts.trackers)
+    yield from of_hub(facts.ask(), config)
+    found = facts.measure()
+    yield from of_speed(found, facts, measured)
+    yield from of_disks(found, facts, measured)
 
 
 def of_versions(facts: Facts) -> Iterator[Line]:
@@ -201,11 +204,7 @@ def of_devices(facts: Facts, config: Config) -> Iterator[Line]:
         told = "this CPU has no bfloat16 instructions: --amp is emulated and slow here; leave it out"
         yield Line(WARNING if config.amp else NOTE, "bf16", told)
     elif facts.device == "cpu":
-        told = (
-            "has instructions for bfloat16"
-            if facts.machine.has_bf16
-            else "may lack bfloat16: time steps with --dry_run"
-        )
+        told = "has instructions for bfloat16" if facts.machine.has_bf16 else "may lack bfloat16: try --dry_run"
         yield Line(NOTE, "bf16", f"this CPU {told}")
 
 
@@ -213,9 +212,8 @@ def of_cores(facts: Facts, config: Config) -> Iterator[Line]:
     """The cores, and whether decoding processes and PyTorch's threads are as many."""
     here, limit = facts.machine, facts.machine.core_limit
     cores = min(here.cores, max(1, int(limit))) if limit else here.cores
-    told = f"{here.cores} usable" + (
-        f", of which the container may use {limit:g}" if limit and limit < here.cores else ""
-    )
+    told = f"{here.cores} usable"
+    told += f", of which the container may use {limit:g}" if limit and limit < here.cores else ""
     kind = ", ".join(filter(None, (here.cpu, facts.capability)))
     if config.num_workers > cores:
         mend = f"; {config.num_workers} decoding processes would take turns: --num_workers {cores}"
@@ -260,14 +258,14 @@ def of_memory(facts: Facts, config: Config) -> Iterator[Line]:
     yield Line(WARNING if mend else OK, "open files", told + mend)
 
 
-def of_disks(facts: Facts, config: Config) -> Iterator[Line]:
+def of_disks(found: Speed, facts: Facts, config: Config) -> Iterator[Line]:
     """The room in each folder against what a run puts there."""
     flags = {"snapshots": "--run_dir", "cache": "--cache_limit_gb or --cache_dir", "downloads": "HF_HOME"}
     for use, room in facts.disks.items():
         need, what = 0.0, ""
-        if use == "snapshots" and facts.speed.snapshot:
+        if use == "snapshots" and found.snapshot:
             count = config.keep_snapshots + 1 + config.save_best + (config.scheduler == "trapezoid")
-            need, what = count * facts.speed.snapshot, f"{count} snapshots of {as_size(facts.speed.snapshot)}"
+            need, what = count * found.snapshot, f"{count} snapshots of {as_size(found.snapshot)}"
         elif use != "snapshots" and config.dataset == "imagenet1k" and not config.dummy_data and not config.max_samples:
             limit = config.cache_limit_gb if use == "cache" else None
             need = max(0, (min(IMAGENET_BYTES, limit * 1e9) if limit else IMAGENET_BYTES) - room.held)
@@ -314,25 +312,27 @@ def of_jpeg(facts: Facts) -> Iterator[Line]:
         )
 
 
-def of_speed(facts: Facts, config: Config) -> Iterator[Line]:
+def of_speed(found: Speed, facts: Facts, config: Config) -> Iterator[Line]:
     """What was measured, and which of the two waits for the other."""
-    found = facts.speed
     if found.problem:
         yield Line(WARNING, "speed", found.problem)
     size, workers = config.image_size, f"{found.processes} processes" if found.processes else "no process of its own"
     told = f"images/s: generated photographs of {speed.WIDTH}x{speed.HEIGHT} decoded and cropped to {size}, {workers}"
     if found.trained:
         where = facts.gpus[0].name if facts.device == "cuda" and facts.gpus else facts.device
-        told_of_steps = f"{found.trained:,.1f} images/s at {size} pixels in steps of {found.batch} on {where}"
+        told_of_steps = f"{as_rate(found.trained)} images/s at {size} pixels in steps of {found.batch} on {where}"
         told_of_steps += ", --amp" if config.amp and facts.device != "cpu" else ""
-        told_of_steps += f"; an epoch of ImageNet-1K in {duration(IMAGENET_IMAGES / found.trained)}"
-        yield Line(OK, "steps", told_of_steps)
+        epoch = IMAGENET_IMAGES / found.trained
+        mend = "; train on a GPU, or on fewer images with --max_samples" if epoch > LONG_EPOCH else ""
+        yield Line(
+            NOTE if mend else OK, "steps", f"{told_of_steps}; an epoch of ImageNet-1K in {duration(epoch)}{mend}"
+        )
     if found.decoded and found.trained and facts.device != "cpu" and found.decoded < found.trained:
         waits = f"the device would wait {1 - found.decoded / found.trained:.0%} of the time"
         mend = "more cores and --num_workers, or --cache_dir with --cache_short_side 256 would help"
-        yield Line(WARNING, "decoding", f"{found.decoded:,.0f} {told}; {waits}: {mend}")
+        yield Line(WARNING, "decoding", f"{as_rate(found.decoded)} {told}; {waits}: {mend}")
     elif found.decoded:
-        yield Line(OK, "decoding", f"{found.decoded:,.0f} {told}")
+        yield Line(OK, "decoding", f"{as_rate(found.decoded)} {told}")
 
 
 def of_packages(facts: Facts, config: Config) -> Iterator[Line]:

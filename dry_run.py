@@ -18,8 +18,7 @@ import distributed
 from config import Config, resolve
 from distributed import print0
 from errors import redact
-from pages.markup import duration
-from preflight import as_size, free_bytes
+from preflight import free_bytes
 from preprocess import Data
 from stream.loader import BATCHES_AHEAD, Loader, StreamingDataLoader
 from train import evaluate
@@ -30,6 +29,7 @@ from training.signals import StopRequest, batches_until
 from training.snapshot import SPARE_BYTES
 from training.state import Progress, capture
 from training.step import Training, train_step
+from units import as_rate, as_size, duration
 
 STEPS = 6  # the first of them is slower than the others
 STEP_SECONDS = 20.0  # after which no further step is begun
@@ -171,7 +171,7 @@ def time_lines(config: Config, times: Times, data: Data, progress: Progress) -> 
 
 
 def _of_steps(times: Times, batch: int) -> str:
-    rate = f"{batch / times.step:,.0f} images/s"
+    rate = f"{as_rate(batch / times.step)} images/s"
     if len(times.steps) == 1:
         return f"{times.step:.3g} s for the first step, {rate}; later ones are faster"
     return f"{times.step:.3g} s a step, the median of {len(times.steps) - 1}, {rate}"
@@ -182,7 +182,7 @@ def _of_data(times: Times, batch: int, overlap: bool) -> str:
     if not times.data:
         return f"{first}; too few batches to time the others"
     where = "while the device trains" if overlap else "between the steps or beside them on the same cores"
-    return f"{first}, others took {times.data:.3g} s, {batch / times.data:,.0f} images/s, {where}"
+    return f"{first}, others took {times.data:.3g} s, {as_rate(batch / times.data)} images/s, {where}"
 
 
 def _overlaps(loader: Loader) -> bool:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 UNLIMITED = 2**60  # bytes: what version 1 of cgroups tells where there is no limit is more
 PATIENCE = 5.0  # seconds for a program, as a broken driver lets nvidia-smi hang
 CGROUPS = Path("/sys/fs/cgroup")
@@ -51,6 +49,8 @@ class Gpu:
 
 def gpus() -> list[Gpu]:
     """The GPUs that PyTorch sees. One that another process keeps for itself has no free memory."""
+    import torch
+
     found = []
     for number in range(torch.cuda.device_count()):
         free, whole = 0, torch.cuda.get_device_properties(number).total_memory
@@ -161,3 +161,8 @@ def told_by(*command: str) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+
+
+def is_run_by_uv() -> bool:
+    """Whether `uv run` started this process."""
+    return "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ

@@ -21,6 +21,7 @@ from stream.local import LocalDataset
 from stream.order import epoch_order
 from stream.source import ImageDataset
 from training.step import Training, passes_that_fit
+from units import as_rate, as_size
 
 if TYPE_CHECKING:
     from stream.dataset import HuggingFaceImageNetDataset
@@ -97,11 +98,6 @@ def _is_streamed(dataset: ImageDataset) -> "TypeGuard[HuggingFaceImageNetDataset
     from stream.dataset import HuggingFaceImageNetDataset
 
     return isinstance(dataset, HuggingFaceImageNetDataset)
-
-
-def as_size(count: float) -> str:
-    """Bytes in MB or GB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def free_bytes(folder: Path) -> int:
@@ -263,7 +259,7 @@ def _request_lines(train: "HuggingFaceImageNetDataset", val: "HuggingFaceImageNe
     if blocks <= allowance.requests.limit:
         return [line]
     line += f"; the Hub's limit of {allowance.requests.limit:,} in {allowance.requests.window} s makes that "
-    line += f"{minutes:,.0f} minutes at least, {images:,.0f} images/s"
+    line += f"{minutes:,.0f} minutes at least, {as_rate(images)} images/s"
     few = " WARNING: the files are small; use --no_streaming, which downloads them once" if images < FEW_IMAGES else ""
     return [f"{line}.{few}"]
 

@@ -21,10 +21,11 @@ from pages.history import (
     read_steps,
     snapshot_files,
 )
-from pages.markup import Markup, cards, command, details, duration, lines, page, picture, table, tag
+from pages.markup import Markup, cards, command, details, lines, page, picture, table, tag
 from pages.names import short
 from pages.svg import Line, chart
 from stream.files import read_small, write_durably
+from units import as_rate, duration
 
 NAME = "report.html"
 MOST_CELLS = 25  # classes in a table of confusions
@@ -69,7 +70,7 @@ def _cards(history: History) -> Markup:
         ("last top-1", f"{last[column]:.2%}"),
         ("validation loss, last", f"{last['val_loss']:.4f}"),
         ("training loss, last", f"{last['train_loss']:.4f}"),
-        ("images/s in training", f"{last['images_per_s']:,.0f}"),
+        ("images/s in training", as_rate(history.images_per_s)),
         ("time of all epochs", duration(sum(row["seconds"] for row in history.epochs))),
     ]
     if _has_top5(history):

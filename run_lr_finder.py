@@ -11,7 +11,7 @@ restored afterwards. The finder writes to lr_finder/ in the run folder: lr_finde
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -80,14 +80,15 @@ def _run(argv: list[str]) -> None:
 
 
 def _without_rate(argv: Sequence[str]) -> list[str]:
-    """The flags with which to train, without those that decide the learning rate."""
+    """The flags with which to train, without those that decide the learning rate or how it is found."""
+    finders = {f"--{item.name}" for item in fields(Config) if item.metadata["group"] == "finder"}
     kept, arguments = [], iter(argv)
     for argument in arguments:
-        name = argument.partition("=")[0]
-        if name in ("--lr", "--lr_from") and "=" not in argument:
-            next(arguments)
-        elif name not in ("--lr", "--lr_from", "--find_lr"):
+        name, equals, _ = argument.partition("=")
+        if name not in finders | {"--lr", "--lr_from"}:
             kept.append(argument)
+        elif not equals and name != "--find_lr":
+            next(arguments)
     return kept
 
 

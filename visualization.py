@@ -17,7 +17,6 @@ import numpy as np
 from config import Config
 from errors import complain, printable
 from pages.history import History, read_history, read_steps
-from pages.markup import duration
 from pages.names import short
 from pages.svg import LOG_FROM
 from report import write_report
@@ -25,6 +24,7 @@ from stream.files import write_durably
 from stream.loader import Batch
 from training.lr_curve import RangeTest
 from training.optim import describe_schedule, schedule_at
+from units import as_rate, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,9 @@ def plot_curves(run_dir: Path) -> Path:
     top1.set(title=f"Top-1 accuracy: {told}", ylabel="%")
     _plot_plan(rate, step, [row["lr"] for row in steps], [row["momentum"] for row in steps])
     speed.plot(at, [row["images_per_s"] for row in epochs], markevery=every, **TRAINING)
-    speed.set(title=f"Speed: {epochs[-1]['images_per_s']:,.0f} images/s in training", ylabel="images/s", ylim=(0, None))
+    speed.set(
+        title=f"Speed: {as_rate(epochs[-1]['images_per_s'])} images/s in training", ylabel="images/s", ylim=(0, None)
+    )
     _plot_time(time, run)
     for axes in (loss, top1, rate, speed, time):
         axes.set_xlabel(f"epoch (of {per_epoch:,.0f} steps)")

@@ -65,6 +65,12 @@ class History:
         images = self.steps_per_epoch * self.config["batch_size"]
         return [images / row["images_per_s"] for row in self.epochs]
 
+    @property
+    def images_per_s(self) -> float:
+        """Images a second in training, of all epochs."""
+        seconds = self.training_seconds()
+        return self.steps_per_epoch * self.config["batch_size"] * len(seconds) / sum(seconds)
+
 
 def read_history(folder: Path) -> History:
     """Raises UsageError when the folder holds no run."""

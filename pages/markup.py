@@ -133,14 +133,3 @@ def page(title: str, subtitle: Any, sections: Sequence[tuple[str, Sequence[Any]]
     main = tag("main", *(section(name, *inside) for name, inside in sections))
     script = Markup(f"<script>{(HERE / 'page.js').read_text()}</script>\n</html>\n")
     return lines([*head, body, main, script]).encode(errors="backslashreplace")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 42 s, 3 min 5 s, 2 h 7 min, 3 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for unit, size, smaller, small in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // small} {smaller}"
-    raise AssertionError(seconds)

@@ -20,6 +20,7 @@ from results.figures import WORST, Figures, Temperature, confusions
 from results.scores import Scores
 from stream.files import write_durably
 from stream.source import ImageDataset
+from units import as_rate
 
 FILES = "evaluation.json, confusion.csv, predictions.csv and pictures"
 
@@ -71,7 +72,7 @@ def describe(found: Evaluation) -> list[str]:
         if worst.recall is None or worst.recall == 1:
             break
         lines.append(f"worst     {short(worst.name)}: {worst.recall:.2%} of {worst.images:,}")
-    return [*lines, f"speed     {found.images_per_s:,.0f} images/s, the start of reading included"]
+    return [*lines, f"speed     {as_rate(found.images_per_s)} images/s, the start of reading included"]
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:

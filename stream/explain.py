@@ -80,15 +80,15 @@ def _explain(error: Exception, source: str, file: str, commit: str | None) -> st
             f"cannot fetch {file}: {first_line(error)}, to which {constants.ENDPOINT} sent this machine; resume later"
         )
     if any_is(WrongAnswer):
-        fix = "a proxy or a mirror on the way may be at fault: avoid it, then resume"
+        fix = "a proxy or a mirror on the way may be at fault: avoid it, then try again"
         return f"cannot read {file}: {first_line(error)}; {fix}"
     asked = asked_delay(error)
     if asked:
-        return f"the Hub asks to wait {asked:.0f} s before it sends {file} of {source}; wait, then resume"
+        return f"the Hub asks to wait {asked:.0f} s before it sends {file} of {source}; wait, then try again"
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         wanted = "" if file == source else f" for {file}"
         where = f"{source} at {constants.ENDPOINT}{wanted}"
-        return f"cannot reach {where} ({first_line(error)}); check the network, then resume"
+        return f"cannot reach {where} ({first_line(error)}); check the network, then try again"
     if any_is(LocalEntryNotFoundError):  # of a download of a whole repository, which tells its reason at length
         return (
             f"cannot reach {constants.ENDPOINT} for {source}, which is no folder here; check its name and the network"

@@ -33,6 +33,14 @@ def test_settings_that_differ_and_results_are_told_side_by_side(runs: tuple[Path
     assert "&lt;b&gt;other" in page
     assert "<b>" not in page
     assert page.count('<figure class="chart">') == 7
+    assert ">minutes<" in page  # the longest run took 12.5
+
+
+def test_the_speed_of_a_run_is_that_of_all_its_epochs(runs: tuple[Path, Path]) -> None:
+    log = runs[0] / "results.csv"
+    log.write_text(log.read_text().replace(",9000,", ",3000,", 1))
+    rows = [line.split() for line in run("--compare", *runs).out.splitlines()]
+    assert ["images/s", "6,429", "9,000"] in rows
 
 
 def test_a_run_without_an_epoch_is_compared_by_its_settings(tmp_path: Path, runs: tuple[Path, Path]) -> None:

@@ -22,7 +22,7 @@ import config as configuration
 import distributed
 from config import resolve
 from training import console
-from training.console import Console, command, duration, header, last_lines
+from training.console import Console, command, header, last_lines
 
 STAMP = r"\d\d-\d\d \d\d:\d\d:\d\d  "
 SMALL = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2)
@@ -97,9 +97,9 @@ def test_a_line_of_a_step_tells_rate_speed_waiting_and_the_time_left(capsys: pyt
     first, _, second = capsys.readouterr().out.splitlines()
     assert first.endswith(
         "epoch 1/3  step 5/20  loss 1.2500  top1 50.00%  lr 0.1  momentum 0.900  12,346 images/s  data 25%  "
-        "left 30s, run 1:50"
+        "left 30s, run 1m50s"
     )
-    assert second.endswith("left 30s, run 1:30")  # the last epoch took a minute, its evaluation included
+    assert second.endswith("left 30s, run 1m30s")  # the last epoch took a minute, its evaluation included
 
 
 @pytest.mark.parametrize(("classes", "told"), [(5, False), (6, True)])
@@ -127,14 +127,6 @@ def test_what_takes_long_is_told_of_and_what_does_not_is_not(
     with distributed.announced("for the index"):
         time.sleep(0.5)
     assert capsys.readouterr().out == "wait      for the index\n"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0s"), (9.96, "10s"), (59.6, "1:00"), (185, "3:05"), (3723, "1:02:03"), (183600, "2d 03h")],
-)
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_long_line_of_the_header_is_folded_and_details_are_for_verbose(capsys: pytest.CaptureFixture[str]) -> None:

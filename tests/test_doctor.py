@@ -37,10 +37,11 @@ MACHINE = Machine(
     has_bf16=True,
 )
 GPU = Gpu("a GPU", 80 * GIB, 79 * GIB, has_bf16=True)
+SPEED = Speed(processes=8, decoded=4000.0, batch=64, trained=2000.0, snapshot=200_000_000)
 FACTS = Facts(
     machine=MACHINE,
-    reach=Reach("https://hub", offline=False, has_token=True, hub=Answer(0.1), token_accepted=True),
-    speed=Speed(processes=8, decoded=4000.0, batch=64, trained=2000.0, snapshot=200_000_000),
+    ask=lambda: Reach("https://hub", offline=False, has_token=True, hub=Answer(0.1), token_accepted=True),
+    measure=lambda: SPEED,
     device="cuda",
     gpus=[GPU],
     cuda="13.2",
@@ -75,6 +76,22 @@ def on(facts: Facts = FACTS, **changes: object) -> Facts:
 
 def test_a_machine_that_has_everything_gets_no_warning_and_no_advice() -> None:
     assert [line for line in lines(FACTS, "--amp") if line.mark != OK] == []
+
+
+def test_what_is_known_is_told_before_the_hub_is_asked_and_anything_measured() -> None:
+    def hangs() -> Reach:
+        raise TimeoutError
+
+    told: list[str] = []
+    config = settings()
+    with pytest.raises(TimeoutError):
+        told.extend(line.topic for line in doctor.report(replace(FACTS, ask=hangs), config, config))
+    assert {"versions", "gpu", "cores", "memory", "jpeg", "compiler"} <= set(told)
+
+
+def test_a_device_that_takes_days_for_an_epoch_is_told() -> None:
+    line = told(replace(FACTS, measure=lambda: replace(SPEED, trained=0.04, decoded=None)), "steps")
+    assert (line.mark, "0.04 images/s" in line.text, "a GPU" in line.text) == (NOTE, True, True)
 
 
 def test_each_tracker_that_is_asked_for_is_told() -> None:
@@ -126,7 +143,7 @@ def test_a_disk_that_is_too_small_is_told_with_the_flag_that_moves_the_folder() 
     assert told(full, "cache").mark == WARNING
     assert told(full, "cache", "--cache_dir", "kept", "--cache_limit_gb", "5").mark == OK
     assert told(replace(full, disks={"cache": Room(Path("kept"), 10**10, 145 * 10**9)}), "cache").mark == OK
-    unknown = replace(full, speed=replace(FACTS.speed, snapshot=None))
+    unknown = replace(full, measure=lambda: replace(SPEED, snapshot=None))
     assert told(unknown, "snapshots").mark == OK
 
 
@@ -148,11 +165,11 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_from_none() -> None:
 
 
 def test_decoding_that_is_slower_than_the_gpu_is_told_with_the_share_of_time_lost() -> None:
-    slow = replace(FACTS, speed=replace(FACTS.speed, decoded=500.0))
+    slow = replace(FACTS, measure=lambda: replace(SPEED, decoded=500.0))
     line = told(slow, "decoding")
     assert (line.mark, "75%" in line.text, "--num_workers" in line.text) == (WARNING, True, True)
     assert told(replace(slow, device="cpu"), "decoding").mark == OK
-    failed = replace(FACTS, speed=Speed(8, None, 64, None, None, "no memory"))
+    failed = replace(FACTS, measure=lambda: Speed(8, None, 64, None, None, "no memory"))
     assert told(failed, "speed") == Line(WARNING, "speed", "no memory")
 
 

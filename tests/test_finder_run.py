@@ -46,6 +46,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_commands_that_follow_leave_out_what_only_the_finder_takes() -> None:
+    told = run_lr_finder._without_rate(
+        ["--find_lr", "--lr_iter", "40", "--lr=auto", "--amp", "--lr_end=1", "--lr_from", "a.json", "--epochs", "3"]
+    )
+    assert told == ["--amp", "--epochs", "3"]
+
+
 @pytest.mark.slow
 def test_the_report_has_the_fields_that_others_rely_on(found: Path) -> None:
     told = report(found)

@@ -20,7 +20,7 @@ LAYERS = (
     {"blurpool", "flags", "machine", "recipe"},
     {"choices"},
     {"registry", "defaults"},
-    {"errors"},
+    {"errors", "units"},
     {"output"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -407,7 +407,7 @@ def test_a_limit_that_makes_requests_slow_is_told_with_the_time_and_the_way_out(
         monkeypatch.setattr(allowance.requests, "limit", 10)
         monkeypatch.setattr(allowance.requests, "window", 60)
         line = lines_of(config, data)["requests"]
-    assert "50 for blocks in each epoch; the Hub's limit of 10 in 60 s makes that 5 minutes at least, 4 " in line
+    assert "50 for blocks in each epoch; the Hub's limit of 10 in 60 s makes that 5 minutes at least, 4.1 " in line
     assert ("WARNING" in line) == ("--no_streaming" in line) == warns
 
 

@@ -15,7 +15,6 @@ import evaluate
 import visualization
 from errors import UsageError
 from pages.history import read_steps
-from pages.markup import duration
 from report import write_report
 from visualization import RunPictures
 
@@ -215,8 +214,3 @@ def test_a_thousand_classes_are_sorted_and_filtered(imagenet: Path, tmp_path: Pa
     told = in_browser(write_report(imagenet), script, tmp_path)
     assert 'data-found="true,true,11"' in told
     assert 'data-wide="true"' in told
-
-
-def test_durations_have_units_that_fit() -> None:
-    found = [duration(seconds) for seconds in (0.51, 59.94, 90, 5400, 200_000)]
-    assert found == ["0.5 s", "59.9 s", "1 min 30 s", "1 h 30 min", "2 d 7 h"]

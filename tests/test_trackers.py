@@ -222,13 +222,16 @@ def test_a_missing_package_is_refused_before_training_with_the_command_that_inst
 
 
 def test_wandb_is_online_only_with_a_key_which_nobody_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "UV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     kind = tracking.clients.WeightsAndBiases
     assert kind.mode().startswith("offline: no key")
-    assert "wandb sync" in kind.view(tmp_path)
+    assert ": wandb sync " in kind.view(tmp_path)
+    for variable in ("UV", "UV_RUN_RECURSION_DEPTH"):
+        monkeypatch.setenv(variable, "1")
+    assert ": uv run wandb sync " in kind.view(tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", "CANARY")
     assert kind.mode() == "online: a key is in the environment"
     monkeypatch.setenv("WANDB_MODE", "offline")

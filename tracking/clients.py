@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from choices import TRACKERS
 from errors import redact
-from tracking.tracker import Tracker
+from tracking.tracker import Tracker, tool
 from tracking.tracker import describe as describe
 from tracking.tracker import require_packages as require_packages
 
@@ -86,7 +86,7 @@ class TensorBoard(Tracker):
 
     @classmethod
     def view(cls, run_dir: Path) -> str:
-        return shlex.join(["tensorboard", "--logdir", str(run_dir / "tracking" / "tensorboard")])
+        return tool("tensorboard", "--logdir", str(run_dir / "tracking" / "tensorboard"))
 
 
 @TRACKERS.define("wandb")
@@ -140,9 +140,8 @@ class WeightsAndBiases(Tracker):
     def view(cls, run_dir: Path) -> str:
         mode, why = _wandb_mode()
         folder = Path(os.environ.get("WANDB_DIR", run_dir / "tracking")) / "wandb"
-        return f"{mode} ({why})" + (
-            f": wandb sync {shlex.quote(str(folder))}/offline-run-*" if mode == "offline" else ""
-        )
+        sync = f": {tool('wandb', 'sync', str(folder))}/offline-run-*" if mode == "offline" else ""
+        return f"{mode} ({why}){sync}"
 
     @classmethod
     def mode(cls) -> str:
@@ -213,7 +212,7 @@ class Trackio(Tracker):
     def view(cls, run_dir: Path) -> str:
         folder = os.environ.get("TRACKIO_DIR") or run_dir / "tracking" / "trackio"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {shlex.quote(project)}"
+        return f"TRACKIO_DIR={shlex.quote(str(folder))} {tool('trackio', 'show', '--project', project)}"
 
 
 @TRACKERS.define("mlflow")

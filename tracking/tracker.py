@@ -1,12 +1,14 @@
 """What a tracker is, and whether it can be used on this machine."""
 
 import importlib.util
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from choices import TRACKERS
 from errors import UsageError
+from machine import is_run_by_uv
 
 
 class Tracker:
@@ -52,6 +54,11 @@ class Tracker:
     def mode(cls) -> str:
         """How it would work now, if there is something to tell."""
         return ""
+
+
+def tool(*words: str) -> str:
+    """A command line that starts a program of a tracker's package as this process was started."""
+    return shlex.join([*(("uv", "run") if is_run_by_uv() else ()), *words])
 
 
 def require_packages(names: list[str]) -> None:

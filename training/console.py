@@ -18,8 +18,10 @@ import distributed
 from config import Config
 from defaults import FEWEST_FOR_TOP5
 from distributed import print0
+from machine import is_run_by_uv
 from stream.files import read_small
 from training.snapshot import BEST, step_files
+from units import as_rate, duration
 
 WIDEST = 160  # columns of a line in a log file
 STEP_LINES = 60  # of a whole run in a log file
@@ -49,20 +51,6 @@ def header(lines: Iterable[str], config: Config) -> None:
                 ),
                 sep="\n",
             )
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words as short as 1.2s, 12s, 3:05, 1:02:03 and 2d 03h."""
-    whole = max(0, round(seconds))
-    if seconds < 9.95:
-        return f"{max(0.0, seconds):.1f}s"
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02}"
-    if whole < 86400:
-        return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-    return f"{whole // 86400}d {whole // 3600 % 24:02}h"
 
 
 class Console:
@@ -129,7 +117,7 @@ class Console:
         elif self._is_due(row["step"], is_last=done == self._steps):
             self._say(
                 f"{self._title}  step {done}/{self._steps}  loss {row['loss']:.4f}  top1 {row['top1']:6.2%}  "
-                f"lr {row['lr']:.3g}  momentum {row['momentum']:.3f}  {row['images_per_s']:,.0f} images/s  "
+                f"lr {row['lr']:.3g}  momentum {row['momentum']:.3f}  {as_rate(row['images_per_s'])} images/s  "
                 f"data {waiting:.0%}  left {duration(left)}, run {duration(run)}"
             )
 
@@ -138,12 +126,13 @@ class Console:
         return f"{{desc}}  {'{n_fmt}/{total_fmt} ' if columns() >= WIDE else ''}|{{bar}}| {beside}"
 
     def _beside_bar(self, row: dict[str, Any], waiting: float, left: float, run: float) -> str:
+        rate = as_rate(row["images_per_s"])
         if columns() >= WIDE:
             return (
                 f"loss {row['loss']:.4f}  top1 {row['top1']:.2%}  lr {row['lr']:.3g}  "
-                f"{row['images_per_s']:,.0f} images/s  data {waiting:.0%}  left {duration(left)}, run {duration(run)}"
+                f"{rate} images/s  data {waiting:.0%}  left {duration(left)}, run {duration(run)}"
             )
-        speed = f"{row['images_per_s']:.0f}/s  data {waiting:.0%}"
+        speed = f"{rate}/s  data {waiting:.0%}"
         return f"loss {row['loss']:.3f}  lr {row['lr']:.2g}  {speed}  {duration(left)}, {duration(run)}"
 
     def _is_due(self, step: int, is_last: bool) -> bool:
@@ -168,7 +157,7 @@ class Console:
             (f"val loss {result['val_loss']:.4f} top1 {result['val_top1']:7.2%}", 0),
             (f"top5 {result['val_top5']:7.2%}" if self._shows_top5 else "", 4),
             (f"ema top1 {result['ema_top1']:7.2%}" if "ema_top1" in result else "", 1),
-            (f"{result['images_per_s']:7,.0f} images/s", 2),
+            (f"{as_rate(result['images_per_s']):>7} images/s", 2),
             (f"{duration(result['seconds']):>7}", 2),
             ("best" if is_best else "", 1),
         ]
@@ -279,7 +268,7 @@ def command(script: str, *arguments: object, ranks: int = 1) -> str:
 
 def _python() -> str:
     """How this interpreter is called: by uv, as python if that is the one, or by its path."""
-    if "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ:
+    if is_run_by_uv():
         return "uv run python"
     found = shutil.which("python")
     return "python" if found and Path(found).parent == Path(sys.executable).parent else shlex.quote(sys.executable)
