@@ -316,6 +316,7 @@ def test_files_made_to_harm_are_refused_and_run_nothing(tmp_path: Path) -> None:
         with pytest.raises(DataError) as refusal:
             open_source(str(path))
         assert "\n" not in str(refusal.value), name
+        assert ("unpacks to 10 MB" in str(refusal.value)) == (name == "bomb.pth")
     assert not canary.exists()
 
 
