@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """Bad arguments, or a resume whose settings changed."""
+    """Bad arguments, a resume whose settings changed, or a system that is not supported."""
 
     status = 2
 
