@@ -230,7 +230,8 @@ def test_onecycle_trains_in_any_number_of_steps_also_where_torch_would_divide_by
             assert all(0 < rate <= 1.0000001 * PEAK for rate in found)
             if pct_start * steps == 1 and not three_phase:
                 assert found[0] == pytest.approx(PEAK)
-    assert [groups[0] for groups in walk(settings(epochs=1), 1)] == [(pytest.approx(PEAK), pytest.approx(0.85))]
+    ((only, *_),) = walk(settings(epochs=1), 1)
+    assert only == pytest.approx((PEAK, 0.85))
 
 
 def test_tensors_of_rank_one_are_never_decayed_and_all_others_are() -> None:
