@@ -45,6 +45,8 @@ def resumed(given: Mapping[str, Any]) -> Path | None:
 def look(given: Mapping[str, Any]) -> list[str]:
     """Refuse a training that cannot be, and return a line for each flag that has no effect in it. Raises UserError."""
     ranks.require_whole()
+    if "extend_epochs" in given and given.get("resume_from", "auto") == "auto":
+        raise UsageError("--extend_epochs extends a run that there is; name it: --resume_from RUN --extend_epochs N")
     source = resumed(given)
     if source is None:
         if "override" in given:

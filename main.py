@@ -31,6 +31,7 @@ import beforehand
 import config as configuration
 import evaluate
 import output
+import ranks
 import run_lr_finder
 from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, greet, leave, run_front_door
@@ -60,6 +61,7 @@ def _run(argv: list[str]) -> None:
     if given.get("find_lr"):
         raise SystemExit(run_lr_finder.main(argv))
     if given.get("doctor"):
+        ranks.require_whole()
         from doctor import examine
 
         examine(given)

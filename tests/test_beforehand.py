@@ -81,6 +81,8 @@ def cases(folder: Path, digits: Path) -> dict[str, tuple[int, str]]:
         f"export {folder}/none --to onnx --out {folder}/out": (3, "there is no"),
         f"export {digits} --to timm --precision int8 --out {folder}/out": (2, "int8 is for --to onnx"),
         f"export {digits} --to timm --out {folder}/other": (2, "holds something else"),
+        "main --extend_epochs 2": (2, "--resume_from RUN --extend_epochs N"),
+        "RANK=1 main --doctor": (2, "RANK=1 is set with no WORLD_SIZE"),
         "WORLD_SIZE=2 main": (2, "without RANK, MASTER_ADDR, MASTER_PORT"),
     }
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from beforehand import SIDECAR, require_source
+from checks import without_idle
 from config import Config, resolve, resume
 from errors import DataError, SnapshotError, UsageError
 from flags import channels
@@ -128,7 +129,7 @@ def resolve_with_weights(given: Mapping[str, Any]) -> tuple[Config, Source | Non
     if config.use_pretrained is None:
         return config, None
     source = open_source(config.use_pretrained, model=config.model, patience=60 * config.network_patience)
-    return resolve(source.flags(given)), source
+    return resolve(source.flags(without_idle(config, given))), source
 
 
 def _fetched(hub_id: str, patience: float) -> Path:
