@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import stat
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -120,6 +121,8 @@ def saved_settings(source: Path) -> dict[str, Any] | None:
         raise SnapshotError(f"cannot read snapshot {source}: No such file or directory; give a run folder or a file")
     files = step_files(source / "snapshots") if source.is_dir() else [source]
     try:
+        if not stat.S_ISREG(files[-1].lstat().st_mode):  # opening a pipe would wait
+            return None
         with open(files[-1], "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < HEADER_BYTES else {}

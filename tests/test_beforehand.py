@@ -128,7 +128,8 @@ def test_settings_are_read_from_a_snapshot_without_torch(digits: Path, tmp_path:
     assert saved is not None
     assert (saved["max_samples"], saved["dataset"]) == (64, "digits")
     (tmp_path / "damaged").write_bytes(b"\xff" * 99)
-    assert beforehand.saved_settings(tmp_path / "damaged") is None
+    os.mkfifo(tmp_path / "pipe")
+    assert [beforehand.saved_settings(tmp_path / name) for name in ("damaged", "pipe")] == [None, None]
     assert beforehand.saved_settings(tmp_path) is None
 
 
