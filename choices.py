@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+SPLITS_AND_COLUMNS = ("train_split", "val_split", "image_column", "label_column", "num_classes")
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Dataset:
     open_validation: Callable[[Any], Any] | None = None
     in_memory: bool = False  # kept whole on the device, as one array of images of one size
     flips: bool = True  # an image may be mirrored in training
-    takes: tuple[str, ...] = ("data_dir",)  # of the flags that only some datasets take
+    takes: tuple[str, ...] = ("data_dir", *SPLITS_AND_COLUMNS)  # of the flags that only some datasets take
     needs: Mapping[str, str] = field(default_factory=dict)  # flags, and what they are to name
     id: str | None = None  # what it is called where it comes from, if that is not its name
     named_by: str | None = None  # the flag that tells where it comes from
@@ -88,17 +89,26 @@ _EVALUATED = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
 
 DATASETS = Registry[Dataset]("--dataset")
 for _name, _dataset in {
-    "imagenet1k": Dataset(IMAGENET, on_hub=True, id="ILSVRC/imagenet-1k", takes=("dummy_data",)),
-    "cifar10": Dataset(CIFAR, in_memory=True, downloads=True),
-    "cifar100": Dataset(CIFAR, in_memory=True, downloads=True),
-    "fashion_mnist": Dataset(FASHION_MNIST, in_memory=True, downloads=True),
-    "mnist": Dataset(MNIST, in_memory=True, downloads=True, flips=False),
+    "imagenet1k": Dataset(IMAGENET, on_hub=True, id="ILSVRC/imagenet-1k", takes=("dummy_data", *SPLITS_AND_COLUMNS)),
+    "cifar10": Dataset(CIFAR, in_memory=True, downloads=True, takes=("data_dir",)),
+    "cifar100": Dataset(CIFAR, in_memory=True, downloads=True, takes=("data_dir",)),
+    "fashion_mnist": Dataset(FASHION_MNIST, in_memory=True, downloads=True, takes=("data_dir",)),
+    "mnist": Dataset(MNIST, in_memory=True, downloads=True, flips=False, takes=("data_dir",)),
     "digits": Dataset(DIGITS, in_memory=True, flips=False, takes=()),
-    "imagefolder": Dataset(IMAGENET, takes=("data_dir", "val_labels"), needs=_SPLITS, named_by="data_dir"),
-    "hf": Dataset(
-        IMAGENET, on_hub=True, takes=("dataset_name", "dataset_config"), needs=_HUB_ID, named_by="dataset_name"
+    "imagefolder": Dataset(
+        IMAGENET, takes=("data_dir", "val_labels", "train_split", "val_split"), needs=_SPLITS, named_by="data_dir"
     ),
-    **{name: Dataset(IMAGENET, evaluated_only=True, needs=_CLASS_FOLDERS, named_by="data_dir") for name in _EVALUATED},
+    "hf": Dataset(
+        IMAGENET,
+        on_hub=True,
+        takes=("dataset_name", "dataset_config", *SPLITS_AND_COLUMNS),
+        needs=_HUB_ID,
+        named_by="dataset_name",
+    ),
+    **{
+        name: Dataset(IMAGENET, evaluated_only=True, takes=("data_dir",), needs=_CLASS_FOLDERS, named_by="data_dir")
+        for name in _EVALUATED
+    },
 }.items():
     DATASETS.register(_name)(_dataset)
 
@@ -109,7 +119,8 @@ MODELS = Registry[Callable[..., "nn.Module"]](
         *("torchvision:NAME", "timm:NAME"),
     ),
 )
-SCHEDULES = Registry[Schedule]("--scheduler", ("onecycle", "cosine", "linear", "step", "trapezoid"))
+BUILT_IN_SCHEDULES = ("onecycle", "cosine", "linear", "step", "trapezoid")
+SCHEDULES = Registry[Schedule]("--scheduler", BUILT_IN_SCHEDULES)
 AUGMENTATIONS = Registry[Augmentation]("--augment")
 TRACKERS = Registry[type[Any]]("--track", ("tensorboard", "wandb", "trackio", "mlflow"))
 
@@ -118,6 +129,11 @@ def model_choice(name: str) -> str:
     """The choice of `MODELS` that a --model means: its name, or LIBRARY:NAME for a model of a library."""
     library, colon, _ = name.partition(":")
     return f"{library}:NAME" if colon else name
+
+
+def dataset_named(given: Mapping[str, Any]) -> str | None:
+    """The dataset that flags name, be it only by where its images are."""
+    return given.get("dataset") or ("hf" if "dataset_name" in given else "imagefolder" if "data_dir" in given else None)
 
 
 def dataset(name: str, preset: Preset, **facts: Any) -> Callable[[Function], Function]:

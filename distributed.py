@@ -16,11 +16,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import errors
+import ranks
 from errors import UsageError, UserError
 
 T = TypeVar("T")
 MARGIN = 600.0  # seconds
 WAIT_SECONDS = 1.0
+WAIT_FOR_STATUS = 3.0  # seconds for which a rank waits to hear why another one has gone
 
 _host_group: Any = None
 _quiet = False
@@ -30,13 +33,16 @@ def init(device_flag: str, patience: float = 1800.0) -> torch.device:
     """Join torchrun's process group, if there is one, and return this process's device.
 
     Ranks wait `patience` seconds for the network, and MARGIN seconds longer for each other, so that a rank whose data
-    does not arrive reports that first. Raises UsageError for a device that this machine does not have.
+    does not arrive reports that first. Raises UsageError for a device that this machine does not have, and where the
+    environment of a launcher is set by half.
     """
     global _host_group
+    ranks.require_whole()
     device = pick_device(device_flag)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if ranks.told_world() > 1:
         timeout = datetime.timedelta(seconds=patience + MARGIN)
-        _join("nccl" if device.type == "cuda" else "gloo", timeout)
+        store = _join("nccl" if device.type == "cuda" else "gloo", timeout)
+        errors.peers = Peers(store)
         _host_group = dist.new_group(backend="gloo", timeout=timeout)
         atexit.register(_leave)
     if device.type == "cuda":
@@ -44,16 +50,45 @@ def init(device_flag: str, patience: float = 1800.0) -> torch.device:
     return device
 
 
-def _join(backend: str, timeout: datetime.timedelta) -> None:
+class Peers:
+    """What the ranks tell each other when one of them fails, through the store in which they met."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = dist.PrefixStore("failed", store)
+
+    def is_first(self, status: int) -> bool:
+        """Note that this rank ends with this exit status. Whether it is the first to do so, as far as is known."""
+        try:
+            if self._store.add("ranks", 1) > 1:
+                return False
+            self._store.set("status", str(status))
+        except RuntimeError:  # the rank that kept the store has ended
+            return True
+        return True
+
+    def status_of(self, error: Exception) -> int | None:
+        """The exit status of the rank that ended before, if the error says that one has gone; told if nobody did."""
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            return None
+        with contextlib.suppress(RuntimeError):
+            self._store.wait(["status"], datetime.timedelta(seconds=WAIT_FOR_STATUS))
+            return int(self._store.get("status"))
+        if self.is_first(UserError.status):
+            errors.complain("error: another rank has ended; what it said, or the kernel's log, tells why")
+        return UserError.status
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     """Form the process group, with a prefix that hides what earlier attempts left in the store (pytorch #135712).
 
     On several nodes each counts its own restarts, so torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
-    store, rank, ranks = next(dist.rendezvous("env://"))
+    store, rank, world = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+    if attempt and ranks.local_world() == world:
         store = dist.PrefixStore(f"attempt {attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return store  # type: ignore[no-any-return]
 
 
 def pick_device(flag: str) -> torch.device:
@@ -75,7 +110,7 @@ def _leave() -> None:
     a Python tensor during interpreter shutdown would abort the process.
     """
     global _host_group
-    _host_group = None
+    _host_group = errors.peers = None
     dist.destroy_process_group()
 
 

@@ -15,16 +15,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import output
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
-_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-NEEDED, NEEDED_MODULES = ("fork", "register_at_fork", "O_NOFOLLOW", "O_NONBLOCK"), ("fcntl", "resource")
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(signal.Signals[name] for name in STOPPING if hasattr(signal, name))
+NEEDED_CALLS, NEEDED_MODULES = ("fork", "register_at_fork", "O_NOFOLLOW", "O_NONBLOCK"), ("fcntl", "resource")
+
+ENDED_WITHIN = 5.0  # seconds in which a launcher ends the ranks of one that failed
 
 _is_abandoned = False
+peers: "Peers | None" = None  # once the ranks have met
 
 
 class UserError(Exception):
@@ -55,6 +58,16 @@ class SnapshotError(UserError):
     """No usable snapshot, or no room to write one."""
 
     status = 5
+
+
+class Peers(Protocol):
+    """What a rank asks the others when it ends with an error."""
+
+    def is_first(self, status: int) -> bool:
+        """Note that this rank ends with this exit status. Whether it is the first one to do so."""
+
+    def status_of(self, error: Exception) -> int | None:
+        """The exit status of the rank that ended before, if that is what the error comes from."""
 
 
 class Interrupted(Exception):
@@ -91,7 +104,8 @@ def greet(arguments: Sequence[str]) -> None:
 
 def _leave(signum: int, frame: FrameType | None) -> None:
     """Handles signals but SIGINT while there is nothing to save yet."""
-    complain(f"stopped by {signal.Signals(signum).name}")
+    if os.environ.get("RANK", "0") == "0":
+        complain(f"stopped by {signal.Signals(signum).name}")
     os._exit(128 + signum)
 
 
@@ -134,12 +148,27 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 def _require_posix() -> None:
     """Raise UsageError where the system lacks what runs are made of, as Windows does."""
-    missing = [f"os.{name}" for name in NEEDED if not hasattr(os, name)]
+    missing = [f"os.{name}" for name in NEEDED_CALLS if not hasattr(os, name)]
     missing += [name for name in NEEDED_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"this system has no {missing[0]}, without which nothing runs here; use Linux or macOS, on Windows WSL"
         )
+
+
+def _fail(line: str, status: int) -> int:
+    """Tell of an error, on one rank of all: the first that fails. Until they have met that is rank 0, which has the
+    same flags; another one speaks if nothing ends it, as then the error is its own.
+    """
+    if peers is not None:
+        told = peers.is_first(status)
+    else:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+            time.sleep(ENDED_WITHIN)
+        told = True
+    if told:
+        complain(f"error: {line}")
+    return status
 
 
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
@@ -156,8 +185,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        complain(f"error: {redact(str(error))}")
-        return error.status
+        return _fail(redact(str(error)), error.status)
     except Interrupted as stop:
         return stop.status
     except KeyboardInterrupt:
@@ -170,8 +198,12 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         if debug or error.errno not in DISK_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""
-        complain(f"error: {error.strerror}{where}; make room or mend the disk, and resume")
-        return SnapshotError.status
+        return _fail(f"{error.strerror}{where}; make room or mend the disk, and resume", SnapshotError.status)
+    except RuntimeError as error:
+        status = None if debug or peers is None else peers.status_of(error)
+        if status is None:
+            raise
+        return status
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -16,15 +16,20 @@ or no room for the files; 128 + signal after a signal.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import beforehand
+from checks import typed
 from config import OTHER_DATA, Config, overrides
 from errors import run_front_door
-from flags import door_parser
+from flags import add_switch, door_parser
 from registry import load_extensions
 from results.settings import FLAGS
+
+OF_MAIN = {"evaluate", "resume_from", "run_dir", "use_pretrained", "model", "override", "recipe", "debug", "quiet"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,24 +49,28 @@ def parse(argv: list[str]) -> dict[str, Any]:
     group = parser.add_argument_group("evaluation")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     text = "folder for the files (default: evaluation/DATA in the run's folder, or here)"
-    group.add_argument("--out", metavar="DIR", help=text, **unset)
+    group.add_argument("--out", metavar="DIR", type=os.path.expanduser, help=text, **unset)
     text = "fit the temperature that calibrates the model best, and tell what it changes"
-    group.add_argument("--temperature", action="store_true", help=text, **unset)
+    add_switch(group, "temperature", text)
     text = "ImageNet's validation images: ReaL labels, a JSON list; a prediction among an image's labels is right"
-    group.add_argument("--real_labels", metavar="FILE", help=text, **unset)
+    group.add_argument("--real_labels", metavar="FILE", type=os.path.expanduser, help=text, **unset)
     text = "let the model answer all of its classes where other data than its run's has only some of them"
-    group.add_argument("--all_classes", action="store_true", help=text, **unset)
+    add_switch(group, "all_classes", text)
     return vars(parser.parse_args(argv))
 
 
 def flags_of_main(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The flags of this door for `main.py --evaluate`, which evaluates the newest snapshot of a run."""
     own = {name: value for name, value in given.items() if name in FLAGS} | {"source": source}
+    unused = typed(given).keys() - FLAGS - OF_MAIN - (set() if "resume_from" in given else {"image_size"})
+    if unused:
+        told = ", ".join(f"--{name}" for name in typed(given) if name in unused)
+        print(f"note      {told}: not used in an evaluation", flush=True)
+    if "model" in given:
+        own["model"] = given["model"]
     if "resume_from" in given:
         own |= {"which": "last", "any_data": OTHER_DATA in given.get("override", ())}
         return own | {name: value for name, value in overrides(given).items() if name in FLAGS}
-    if "model" in given:
-        own["model"] = given["model"]
     if "image_size" in given:
         own.setdefault("eval_size", given["image_size"])
     return own
@@ -69,6 +78,7 @@ def flags_of_main(given: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def evaluate(given: Mapping[str, Any]) -> None:
     """Evaluate the `source` among these flags, and tell and write what comes of it. Raises UserError, Interrupted."""
+    beforehand.look_at_source(given, with_data=True)
     from results import evaluation
 
     evaluation.evaluate(given)

@@ -14,13 +14,15 @@ the Hub unreachable or refusing; 5 no usable snapshot, or no room to write.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import beforehand
 from config import Config
 from errors import UsageError, printable, run_front_door
-from flags import door_parser
+from flags import add_switch, door_parser
 from registry import load_extensions
 
 FORMATS = ("transformers", "timm", "torchvision", "onnx", "torch_export")
@@ -37,14 +39,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     made = door_parser(Config, "export.py", __doc__ or "", operands="--to FORMAT --out DIR")
     group = made.add_argument_group("export")
     group.add_argument("--to", required=True, choices=FORMATS, help="the library that is to load it")
-    group.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced")
+    text = "the folder to write; an earlier export is replaced"
+    group.add_argument("--out", required=True, metavar="DIR", type=os.path.expanduser, help=text)
     group.add_argument(
         "--precision", default="fp32", choices=("fp32", "fp16", "int8"), help="of the weights; int8 is for onnx"
     )
     group.add_argument("--license", metavar="ID", help="licence of the weights, for the card, such as apache-2.0")
     group.add_argument("--push_to_hub", metavar="ID", help="send the export to this repository of the Hub")
-    group.add_argument("--private", action="store_true", help="make that repository private")
-    group.add_argument("--dry_run", action="store_true", help="tell what would be sent, and send nothing")
+    add_switch(group, "private", "make that repository private", default=False)
+    add_switch(group, "dry_run", "tell what would be sent, and send nothing", default=False)
     return made.parse_args(argv)
 
 
@@ -53,18 +56,22 @@ def _run(argv: list[str]) -> None:
     given = parse(argv)
     if given.private and not given.push_to_hub:
         raise UsageError("--private goes with --push_to_hub")
-    out = Path(given.out).expanduser()
+    out = Path(given.out)
     if out.exists() and Path(given.source).exists() and out.samefile(given.source):
         raise UsageError("--out is the source itself; give another folder")
 
+    beforehand.look_at_source(vars(given))
     from results import publishing
-    from results.exporting import export, require_free
-    from results.formats import Order, require_place
-    from training.sources import open_source
+    from results.places import require_free, require_precision
 
     if given.push_to_hub:
         publishing.require_repo_id(given.push_to_hub)
     require_free(out)
+    require_precision(given.to, given.precision)
+    from results.exporting import export
+    from results.formats import Order, require_place
+    from training.sources import open_source
+
     source = open_source(given.source, getattr(given, "which", None), getattr(given, "model", "auto"))
     require_place(source, given.to, given.precision)
     print(f"source    {printable(source.told)}", flush=True)

@@ -1,9 +1,11 @@
 """How a flag is declared as a field of a dataclass, parsed with argparse, and held to its bounds."""
 
 import argparse
-import difflib
+import itertools
 import math
+import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, field, fields
@@ -11,10 +13,14 @@ from typing import Any
 
 from choices import DATASETS, MODELS, model_choice
 from errors import UsageError
+from hints import DASHES, NO, YES, inverse, nearest_flag, nearest_number, without_value
 from registry import Registry
 
 SIZE_STEP = 32  # pixels between sizes that a run grows through
-TAKES_FILES = ("TEXT", "DIR", "FILE", "RUN", "SOURCE")  # metavars of what a shell completes with names of files
+TAKES_FILES = ("PATH", "DIR", "FILE", "RUN", "SOURCE", "IMAGE")  # metavars of what a shell completes with file names
+DEVICES = ("auto", "cpu", "cuda", "mps")
+MOST_JITTER = (1e9, 1e9, 1e9, 0.5)  # of brightness, contrast, saturation and hue
+WHICH = ("best", "last", "ema")
 FROM_PRESET: Any = object()  # the default of a flag whose value depends on the dataset
 
 
@@ -29,16 +35,23 @@ def flag(
     on_resume: str = "fixed",
     short: Any = None,
     names: Registry[Any] | None = None,
+    offers: Collection[str] = (),
+    is_path: bool = False,
+    needs: Any = None,
     **argparse_options: Any,
 ) -> Any:
     """One flag: at least `least`, greater than `above`, at most `most`; `short` describes its default in the help.
 
-    Its value is one of `names`, or a list of such, which the help lists.
+    Its value is one of `names`, or a list of such, which the help lists; a shell completes these, or what it `offers`.
+    Of what `is_path`, a leading ~ is expanded. `needs` is the `Need` without which the flag has no effect.
     `on_resume` is "fixed" for a flag that would change the result, "kept" for one whose saved value a resume may
     replace, and "forgotten" for one that concerns a single launch.
     """
     bounds = {"least": least, "above": above, "most": most}
     metadata = {"group": group, "help": help, "on_resume": on_resume, "short": short, "bounds": bounds, "names": names}
+    metadata |= {"offers": offers, "needs": needs}
+    if is_path:
+        argparse_options = {"type": os.path.expanduser, "metavar": "PATH"} | argparse_options
     if names is not None:
         argparse_options = {"type": names.require, "metavar": "NAME"} | argparse_options
     return field(default=default, metadata=metadata | {"argparse": argparse_options})
@@ -46,6 +59,24 @@ def flag(
 
 def learning_rate(text: str) -> float | str:
     return text if text == "auto" else float(text)
+
+
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", text):
+        raise UsageError(f"--device {text} is no device; there are {', '.join(DEVICES)} and cuda:N")
+    return text
+
+
+def jitter(text: str) -> str:
+    try:
+        amounts = [float(part) for part in text.split(",")]
+        if len(amounts) > len(MOST_JITTER) or not all(0 <= x <= y for x, y in zip(amounts, MOST_JITTER, strict=False)):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no list of up to four shares such as 0.4,0.4,0.4,0.1, of which that of hue is 0.5 at most"
+        ) from None
+    return text
 
 
 def epochs_list(text: str) -> str:
@@ -142,11 +173,13 @@ def _default_text(item: Field[Any]) -> str:
     return str(item.default)
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
+    """argparse's parser with our refusals, our two helps and what a shell completes."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.rare: dict[argparse.Action, str] = {}
-        self.registries: dict[argparse.Action, Registry[Any]] = {}
+        self.offers: dict[argparse.Action, Collection[str]] = {}
 
     def show_all(self) -> None:
         """Give the rare flags, which --help leaves out, their help."""
@@ -154,19 +187,38 @@ class _Parser(argparse.ArgumentParser):
             action.help = text
         self.epilog = None
 
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"{message}; {self._nearest(message)}see --help")
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a value after a flag that takes none, as --amp false, is refused with what to give."""
+        words = sys.argv[1:] if args is None else [*args]
+        for word, following in itertools.pairwise([*words, ""]):
+            name, equals, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            told = value if equals else following
+            if action is None or action.nargs != 0:
+                continue
+            if equals or (told.lower() in (*YES, *NO) and not os.path.exists(told)):
+                instead = without_value(name, told, self._option_string_actions)
+                raise UsageError(f"{name} takes no value, and {told or 'nothing'} is given; {instead}")
+        return super().parse_known_args(words, namespace)
 
-    def _nearest(self, message: str) -> str:
-        """For the first unknown flag of argparse's message, the flag with the most similar name."""
-        unknown = re.match(r"unrecognized arguments: .*?(--[^ =]+)", message)
-        found = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7) if unknown else []
-        return f"did you mean {found[0]}? " if found else ""
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message}; {self._meant(message)}see --help")
+
+    def _meant(self, message: str) -> str:
+        """What may have been meant by the first thing that argparse's message is about."""
+        found = ""
+        if unknown := re.match(r"unrecognized arguments: (.*)", message):
+            words = unknown[1].split()
+            told = next((word for word in words if word[0] in DASHES), words[0])
+            found = nearest_flag(told, self._option_string_actions)
+        elif number := re.match(r"argument .*: invalid (int|float|learning_rate) value: '(.*)'$", message):
+            found = nearest_number(number[2], whole=number[1] == "int")
+        return f"did you mean {found}? " if found else ""
 
 
 class _HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        assert isinstance(parser, _Parser)
+        assert isinstance(parser, CommandLine)
         parser.show_all()
         parser.print_help()
         parser.exit()
@@ -176,15 +228,24 @@ class _PrintCompletion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, __: Any = None) -> None:
         import shtab
 
-        assert isinstance(parser, _Parser)
+        assert isinstance(parser, CommandLine)
         parser.show_all()
         for action in parser._actions:
-            if action in parser.registries:
-                action.choices = parser.registries[action].names()
+            if action.help is argparse.SUPPRESS:  # shtab leaves out what has no help
+                action.help = f"not --{inverse(action.option_strings[0].lstrip('-'))}"
+            if action in parser.offers:
+                action.choices = parser.offers[action]
             elif action.metavar in TAKES_FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         print(shtab.complete(parser, shell))
         parser.exit()
+
+
+def add_switch(group: Any, name: str, help: str, default: Any = argparse.SUPPRESS) -> argparse.Action:
+    """Add a flag that is true when it is given, and false when the one of the inverse name is."""
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS, "dest": name}
+    group.add_argument(f"--{inverse(name)}", action="store_false", **unset)
+    return group.add_argument(f"--{name}", action="store_true", help=help, default=default)  # type: ignore[no-any-return]
 
 
 def parser_of(
@@ -195,15 +256,17 @@ def parser_of(
     of_source: bool = False,
     common: Collection[str] | None = None,
     shown: str = "",
-) -> argparse.ArgumentParser:
+) -> CommandLine:
     """A parser for the fields of `settings`, which leaves out what is not given and raises UsageError.
 
-    A field that is true or false has `--no_NAME` too. `only` names the fields to take; the defaults of
-    an `of_source` parser are those of the model source, where they outlive a launch. With `common` names of fields,
-    `--help` shows these and the group `shown`, and `--help_all` the others too.
+    A field that is true or false has `--no_NAME` too (`no_streaming`: `--streaming`). `only` names the fields to take;
+    the defaults of an `of_source` parser are those of the model source, where they outlive a launch. With `common`
+    names of fields, `--help` shows these and the group `shown`, and `--help_all` the others too.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    result = _Parser(prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
+    result = CommandLine(
+        prog, usage="%(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False
+    )
     once: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": argparse.SUPPRESS}
     if common is not None:
         result.add_argument(
@@ -219,24 +282,16 @@ def parser_of(
             continue
         title = item.metadata["group"]
         group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
-        options = dict(item.metadata["argparse"])
-        if bool in (hints[item.name], *typing.get_args(hints[item.name])):
-            options["action"] = "store_true"
-            if not item.name.startswith("no_"):
-                unset = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS, "dest": item.name}
-                group.add_argument(f"--no_{item.name}", action="store_false", **unset)
-        elif "action" not in options:
-            kind = next(kind for kind in typing.get_args(hints[item.name]) or (hints[item.name],))
-            options.setdefault("type", kind)
-            if "choices" not in options:
-                options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         default = "the source's own" if of_source and item.metadata["on_resume"] != "forgotten" else _default_text(item)
         names = item.metadata["names"]
         told = f": {', '.join(names.names()) or 'none is registered'}" if names is not None else ""
         text = f"{item.metadata['help']}{told} (default: {default})"
-        action = group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **options)
-        if names is not None:
-            result.registries[action] = names
+        if bool in (hints[item.name], *typing.get_args(hints[item.name])):
+            action = add_switch(group, item.name, text)
+        else:
+            action = group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **_options(item, hints))
+        if offers := item.metadata["offers"] or (names.names() if names is not None else ()):
+            result.offers[action] = offers
         if common is not None and item.name not in common and title != shown:
             result.rare[action], action.help = text, argparse.SUPPRESS
     if result.rare:
@@ -244,9 +299,20 @@ def parser_of(
     return result
 
 
+def _options(item: Field[Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """argparse's options of a field that takes a value."""
+    options = dict(item.metadata["argparse"])
+    if "action" not in options:
+        kind = next(kind for kind in typing.get_args(hints[item.name]) or (hints[item.name],))
+        options.setdefault("type", kind)
+        if "choices" not in options:
+            options.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+    return options
+
+
 def door_parser(
     settings: type, prog: str, description: str, only: Collection[str] = (), operands: str = ""
-) -> argparse.ArgumentParser:
+) -> CommandLine:
     """A parser for a front door to trained models: SOURCE, `--which`, `--model`, `--debug`, and the fields in `only`.
 
     `operands` are what the usage line names after SOURCE; the door itself adds them, and flags of its own, which leave
@@ -255,11 +321,11 @@ def door_parser(
     result = parser_of(settings, prog, description, {*only, "debug"}, of_source=True)
     result.usage = f"%(prog)s SOURCE {operands}{' ' if operands else ''}[flags]"
     source = "a run, a snapshot, an exported, transformers or timm folder, a Hub id, or a .safetensors or .pth file"
-    result.add_argument("source", metavar="SOURCE", help=source)
+    result.add_argument("source", metavar="SOURCE", type=os.path.expanduser, help=source)
     group = result.add_argument_group("source")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     which = "of a run: best, last, ema, or the number of a step (default: best if --save_best kept it, else last)"
-    group.add_argument("--which", metavar="TEXT", help=which, **unset)
+    result.offers[group.add_argument("--which", metavar="TEXT", help=which, **unset)] = WHICH
     model = "of a bare weight file: its model, as --model of main.py (default: a ResNet by its weights)"
-    group.add_argument("--model", metavar="TEXT", help=model, **unset)
+    result.offers[group.add_argument("--model", metavar="TEXT", help=model, **unset)] = MODELS.names()
     return result

@@ -21,16 +21,17 @@ done; 2 bad arguments, or a resume whose settings changed; 3 data missing, unrea
 written.
 """
 
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import beforehand
 import config as configuration
 import evaluate
 import output
+import ranks
 import run_lr_finder
 from config import FITTED, Config
 from errors import SnapshotError, UsageError, complain, greet, leave, run_front_door
@@ -60,6 +61,7 @@ def _run(argv: list[str]) -> None:
     if given.get("find_lr"):
         raise SystemExit(run_lr_finder.main(argv))
     if given.get("doctor"):
+        ranks.require_whole()
         from doctor import examine
 
         examine(given)
@@ -67,26 +69,24 @@ def _run(argv: list[str]) -> None:
     if given.get("evaluate"):
         if given.get("dry_run"):
             raise UsageError("--dry_run rehearses training; leave out --evaluate")
-        source = _resume_source(given) or given.get("use_pretrained")
+        source = beforehand.resumed(given) or given.get("use_pretrained")
         if source is None:
             raise UsageError("--evaluate needs weights: --resume_from a run, or --use_pretrained")
         evaluate.evaluate(evaluate.flags_of_main(given, str(source)))
         return
 
+    notes = beforehand.look(given)
     output.outlive()
     greet(argv)
     import distributed
     from preflight import describe_data, in_passes_that_fit
     from preprocess import get_data_loaders
-    from tracking.clients import require_packages
     from training.console import header
     from training.step import build_training
 
     distributed.be_quiet(bool(given.get("quiet")))
     with distributed.announced("for the snapshot or the weights to start from"):
         config, snapshot, source = _settings(given)
-    if os.environ.get("RANK", "0") == "0":
-        require_packages(listed(config.track))
     device = distributed.init(config.device, patience=60 * config.network_patience)
     distributed.require_agreement(config.fixed())
     if config.recipe:
@@ -96,7 +96,7 @@ def _run(argv: list[str]) -> None:
     with distributed.announced(f"for the index or the files of {config.dataset_id}"):
         data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
-    header(describe_data(config, data), config)
+    header([*notes, *describe_data(config, data)], config)
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, len(data.train), labels, source)
     if snapshot is not None:
@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> None:
     _train(config, data, training, snapshot, argv)
 
 
-def _compare(given: dict[str, object]) -> None:
+def _compare(given: Mapping[str, Any]) -> None:
     import compare
 
     if others := sorted(given.keys() - {"compare", "debug"}):
@@ -115,16 +115,14 @@ def _compare(given: dict[str, object]) -> None:
     compare.compare(configuration.resolve(given).compare)
 
 
-def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None, Source | None]":
+def _settings(given: Mapping[str, Any]) -> "tuple[Config, Snapshot | None, Source | None]":
     """The settings of this run, and the snapshot it resumes from or the weights it starts from, if any."""
     if "extend_epochs" in given:
         from training.extension import extend
 
         return *extend(given), None
-    source = _resume_source(given)
+    source = beforehand.resumed(given)
     if source is None:
-        if "override" in given:
-            raise UsageError("--override goes with --resume_from and a snapshot; give the flag itself")
         from training.sources import resolve_with_weights
 
         config, weights = resolve_with_weights(given)
@@ -135,18 +133,6 @@ def _settings(given: dict[str, object]) -> "tuple[Config, Snapshot | None, Sourc
     for line in passed_over:
         complain(f"passed over: {line}")
     return configuration.resume(snapshot.state.get("config"), given), snapshot, None
-
-
-def _resume_source(given: dict[str, object]) -> Path | None:
-    """The run folder or snapshot file to resume from, if any. `auto` is --run_dir once that has a snapshot."""
-    if given.get("resume_from") != "auto":
-        return Path(str(given["resume_from"])) if "resume_from" in given else None
-    if "run_dir" not in given:
-        raise UsageError("--resume_from auto needs --run_dir, the folder to look in")
-    from training.snapshot import step_files
-
-    folder = Path(str(given["run_dir"]))
-    return folder if step_files(folder / "snapshots") else None
 
 
 def _pinned_revision(snapshot: "Snapshot | None", config: Config) -> str | None:
@@ -188,7 +174,6 @@ def _train(
     from training.state import Progress, restore
     from training.step import within_memory
 
-    config.check_schedule(len(data.train))
     if snapshot is None:
         progress = Progress()
         progress.lr, lr_source = _known_lr(config)

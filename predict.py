@@ -15,14 +15,17 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config
-from errors import UsageError, printable, run_front_door
-from flags import door_parser
+import beforehand
+from checks import require_effect
+from config import Config, resolve
+from errors import UsageError, complain, printable, run_front_door
+from flags import add_switch, door_parser
 from registry import load_extensions
 
 if TYPE_CHECKING:
@@ -49,16 +52,15 @@ def parse(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns")
     group, unset = parser.add_argument_group("output"), argparse.SUPPRESS
     group.add_argument("--top", type=int, default=5, metavar="N", help="classes told of each image (default: 5)")
-    group.add_argument("--json", action="store_true", default=unset, help="print one JSON list instead of a table")
-    group.add_argument("--csv", metavar="FILE", default=unset, help="also write image, rank, class, index, probability")
-    group.add_argument("--grid", metavar="FILE", default=unset, help=f"also draw up to {MOST_IN_GRID} captioned images")
-    group.add_argument(
-        "--heatmap", action="store_true", default=unset, help="with --grid: show where the class is seen"
-    )
+    file: dict[str, Any] = {"metavar": "FILE", "type": os.path.expanduser, "default": unset}
+    add_switch(group, "json", "print one JSON list instead of a table")
+    group.add_argument("--csv", help="also write image, rank, class, index, probability", **file)
+    group.add_argument("--grid", help=f"also draw up to {MOST_IN_GRID} captioned images", **file)
+    add_switch(group, "heatmap", "with --grid: show where the class is seen")
     given = vars(parser.parse_args(argv))
     if given["top"] < 1:
         raise UsageError(f"--top {given['top']} is too small; it must be at least 1")
-    if "heatmap" in given and "grid" not in given:
+    if given.get("heatmap") and "grid" not in given:
         raise UsageError("--heatmap is laid over the images of --grid FILE; give that too")
     if "grid" in given and Path(given["grid"]).suffix != ".png":
         raise UsageError(f"--grid {given['grid']} is a PNG picture; end its name with .png")
@@ -68,17 +70,22 @@ def parse(argv: list[str]) -> dict[str, Any]:
 def _run(argv: list[str]) -> None:
     load_extensions()
     given = parse(argv)
-    from config import resolve
-    from distributed import init
-    from results.prediction import find_images, image_loader, predictions
-    from training.predictor import build_predictor
-    from training.sources import open_source
+    from results.places import find_images
 
     paths = find_images(given["images"])
     _require_places(given)
+    beforehand.look_at_source(given)
     flags = {name: value for name, value in given.items() if name not in OWN}
     about_images = {"dataset": "imagefolder", "data_dir": ".", "streams": 1, "batch_size": 64} | flags
-    patience = 60 * resolve(about_images).network_patience
+    asked = resolve(about_images)
+    for line in require_effect(asked, flags):
+        complain(line)
+    patience = 60 * asked.network_patience
+    from distributed import init
+    from results.prediction import image_loader, predictions
+    from training.predictor import build_predictor
+    from training.sources import open_source
+
     source = open_source(given["source"], given.get("which"), given.get("model", "auto"), patience)
     config = resolve({name: value for name, value in source.settings.items() if value is not None} | about_images)
     predictor = build_predictor(source.build(), config, init(config.device))
@@ -95,14 +102,14 @@ def _run(argv: list[str]) -> None:
     if "csv" in given:
         _write_csv(kept, classes, Path(given["csv"]))
     if "grid" in given:
-        _draw(predictor, kept[:MOST_IN_GRID], classes, config, Path(given["grid"]), "heatmap" in given)
+        _draw(predictor, kept[:MOST_IN_GRID], classes, config, Path(given["grid"]), bool(given.get("heatmap")))
         if count > MOST_IN_GRID:
             print(f"grid      the first {MOST_IN_GRID} of {count:,} images", file=sys.stderr)
 
 
 def _require_places(given: dict[str, Any]) -> None:
     """Make the folders of the files that are to be written, before anything long. Raises UsageError."""
-    from results.report import make_folder
+    from results.places import make_folder
 
     for name in given.keys() & {"csv", "grid"}:
         path = Path(given[name])
@@ -117,13 +124,13 @@ def _told(found: "Iterator[Prediction]", classes: Sequence[str], given: dict[str
 
     begun = False
     for one in found:
-        if "json" in given:
+        if given.get("json"):
             print(",\n" if begun else "[", json.dumps(as_json(one, classes)), sep="", end="", flush=True)
         else:
             print(as_line(one, classes), flush=True)
         begun = True
         yield one
-    if "json" in given:
+    if given.get("json"):
         print("]")
 
 

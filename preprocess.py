@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import distributed
+from beforehand import require_trainable
 from choices import AUGMENTATIONS, DATASETS
 from config import Config
 from errors import DataError, UsageError
@@ -218,8 +219,7 @@ def get_data_loaders(
     are fitted to a small set. Raises DataError when the data is missing, unreachable or unusable, UsageError when the
     batch size does not fit it.
     """
-    if DATASETS[config.dataset].evaluated_only:
-        raise UsageError(f"--dataset {config.dataset} is there to evaluate on, with evaluate.py; train on another")
+    require_trainable(config)
     world = distributed.world_size()
     config, told = with_val_share(config)
     train, val, window, notes = open_sets(config, revision, classes)

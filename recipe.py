@@ -3,13 +3,16 @@
 import difflib
 import hashlib
 import tomllib
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from errors import UsageError
+from hints import inverse
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 EXCLUSIVE = {"lr": ("lr_from",), "val_split": ("val_share",)}  # a flag given for a setting that it excludes
 
 
@@ -26,9 +29,8 @@ def load(
         data = path.read_bytes()
         table = tomllib.loads(data.decode())
     except OSError as error:
-        there = sorted(path.stem for path in FOLDER.glob("*.toml"))
-        near = difflib.get_close_matches(source, there, 1)
-        hint = f"did you mean {near[0]}" if near else f"give a .toml file or one of {', '.join(there)}"
+        near = difflib.get_close_matches(source, NAMES, 1)
+        hint = f"did you mean {near[0]}" if near else f"give a .toml file or one of {', '.join(NAMES)}"
         raise UsageError(f"--recipe {source} cannot be read ({error.strerror}); {hint}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--recipe {path} is not TOML ({error}); mend it") from error
@@ -47,15 +49,15 @@ def load(
 
 def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
-        return f"--{'' if value else 'no_'}{name}"
+        return f"--{name if value else inverse(name)}"
     return f"--{name}={value}"
 
 
-def combined(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's settings with the flags `given`, which win. Its learning rate follows the batch, linearly."""
+def combined(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> ChainMap[str, Any]:
+    """The flags `given` before a recipe's settings, over which they win. Its rate follows the batch, linearly."""
     excluded = {name for name, others in EXCLUSIVE.items() if any(other in given for other in others)}
     settings = {name: value for name, value in recipe.items() if name not in excluded}
     batch = given.get("batch_size", recipe.get("batch_size"))
     if "batch_size" in recipe and isinstance(recipe.get("lr"), float) and batch != recipe["batch_size"]:
         settings["lr"] = recipe["lr"] * batch / recipe["batch_size"]
-    return settings | dict(given)
+    return ChainMap(dict(given), settings)

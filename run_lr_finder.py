@@ -17,6 +17,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import beforehand
 import config as configuration
 import output
 from config import Config
@@ -40,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     load_extensions()
     given = configuration.parse("run_lr_finder.py", __doc__ or "", argv, shown="finder")
-    configuration.resolve(given)
     if given.get("resume_from"):
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
     if given.get("dry_run") or given.get("doctor"):
         raise UsageError("--dry_run and --doctor are for main.py; the finder has nothing to rehearse")
+    given["find_lr"] = True
+    notes = beforehand.look(given)
 
     output.outlive()
     greet(argv)
@@ -64,7 +66,7 @@ def _run(argv: list[str]) -> None:
     with distributed.announced(f"for the index or the files of {config.dataset_id}"):
         data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
     config = data.config
-    header(describe_data(config, data), config)
+    header([*notes, *describe_data(config, data)], config)
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, labels=labels, source=source)
     if "accumulate_steps" not in given:

@@ -1,5 +1,8 @@
 """What comes of a trained model: its figures, and the forms in which it is handed on.
 
+For all
+    places       which images are asked for and where results go, refused at once
+
 Evaluation
     evaluation   from a model source to the files
     settings     which data a model is evaluated on, and how its images are prepared

@@ -11,6 +11,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from beforehand import WEIGHTS_ID
 from choices import DATASETS
 from config import Config
 from errors import printable, redact
@@ -26,7 +27,7 @@ from results.formats import (
 )
 from results.programs import OPSET
 from results.snippets import snippet_of
-from training.sources import HUB_ID, Source
+from training.sources import Source
 
 LIBRARIES = {"transformers": "transformers", "timm": "timm", "torchvision": "torchvision", "onnx": "onnx"}
 GROUPS = ("augmentation", "model", "training", "schedule")  # of the flags that a recipe is made of
@@ -72,7 +73,7 @@ def _entity(found: "re.Match[str]") -> str:
 def origin(source: Source) -> str:
     """Where a source is from, without this machine's paths."""
     place, _, rest = source.told.partition(": step")
-    named = place if HUB_ID.fullmatch(place) and not Path(place).exists() else Path(place).name
+    named = place if WEIGHTS_ID.fullmatch(place) and not Path(place).exists() else Path(place).name
     where = f"{source.run.resolve().name}/{named}" if source.run else named
     return redact(f"{where}: step{rest}" if rest else where)
 
@@ -84,7 +85,7 @@ def dataset_of(source: Source) -> tuple[str, str | None]:
         return "data that is not told", None
     name = config.dataset_id
     dataset = DATASETS[config.dataset]
-    if dataset.on_hub and not config.dummy_data and HUB_ID.fullmatch(name):
+    if dataset.on_hub and not config.dummy_data and WEIGHTS_ID.fullmatch(name):
         if not Path(name).exists():
             return name, name
         return f"a folder called {Path(name).name}", None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import distributed
+from checks import require_effect
 from choices import DATASETS
 from config import Config
 from defaults import SMALL_SET
@@ -21,8 +22,9 @@ from report import write_report
 from results.charts import draw_all
 from results.class_map import BY_IMAGENET, BY_NAME, ClassMap, imagenet_class_names, map_classes
 from results.figures import figures_of, fit_temperature
+from results.places import make_folder
 from results.real_labels import read_real_labels
-from results.report import FILES, Evaluation, describe, make_folder, safe, write_files
+from results.report import FILES, Evaluation, describe, safe, write_files
 from results.scores import Judge, collect
 from results.settings import FLAGS, NAMES_DATA, evaluation_settings
 from stream.labels import first_difference, without_images
@@ -56,17 +58,19 @@ def evaluate(given: Mapping[str, Any]) -> None:
     patience = 60 * given.get("network_patience", 30.0)
     source = open_source(given["source"], given.get("which"), given.get("model", "auto"), patience)
     config = evaluation_settings(source, given)
+    own = {name: value for name, value in given.items() if name in FLAGS}
+    notes = require_effect(config, own, vars(source.config) if source.config else None)
     device = distributed.init(config.device, patience)
     distributed.require_agreement({f"--{name}": value for name, value in given.items()})
     model = source.build()
     task = _open(source, config, given)
-    print0(*_describe(task), sep="\n")
+    print0(*_describe(task), *notes, sep="\n")
     predictor = build_predictor(model, config, device)
     _require_size(predictor, config, source)
     folder = _folder(given, task)
     distributed.from_rank0(lambda: make_folder(folder))
     loader = evaluation_loader(config, device, task.dataset)
-    found = _within_memory(lambda: _score(predictor, loader, task, "temperature" in given), config)
+    found = _within_memory(lambda: _score(predictor, loader, task, bool(given.get("temperature"))), config)
     if distributed.rank() == 0:
         print(*describe(found), sep="\n", flush=True)
         write_files(found, task.dataset, folder)

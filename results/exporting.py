@@ -13,16 +13,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from errors import SIGNALS, SnapshotError, UsageError, complain, printable
+from beforehand import SIDECAR
+from errors import SIGNALS, SnapshotError, complain, printable
 from results.agreement import Agreement, compare, images_of
 from results.card import model_card, origin
 from results.folders import load_folder, write_folder
-from results.formats import FILES, PROGRAMS, Order, class_names, require_place
+from results.formats import PROGRAMS, Order, class_names, require_place
+from results.places import make_folder, require_free
 from results.programs import load_program, write_program
-from results.report import make_folder
 from stream.files import sync
 from training.preprocessing import PREPROCESSING
-from training.sources import OPTIONS, SIDECAR
+from training.sources import OPTIONS
 
 
 def export(order: Order, tell: Callable[[str], None]) -> Agreement:
@@ -62,18 +63,6 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def require_free(out: Path) -> None:
-    """Refuse a folder with anything else in it than an earlier export. Raises UsageError."""
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"--out {out} is no folder; give another")
-    names = {path.name for path in out.iterdir()}
-    if names and (SIDECAR not in names or names - FILES):
-        odd = sorted(names - FILES) or sorted(names)
-        raise UsageError(f"--out {out} holds something else than an export ({odd[0]}); give an empty or a new folder")
 
 
 def _fill(order: Order, folder: Path, tell: Callable[[str], None]) -> Agreement:

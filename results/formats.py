@@ -10,16 +10,12 @@ from PIL import Image
 
 from errors import UsageError
 from model_resnet50 import DEPTHS
-from training.sources import SIDECAR, Source
+from results.places import require_precision
+from training.sources import Source
 
 FORMATS = ("transformers", "timm", "torchvision", "onnx", "torch_export")
 PROGRAMS = FORMATS[3:]  # with the preprocessing inside
 PRECISIONS = ("fp32", "fp16", "int8")
-FILES = frozenset(
-    {"README.md", SIDECAR, "curves.png", "config.json", "preprocessor_config.json", "model.safetensors"}
-    | {"model.onnx", "model.pt2"}
-)
-"""Every name that an export may have in it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,7 @@ def has_cifar_stem(source: Source) -> bool:
 
 def require_place(source: Source, format: str, precision: str) -> None:
     """Refuse a model that the format has no place for, or a precision. Raises UsageError."""
-    if precision == "int8" and format != "onnx":
-        raise UsageError(f"--precision int8 is for --to onnx, not for {format}; give fp16 or fp32")
+    require_precision(format, precision)
     if format in PROGRAMS:
         return
     others = " or ".join(PROGRAMS)

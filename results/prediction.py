@@ -1,7 +1,5 @@
 """The classes of image files, one after another, from folders of any size."""
 
-import glob
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +8,8 @@ import numpy as np
 import torch
 
 from config import Config
-from errors import DataError, UsageError, complain, printable
+from errors import DataError, printable
 from preprocess import eval_transform
-from stream.image_folders import images_in, left_out
 from stream.loader import UNREADABLE, StreamingDataLoader
 from stream.local import LocalDataset
 from train import scored
@@ -29,34 +26,6 @@ class Prediction:
     image: str
     indices: list[int]
     probabilities: list[float]
-
-
-def find_images(told: Sequence[str]) -> list[Path]:
-    """The image files that files, folders and patterns name, in their order; a file that is named is taken as it is.
-
-    What is no image in a folder is told on stderr. Raises UsageError for a URL, DataError where nothing is found.
-    """
-    found: list[Path] = []
-    for text in told:
-        if "://" in text:
-            raise UsageError(f"{text} is a URL, and nothing is downloaded; give files, folders or patterns")
-        path = Path(text).expanduser()
-        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        if not matches:
-            raise DataError(f"nothing is called {printable(text)} or matches it; give images, folders or patterns")
-        for match in matches:
-            found += _in_folder(match) if match.is_dir() else [match]
-    if not found:
-        raise DataError(f"there are no images in {printable(', '.join(told[:3]))}; give others")
-    return found
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    passed_over = Counter[str]()
-    found = [*images_in(folder, passed_over)]
-    for line in left_out(folder, passed_over):
-        complain(f"note: {line}")
-    return found
 
 
 def image_loader(paths: Sequence[Path], config: Config, device: torch.device) -> StreamingDataLoader:

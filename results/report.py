@@ -1,7 +1,6 @@
 """An evaluation as text for people, and as JSON and CSV for programs."""
 
 import csv
-import errno
 import io
 import json
 import math
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from defaults import FEWEST_FOR_TOP5
-from errors import DISK_ERRORS, UsageError, printable
 from pages.names import short
 from results.figures import WORST, Figures, Temperature, confusions
 from results.scores import Scores
@@ -122,20 +120,6 @@ def _csv(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> bytes:
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue().encode(errors="backslashreplace")
-
-
-def make_folder(folder: Path, flag: str = "--out") -> None:
-    """Make the folder of results, which `flag` names. Raises UsageError, and OSError for a disk that is full or ill."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        if error.errno in DISK_ERRORS and error.errno != errno.EROFS:
-            raise
-        told = f"{printable(str(folder))} cannot be written ({error.strerror}); give another folder with {flag}"
-        raise UsageError(told) from error
 
 
 def hardest(scores: Scores, count: int) -> np.ndarray:

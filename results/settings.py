@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from choices import DATASETS, dataset_named
 from config import Config, resolve
 from errors import UsageError
 
@@ -30,6 +31,9 @@ def evaluation_settings(source: "Source", given: Mapping[str, Any]) -> Config:
     Raises UsageError.
     """
     flags = {name: value for name, value in given.items() if name in FLAGS}
+    places = {"dataset_name", "data_dir"} & flags.keys()
+    if places and (source.config is None or not places <= {*DATASETS[source.config.dataset].takes}):
+        flags["dataset"] = dataset_named(flags)
     suited = {name: value for name, value in source.settings.items() if value is not None}
     if source.config is None or "dataset" in flags:
         if "dataset" not in flags:

@@ -53,6 +53,7 @@ How it becomes a batch
     jpeg         JPEGs and regions of them, and whether their data are sound
     augment      augmentation of whole batches on the device: flip, crop, cutout, normalisation
     auto_augment TrivialAugmentWide and RandAugment of whole batches
+    policies     how these are named
     jitter       random changes of colour of whole batches
     erasing      random erasing of boxes of whole batches
     operations   the operations that these are made of, and their numbers

@@ -1,6 +1,5 @@
 """Automatic augmentation of whole batches: TrivialAugmentWide, and RandAugment as torchvision and as timm have it."""
 
-import re
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar, Protocol
@@ -10,9 +9,9 @@ import torch
 
 from stream.augment import MEAN_COLOUR, below, sample_bits, unit
 from stream.operations import NOTHING, Choice, Operation, apply, timm_operations, torchvision_operations
+from stream.policies import BINS, read_policy
 from stream.seeds import Use
 
-BINS = 31
 LEVELS = 10.0  # timm's magnitudes are tenths of the range of an operation
 
 
@@ -171,28 +170,8 @@ def timm_magnitudes(levels: np.ndarray, signs: np.ndarray, increasing: bool) -> 
     }
 
 
-SECTIONS: dict[str, dict[str, type[int] | type[float]]] = {
-    "ta_wide": {},
-    "ra": {"n": int, "m": int},
-    "rand": {"n": int, "m": int, "mmax": int, "inc": int, "p": float, "mstd": float},
-}
-
-
 def _policy(text: str, interpolation: str | None) -> Policy:
-    name, *sections = text.split("-")
-    kinds = SECTIONS.get(name, {})
-    try:
-        pairs = [re.fullmatch(r"([a-z]+)([\d.]+)", section) for section in sections]
-        given = {pair[1]: kinds[pair[1]](pair[2]) for pair in pairs if pair}
-        if name not in SECTIONS or len(given) < len(sections):
-            raise KeyError
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{text!r} is no automatic augmentation; there are ta_wide, ra (as ra-n2-m9) and rand (as "
-            "rand-m7-n2-mstd0.5-inc1, p and mmax too)"
-        ) from None
-    if given.get("n", 1) < 1 or given.get("p", 0) > 1 or (name == "ra" and given.get("m", 0) >= BINS):
-        raise ValueError(f"{text!r} is out of bounds; n is 1 or more, p is 1 or less, and ra's m is less than {BINS}")
+    name, given = read_policy(text)
     if interpolation not in ([None, "bicubic"] if name == "rand" else [None, "nearest", "bilinear"]):
         raise ValueError(f"{name} has no {interpolation} interpolation; rand has bicubic, the others nearest, bilinear")
     if name == "rand":

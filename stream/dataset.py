@@ -26,7 +26,7 @@ from stream.parquet import Block, ParquetShards
 from stream.picks import classes_within, fair_sample, places, spread
 from stream.ranges import Files, HubFiles
 from stream.retry import Network, in_threads
-from stream.webdataset import TarShards
+from stream.webdataset import TarShards, require_used
 
 LABEL_THREADS = 8
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
@@ -103,8 +103,10 @@ class HuggingFaceImageNetDataset:
         """
         store = _store_of(source, cache)
         listing = resolve(source, revision, store, network, configuration)
+        columns = (image_column, label_column)
         if not in_blocks(listing.splits):
-            table = open_other(source, listing, split, (image_column, label_column), network)
+            require_used(source, False, columns, num_classes)
+            table = open_other(source, listing, split, columns, network)
             return table.take(fair_sample(table.all_labels(), max_samples, places(table.classes, like)))
         name = first_split(source, split, listing.splits)
         files = open_files(source, listing, listing.splits[name], streaming, network)
@@ -113,10 +115,11 @@ class HuggingFaceImageNetDataset:
             return store.get(f"{listing.commit}/{name}", make) if listing.commit else make()
 
         shards: ParquetShards | TarShards
+        require_used(source, is_tar(files.names[0]), columns, num_classes)
         if is_tar(files.names[0]):
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
-            shards = ParquetShards(source, files, keep_by_commit, (image_column, label_column), listing.features)
+            shards = ParquetShards(source, files, keep_by_commit, columns, listing.features)
         kept_in, side = (store, cache.short_side) if cache and isinstance(files, HubFiles) else (None, None)
         dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, side)
         if not len(dataset):

@@ -15,6 +15,7 @@ from stream.formats import IMAGE_SUFFIXES, SIGNATURE_BYTES, is_image
 from stream.local import LocalDataset, from_files
 
 KINDS_TOLD = 6
+TRAIN = "train"  # the split that is taken for the whole of a folder without splits
 BOXES_BEHIND = re.compile(r"(?<=^n\d{8})( \d+)+.*")
 Sample = tuple[Path, str]
 
@@ -45,7 +46,7 @@ def _open_splits(
             raise DataError(
                 f"{folder} has no class folders; --data_dir needs a folder a class, or train/ and val/ of such"
             )
-        if not whole or not is_unsplit(folder, split):
+        if not whole or split != TRAIN or not is_unsplit(folder, split):
             raise DataError(
                 f"{folder / split} is not a folder of class folders; --data_dir needs train/ and val/ with a folder a "
                 "class, or with --val_share 0.1, which holds out a part for validation, a folder a class; "

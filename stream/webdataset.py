@@ -15,7 +15,7 @@ import xxhash
 from tqdm import tqdm
 
 import distributed
-from errors import DataError
+from errors import DataError, UsageError
 from stream.explain import one_line_errors
 from stream.folders import IMAGES, Layout, layout_of
 from stream.footers import Keep
@@ -47,6 +47,14 @@ class Shard:
     examples: list[str] = field(default_factory=list)
     suffixes: str = ""
     folders: dict[str, int] = field(default_factory=dict)
+
+
+def require_used(source: str, is_tars: bool, columns: tuple[str | None, str | None], num_classes: int | None) -> None:
+    """Refuse columns of tar files, and a number of classes for other files, which have no use, with UsageError."""
+    if is_tars and any(columns):
+        raise UsageError(f"{source} is a WebDataset, which has no columns; leave out --image_column and --label_column")
+    if not is_tars and num_classes is not None:
+        raise UsageError(f"{source} tells its classes, as only a WebDataset may not; leave out --num_classes")
 
 
 class TarShards:

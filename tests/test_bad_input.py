@@ -61,7 +61,6 @@ BAD_ARGUMENTS: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
     (("--evaluate",), ("--evaluate", "--resume_from")),
     (("--device", "abacus"), ("abacus", "--device")),
     ((*SMALL, "--epochs", 1, "--override", "epochs=3"), ("--override", "--resume_from")),
-    (("--max_samples", 32, "--batch_size", 32, "--onecycle_pct_start", 0.1), ("OneCycle", "10 steps")),
 ]
 
 

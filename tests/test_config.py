@@ -81,18 +81,6 @@ def test_help_shows_the_usual_flags_and_how_many_more_there_are(capsys: pytest.C
     ]
 
 
-def test_bash_completes_flags_choices_and_files() -> None:
-    program = """eval "$("$1" main.py --print_completion bash)"
-        try() { COMP_WORDS=(main.py "$@"); COMP_CWORD=$#; COMPREPLY=(); _shtab_main_py; echo "${COMPREPLY[@]}"; }
-        try --onecycle_p; try --amp --scheduler c; try --recipe recipes/res; try --help_al"""
-    done = subprocess.run(
-        ["bash", "-c", program, "-", sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    lines = done.stdout.splitlines()
-    assert (lines[0], lines[1], lines[3]) == ("--onecycle_pct_start", "cosine", "--help_all"), done.stderr
-    assert set(lines[2].split()) == {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("res*")}
-
-
 def test_help_is_grouped_and_no_group_is_split(capsys: pytest.CaptureFixture[str]) -> None:
     titles = re.findall(r"^([a-z]+):$", help_text(capsys), flags=re.MULTILINE)
     groups = list(dict.fromkeys(item.metadata["group"] for item in dataclasses.fields(Config)))

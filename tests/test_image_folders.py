@@ -294,6 +294,13 @@ def test_folders_of_splits_are_not_taken_for_classes(tmp_path: Path, names: tupl
         opened(tmp_path)
 
 
+def test_a_split_of_a_folder_without_splits_is_refused(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    assert opened(tmp_path)
+    with pytest.raises(DataError, match="held is not a folder of class folders"):
+        opened(tmp_path, split="held")
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_classes(tmp_path)
     real = shutil.os.scandir  # type: ignore[attr-defined]

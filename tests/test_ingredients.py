@@ -40,8 +40,8 @@ def test_a_run_with_all_of_them_resumes_to_the_bit_and_trains_on_other_images(tm
     [
         (("--mixup", 0.2, "--streams", 16), "use fewer --streams or a larger --batch_size"),
         (("--auto_augment", "rand-q3"), "'rand-q3' is no automatic augmentation"),
-        (("--color_jitter", "0.4,x"), "could not convert string to float"),
-        (("--color_jitter", "1,1,1,0.9"), "that of hue at most 0.5"),
+        (("--color_jitter", "0.4,x"), "--color_jitter: 0.4,x is no list of up to four shares"),
+        (("--color_jitter", "1,1,1,0.9"), "of which that of hue is 0.5 at most"),
         (("--color_jitter", "1,1,1,0.1,1"), "--color_jitter"),
         (("--loss", "bce", "--class_weights", "balanced"), "--class_weights are for --loss ce"),
         (("--bce_threshold", 0.2), "--bce_threshold goes with --loss bce"),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def program_arguments(name: str, commands: Commands) -> list[str]:
     return arguments[start + 1 :]
 
 
-def flags(name: str, commands: Commands) -> dict[str, Any]:
+def flags(name: str, commands: Commands) -> Mapping[str, Any]:
     return configuration.parse("main.py", "", program_arguments(name, commands))
 
 

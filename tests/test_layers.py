@@ -13,29 +13,33 @@ LAYERS = (
     {"train"},
     {"preflight", "lr_finder", "visualization", "speed"},
     {"preprocess", "training", "report", "compare"},
+    {"beforehand"},
     {"open_data", "pages", "tracking"},
     {"stream"},
     {"model_resnet50", "config", "distributed"},
     {"checks", "model_zoo"},
-    {"blurpool", "flags", "machine", "recipe"},
+    {"blurpool", "flags", "machine", "recipe", "ranks"},
     {"choices"},
-    {"registry", "defaults"},
+    {"registry", "defaults", "hints"},
     {"errors", "units"},
     {"output"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
 UNKNOWN_TO_STREAM = {
+    "beforehand",
     "blurpool",
     "checks",
     "choices",
     "config",
     "defaults",
     "flags",
+    "hints",
     "model_resnet50",
     "model_zoo",
     "recipe",
     "machine",
+    "ranks",
     "registry",
 }
 

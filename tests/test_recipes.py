@@ -18,7 +18,8 @@ from huggingface_hub import constants
 from program import ROOT, results, run, train
 
 import recipe
-from config import Config, parse, resolve
+from checks import require_effect
+from config import Config, parse, resolve, resume
 from errors import UsageError
 from stream import synthetic
 from training.optim import schedule_at
@@ -52,6 +53,24 @@ def test_flags_win_over_a_recipe_whose_rate_follows_the_batch(tmp_path: Path) ->
     assert (of("--lr_from", "x")["lr"], of("--lr_from", "x")["lr_from"]) == (None, "x")
 
 
+def test_what_a_recipe_sets_in_vain_is_left_out_and_told_and_what_a_flag_does_is_refused() -> None:
+    given = parse("main.py", "", ["--recipe", "resnet50-a2", "--no_amp", "--model", "timm:resnet50d"])
+    config = resolve(given)
+    assert (config.amp_dtype, config.zero_init_gamma, config.lr) == ("auto", None, 0.005)
+    told = "\n".join(require_effect(config, given))
+    assert re.findall(r"--(\w+)[^-\n]* of the recipe", told) == ["zero_init_gamma", "amp_dtype"]
+    assert "--amp_dtype fp16 of the recipe has no effect" in told
+    saved = vars(config)
+    assert vars(resume(saved, given)) == saved | {"num_workers": config.num_workers}
+    with pytest.raises(UsageError, match="--amp_dtype fp16 has no effect: it needs --amp; "):
+        require_effect(config, parse("main.py", "", ["--recipe", "resnet50-a2", "--no_amp", "--amp_dtype", "fp16"]))
+
+
+def test_a_recipe_may_turn_off_what_its_name_says_is_off(tmp_path: Path) -> None:
+    path = written(tmp_path, "no_streaming = false\n")
+    assert not resolve(parse("main.py", "", ["--recipe", str(path), "--dataset", "imagenet1k"])).no_streaming
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -63,7 +82,7 @@ def test_flags_win_over_a_recipe_whose_rate_follows_the_batch(tmp_path: Path) ->
         ('scheduler = "sine"', "--scheduler has no choice sine; "),
         ("epochs = ", "is not TOML"),
         ("[training]\nepochs = 3", "the key training"),
-        ("amp = 3", "argument --amp: ignored explicit argument '3'"),
+        ("amp = 3", "--amp takes no value, and 3 is given; --no_amp turns it off"),
         ("epochs = 0", "--epochs 0 is too small"),
     ],
 )

@@ -12,7 +12,7 @@ from hub import Hub
 from program import ledger, run, train
 from shards import draw, encode
 
-from errors import DataError
+from errors import DataError, UsageError
 from stream.dataset import HuggingFaceImageNetDataset
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -80,6 +80,14 @@ def test_a_wrong_index_and_a_label_that_is_no_class_are_refused(tmp_path: Path) 
         dataset.read_block(1)
     with pytest.raises(DataError, match=r"train-0002\.tar has the label 4"):
         dataset.read_block(2)
+
+
+def test_what_a_set_of_its_kind_has_no_use_for_is_refused(tmp_path: Path, image_set: Path) -> None:
+    with pytest.raises(UsageError, match="tells its classes, as only a WebDataset may not; leave out --num_classes"):
+        open_split(image_set, num_classes=CLASSES)
+    folder = make_set(tmp_path / "set")
+    with pytest.raises(UsageError, match="is a WebDataset, which has no columns; leave out --image_column"):
+        HuggingFaceImageNetDataset.open(str(folder), split=["train"], label_column="cls")
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:

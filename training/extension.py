@@ -18,8 +18,6 @@ def extend(given: Mapping[str, Any]) -> tuple[Config, Snapshot]:
 
     Raises UsageError for what cannot be extended, SnapshotError for a snapshot that is damaged.
     """
-    if given.get("resume_from", "auto") == "auto":
-        raise UsageError("--extend_epochs extends a run that there is; name it: --resume_from RUN --extend_epochs N")
     source = Path(given["resume_from"])
     if not source.is_dir():
         raise UsageError(f"--extend_epochs extends a run, and {source} is no folder of one; give that")

@@ -26,6 +26,7 @@ from torch import nn
 
 import distributed
 import output
+from beforehand import require_no_run
 from config import Config
 from errors import UsageError, complain, printable, redact
 from registry import LOADED
@@ -59,8 +60,8 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
     if distributed.rank():
         yield folder
         return
-    if folder != resumed and any(folder.glob("snapshots/*.safetensors")):
-        raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
+    if folder != resumed:
+        require_no_run(folder)
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a+", opener=open_plain)  # noqa: SIM115 (closed below)

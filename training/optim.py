@@ -198,18 +198,24 @@ def cooldown_start(config: Config, steps_per_epoch: int) -> int:
 
 
 def _one_cycle(optimizer: Optimizer, config: Config, lr: float, total: int, last_epoch: int) -> OneCycleLR:
+    """PyTorch's. A rising part of a single step, by whose length less one it would divide, is the peak, as is a run of
+    a single step: the first of two.
+    """
+    pct_start = config.pct_start if total > 1 else 0.5
+    if pct_start * max(2, total) == 1:
+        pct_start *= 1 - 1e-12
     return OneCycleLR(
         optimizer,
         max_lr=[lr * group["lr_scale"] for group in optimizer.param_groups],
-        total_steps=total,
-        pct_start=config.pct_start,
+        total_steps=max(2, total),
+        pct_start=pct_start,
         anneal_strategy=config.onecycle_anneal_strategy,  # type: ignore[arg-type]
         cycle_momentum=not config.onecycle_fixed_momentum,
         base_momentum=config.onecycle_base_momentum,
         max_momentum=config.onecycle_max_momentum,
         div_factor=config.onecycle_div_factor,
         final_div_factor=config.onecycle_final_div_factor,
-        three_phase=config.onecycle_three_phase,
+        three_phase=config.onecycle_three_phase and total > 1,
         last_epoch=last_epoch,
     )
 

@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from beforehand import step_files as step_files
 from errors import SnapshotError
 from stream.files import sync, write_durably
 
@@ -136,11 +137,6 @@ def find(source: Path) -> tuple[Snapshot, list[str]]:
             passed_over.append(str(error))
     reason = "; ".join(passed_over) or "it has none"
     raise SnapshotError(f"no usable snapshot in {source}: {reason}; start anew without --resume_from")
-
-
-def step_files(folder: Path) -> list[Path]:
-    """The snapshots of a folder in the order of their steps, without `best`."""
-    return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
 def _step_of(path: Path) -> int:

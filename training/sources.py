@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from beforehand import SIDECAR, require_source
+from checks import without_idle
 from config import Config, resolve, resume
 from errors import DataError, SnapshotError, UsageError
 from flags import channels
@@ -26,9 +28,7 @@ from training import snapshot as snapshots
 from training.preprocessing import PREPROCESSING, RESAMPLE, of_pretrained_cfg, of_processor, published
 from training.weight_files import read_weights, resnet_of
 
-SIDECAR = "imagenet1k.json"  # beside exported weights: model, options, layout, classes, settings
 OPTIONS = ("drop_path", "blurpool", "zero_init_gamma")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST_PIXELS = 4096  # a side of what a model is evaluated on
 
 
@@ -108,19 +108,14 @@ def open_source(text: str, which: str | None = None, model: str = "auto", patien
     one. `model` names that of a bare weight file; `auto` tells ResNets by their weights. `patience`, in seconds, is for
     the Hub. Raises UsageError, DataError, SnapshotError.
     """
-    if "://" in text:
-        raise UsageError(f"{text} is a URL; give a Hub id or something on this machine")
+    require_source(text)
     path = Path(text).expanduser()
     if path.is_dir():
         source = _of_folder(path, which)
     elif path.is_file():
         source = _of_file(path, which, model)
-    elif path.exists():
-        raise DataError(f"{text} is neither a folder nor a file; give a model")
-    elif HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix not in (".pth", ".pt", ".safetensors"):
-        source = _of_folder(_fetched(text, patience), None, text)
     else:
-        raise DataError(f"there is no {text}; give a run folder, a snapshot, a folder or file of weights, or a Hub id")
+        source = _of_folder(_fetched(text, patience), None, text)
     if which is not None and source.config is None and which != "ema":
         raise UsageError(f"--which {which} chooses from the snapshots of a run, and {text} is none; leave it out")
     if model not in ("auto", source.model):
@@ -134,7 +129,7 @@ def resolve_with_weights(given: Mapping[str, Any]) -> tuple[Config, Source | Non
     if config.use_pretrained is None:
         return config, None
     source = open_source(config.use_pretrained, model=config.model, patience=60 * config.network_patience)
-    return resolve(source.flags(given)), source
+    return resolve(source.flags(without_idle(config, given))), source
 
 
 def _fetched(hub_id: str, patience: float) -> Path:

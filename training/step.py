@@ -148,16 +148,9 @@ def _new_model(config: Config, classes: int, source: Source | None) -> nn.Module
 
 
 def _mixing(config: Config) -> Mixing | None:
-    """Raises UsageError where a stream gives a batch one image, which has none to be mixed with."""
     if not config.mixup and not config.cutmix:
         return None
-    group = config.batch_size // config.streams
-    if group < 2:
-        raise UsageError(
-            f"--mixup and --cutmix mix the images of a stream, and of {config.streams} streams a batch of "
-            f"{config.batch_size} has {group} each; use fewer --streams or a larger --batch_size"
-        )
-    return Mixing(config.mixup, config.cutmix, config.seed, group)
+    return Mixing(config.mixup, config.cutmix, config.seed, config.batch_size // config.streams)
 
 
 def _device_name(device: torch.device) -> str:
