@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -19,7 +20,9 @@ from typing import NoReturn
 import output
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+NEEDED, NEEDED_MODULES = ("fork", "register_at_fork", "O_NOFOLLOW", "O_NONBLOCK"), ("fcntl", "resource")
 
 _is_abandoned = False
 
@@ -31,7 +34,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """Bad arguments, or a resume whose settings changed."""
+    """Bad arguments, a resume whose settings changed, or a system that is not supported."""
 
     status = 2
 
@@ -129,6 +132,16 @@ def leave(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def _require_posix() -> None:
+    """Raise UsageError where the system lacks what runs are made of, as Windows does."""
+    missing = [f"os.{name}" for name in NEEDED if not hasattr(os, name)]
+    missing += [name for name in NEEDED_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this system has no {missing[0]}, without which nothing runs here; use Linux or macOS, on Windows WSL"
+        )
+
+
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
     output.last()
@@ -137,6 +150,7 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         if handlers[signum] != signal.SIG_IGN:  # as nohup asks for
             signal.signal(signum, _leave)
     try:
+        _require_posix()
         run()
         sys.stdout.flush()
     except UserError as error:

@@ -3,15 +3,14 @@
 Source: Smith 2017, Cyclical Learning Rates for Training Neural Networks; the sweep itself is torch-lr-finder's.
 """
 
-import contextlib
 import copy
 import csv
 import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,17 +37,28 @@ DECIDES_LR = (
 TrainStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def _bar(steps: range) -> "tqdm[int]":
+    return tqdm(steps, disable=True if distributed.rank() else None, leave=False)
+
+
+_upstream = torch_lr_finder.LRFinder.range_test
+_own = {"tqdm": _bar, "print": lambda *text: None}
+_range_test = FunctionType(_upstream.__code__, _upstream.__globals__ | _own)
+"""torch-lr-finder's loop with a bar of our own, and without its lines on standard output; nothing of it is patched."""
+
+
 class _NotFinite(Exception):
     """Ends a sweep whose loss is no longer finite."""
 
 
 class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
-    """torch-lr-finder's `LRFinder`, with these differences.
+    """torch-lr-finder's `LRFinder`: its arguments, attributes, methods and errors, with these differences.
 
     When `train_step(images, labels) -> loss` is given, it performs the steps, so that the sweep trains exactly as
     training will. The smoothed loss is bias-corrected, and the raw loss is kept in `history["raw_loss"]`. The first
-    non-finite loss ends the sweep and is left out of the curve. `reset` also restores the scaler, the random number
-    generators and the training mode, and clears the gradients.
+    non-finite loss ends the sweep and is left out of the curve. The optimiser may have a schedule attached. A sweep
+    prints nothing; `stopped` tells how it ended. `reset` also restores the scaler, the random number generators and the
+    training mode, and clears the gradients.
     """
 
     def __init__(
@@ -57,12 +67,16 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         optimizer: Optimizer,
         criterion: nn.Module,
         device: torch.device | str | None = None,
+        memory_cache: bool = True,
+        cache_dir: str | None = None,
+        amp_backend: str | None = None,
+        amp_config: dict[str, Any] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         *,
         train_step: TrainStep | None = None,
-        grad_scaler: torch.amp.GradScaler | None = None,
-        **options: Any,
     ) -> None:
-        super().__init__(model, optimizer, criterion, device, grad_scaler=grad_scaler, **options)
+        amp = amp_backend, amp_config, grad_scaler
+        super().__init__(model, optimizer, criterion, device, memory_cache, cache_dir, *amp)
         self.train_step = train_step
         self.stopped = ""
         self._was_training = {module: module.training for module in model.modules()}
@@ -73,38 +87,37 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         self,
         train_loader: Any,
         val_loader: Any = None,
-        start_lr: float | None = None,
-        end_lr: float = 10.0,
+        start_lr: float | list[float] | None = None,
+        end_lr: float = 10,
         num_iter: int = 100,
         step_mode: str = "exp",
         smooth_f: float = 0.05,
-        diverge_th: float = 5.0,
-        **options: Any,
+        diverge_th: float = 5,
+        accumulation_steps: int = 1,
+        non_blocking_transfer: bool = True,
     ) -> None:
-        """One sweep, as torch-lr-finder's `range_test`; `train_loader` may also be one of our `Loader`s.
-
-        The optimiser may have a schedule attached; `reset` restores its settings.
-        """
-        self._smooth_f = smooth_f or 1.0
+        """One sweep, as torch-lr-finder's `range_test`; `train_loader` may also be one of our `Loader`s."""
+        if smooth_f < 0 or smooth_f >= 1:
+            raise ValueError("smooth_f is outside the range [0, 1[")
+        self._smooth_f = smooth_f
         self._average = 0.0
         self._raw: list[float] = []
-        self._validating = val_loader is not None
+        self._validating = bool(val_loader)
         for group in self.optimizer.param_groups:
             group.pop("initial_lr", None)  # of a schedule; the sweep's schedule would start from it
         batches = endless(train_loader)
         self.stopped = "the sweep reached its last learning rate"
-        torch_lr_finder.lr_finder.tqdm = partial(tqdm, disable=True if distributed.rank() else None, leave=False)
+        rates = start_lr, end_lr, num_iter, step_mode
         try:
-            with contextlib.redirect_stdout(None):
-                super().range_test(batches, val_loader, start_lr, end_lr, num_iter, step_mode, 0, diverge_th, **options)
+            _range_test(self, batches, val_loader, *rates, 0, diverge_th, accumulation_steps, non_blocking_transfer)
             if len(self._raw) < num_iter:
                 self.stopped = "the loss diverged"
         except _NotFinite:
             self.stopped = "the loss stopped being a finite number"
         finally:
+            self.history["raw_loss"] = self._raw
             if batches is not train_loader and isinstance(batches, _StreamIterator):
                 batches.close()
-        self.history["raw_loss"] = self._raw
 
     def _check_for_scheduler(self) -> None:
         """Accepts an optimiser with a schedule, which torch-lr-finder refuses."""
@@ -127,6 +140,8 @@ class LRFinder(torch_lr_finder.LRFinder):  # type: ignore[misc]
         if not math.isfinite(loss):
             raise _NotFinite
         self._raw.append(loss)
+        if not self._smooth_f:
+            return loss
         self._average += self._smooth_f * (loss - self._average)
         return self._average / (1 - (1 - self._smooth_f) ** len(self._raw))
 
@@ -203,6 +218,7 @@ def find_lr_advanced(
     count = max(1, num_iter // SWEEP_STEPS)
     finder = LRFinder(model, optimizer, criterion, train_step=train_step, grad_scaler=grad_scaler)
     options = {"start_lr": start_lr, "end_lr": end_lr, "num_iter": num_iter // count, "step_mode": step_mode}
+    smooth_f = 0.0 if smooth_f == 1 else smooth_f  # either leaves the losses as they are
     sweeps, endings = _sweep(finder, loader, count, **options, smooth_f=smooth_f, diverge_th=diverge_th)
     return read_sweeps(sweeps, endings, smooth_f, method)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from errors import SnapshotError, UsageError, complain, printable
+from errors import SIGNALS, SnapshotError, UsageError, complain, printable
 from results.agreement import Agreement, compare, images_of
 from results.card import model_card, origin
 from results.folders import load_folder, write_folder
@@ -47,13 +47,16 @@ def export(order: Order, tell: Callable[[str], None]) -> Agreement:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A context that SIGTERM and SIGUSR1 end as Ctrl-C does, so that what was begun is removed."""
+    """A context that SIGNALS end as Ctrl-C does, so that what was begun is removed."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         complain(f"stopped by {signal.Signals(signum).name}")
         raise SystemExit(128 + signum)
 
-    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS if signum != signal.SIGINT}
+    for signum, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(signum, end)
     try:
         yield
     finally:

@@ -237,18 +237,19 @@ def test_an_export_that_differs_is_an_error_and_leaves_nothing(
     assert [*(tmp_path / "new").iterdir()] == []
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
 def test_an_export_that_is_stopped_leaves_nothing_new_and_the_earlier_one(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signum: signal.Signals, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     export_to(source, "torchvision", out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def stopped(*given: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signum)
 
     monkeypatch.setattr(exporting, "compare", stopped)
-    assert run_export(source, "--to", "torchvision", "--precision", "fp16", "--out", out).status == 143
+    assert run_export(source, "--to", "torchvision", "--precision", "fp16", "--out", out).status == 128 + signum
     monkeypatch.undo()
     failures = [OSError(errno.EIO, "Input/output error")]
 

@@ -1,20 +1,25 @@
 """The finder leaves no trace, never answers from a NaN or a flat curve, and reads a curve as its formulas say."""
 
+import inspect
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch_lr_finder
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 from slow import SlowTransform
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 from config import FEWEST_LR_STEPS, resolve
 from errors import DivergedError, UsageError
@@ -316,13 +321,6 @@ def test_find_lr_returns_the_suggestion_of_the_method_asked_for(method: str) -> 
     assert 1e-5 <= lr <= 10
 
 
-def test_torch_lr_finders_own_interface_still_works() -> None:
-    model, optimizer, criterion, loader = make()
-    finder = LRFinder(model, optimizer, criterion)
-    finder.range_test(loader, start_lr=1e-4, end_lr=1.0, num_iter=25)
-    assert len(finder.history["lr"]) == len(finder.history["loss"]) == len(finder.history["raw_loss"]) == 25
-
-
 def test_steps_beyond_a_sweep_repeat_it_from_the_same_weights_on_other_batches() -> None:
     model, optimizer, criterion, loader = make()
     weights, seen, rates = [], [], []
@@ -431,7 +429,7 @@ def test_an_optimiser_with_a_schedule_is_swept_and_given_back(attached: str) -> 
     assert_no_trace(before, everything(model, optimizer))
 
 
-@pytest.mark.parametrize("smooth_f", [0.25, 1.0])
+@pytest.mark.parametrize("smooth_f", [0.25, 0.0])
 def test_a_validation_loader_judges_the_steps_in_its_place_and_is_walked_again_each_time(smooth_f: float) -> None:
     model, optimizer, criterion, loader = make()
     held_out = DataLoader(TensorDataset(*next(iter(loader))), batch_size=4)
@@ -443,7 +441,7 @@ def test_a_validation_loader_judges_the_steps_in_its_place_and_is_walked_again_e
     torch.set_rng_state(finder._rng["torch"])
     theirs.range_test(loader, val_loader=held_out, end_lr=1.0, num_iter=18, smooth_f=0, diverge_th=1e9)
     assert judged == theirs.history["loss"]
-    assert (finder.history["loss"] == judged) == (smooth_f == 1.0)
+    assert (finder.history["loss"] == judged) == (smooth_f == 0.0)
 
 
 def test_groups_are_swept_at_their_share_of_the_rate() -> None:
@@ -476,6 +474,326 @@ def test_a_stream_shorter_than_the_sweep_goes_on_in_its_next_epoch_and_is_put_ba
     orders = [np.random.default_rng(epoch).permutation(32) for epoch in (2, 3, 4, 5, 6)]
     assert seen == np.concatenate([orders[0][24:], *orders[1:]])[: 17 * 8].tolist()
     assert (loader.epoch, loader.start) == (2, 3)
+
+
+# ---- torch-lr-finder's interface -------------------------------------------------------------------------------------
+
+Finder = type[torch_lr_finder.LRFinder]
+SHORT: dict[str, Any] = {"start_lr": 1e-3, "end_lr": 0.5, "num_iter": 16, "smooth_f": 0.0, "diverge_th": 1e9}
+
+
+class Named(torch_lr_finder.TrainDataLoaderIter):  # type: ignore[misc]
+    """The batches of a set of dicts."""
+
+    def inputs_labels_from_batch(self, batch_data: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch_data["x"], batch_data["y"]
+
+
+class NamedJudge(torch_lr_finder.ValDataLoaderIter):  # type: ignore[misc]
+    def inputs_labels_from_batch(self, batch_data: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch_data["x"], batch_data["y"]
+
+
+class Unbounded(torch.utils.data.IterableDataset[tuple[torch.Tensor, int]]):
+    """A set without a length."""
+
+    def __iter__(self) -> Any:
+        return iter([(torch.ones(8), 1)] * 4)
+
+
+class Pair(nn.Module):
+    """Takes a tuple of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, inputs: Any) -> Any:
+        return self.layer(inputs[0]) + inputs[1]["shift"]
+
+
+class Told(torch.Tensor):
+    """Inputs that tell how they are moved to the device."""
+
+    moved: ClassVar[list[Any]] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.moved.append(kwargs["non_blocking"])
+        return super().to(*args, **kwargs)
+
+
+def named() -> Any:
+    inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    rows: Any = [{"x": row, "y": int(row[:3].argmax())} for row in inputs]
+    return DataLoader(rows, batch_size=8)
+
+
+def as_told(batch: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([x for x, _ in batch]).as_subclass(Told), torch.stack([y for _, y in batch])
+
+
+def curve(finder: Any) -> Any:
+    """What a sweep leaves in a finder."""
+    return finder.history["lr"], finder.history["loss"], finder.best_loss
+
+
+def swept(kind: Finder, *arguments: Any, constructed: Any = None, loader: Any = None, **options: Any) -> Any:
+    """A finder after a sweep."""
+    model, optimizer, criterion, usual = make()
+    finder = kind(model, optimizer, criterion, **(constructed or {}))
+    assert finder.range_test(usual if loader is None else loader, *arguments, **SHORT | options) is None
+    return finder
+
+
+def swept_by_position(kind: Finder, folder: Path) -> Any:
+    model, optimizer, criterion, loader = make()
+    held_out = DataLoader(TensorDataset(*next(iter(loader))), batch_size=4)
+    amp = "torch", {"device_type": "cpu", "dtype": torch.bfloat16}, torch.amp.GradScaler("cpu", init_scale=4.0)
+    finder = kind(model, optimizer, criterion, "cpu", False, str(folder), *amp)
+    given = finder.device, finder.memory_cache, finder.cache_dir, finder.amp_backend, finder.amp_config
+    finder.range_test(loader, held_out, 1e-3, 0.5, 8, "linear", 0, 1e9, 2, False)
+    return given, len(list(folder.iterdir())), finder.grad_scaler is amp[2], curve(finder)
+
+
+def judged(kind: Finder, judge: Any) -> Any:
+    return curve(swept(kind, judge))
+
+
+def given_back(kind: Finder, **constructed: Any) -> Any:
+    """Two sweeps with a reset after each: the same curve, and the weights and settings of before."""
+    model, optimizer, criterion, loader = make(fresh=True)
+    finder = kind(model, optimizer, criterion, **constructed)
+    curves = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        finder.range_test(loader, **SHORT)
+        curves.append(curve(finder))
+        finder.reset()
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    return curves, groups, {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+
+
+def rates_of_groups(kind: Finder, start_lr: Any) -> Any:
+    model, optimizer, criterion, loader = make()
+    optimizer.param_groups[1]["lr"] = 0.2
+    finder = kind(model, optimizer, criterion)
+    finder.range_test(loader, **SHORT | {"start_lr": start_lr})
+    return curve(finder), [group["lr"] for group in optimizer.param_groups]
+
+
+def moved(kind: Finder, non_blocking: bool) -> Any:
+    loader: Any = DataLoader(make()[-1].dataset, batch_size=16, collate_fn=as_told)
+    Told.moved.clear()
+    swept(kind, loader=loader, num_iter=3, non_blocking_transfer=non_blocking)
+    return list(Told.moved)
+
+
+def in_parts(kind: Finder) -> Any:
+    model, rows = Pair(), [((torch.ones(8), {"shift": torch.ones(3)}), 1)] * 8
+    finder = kind(model, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss(), torch.device("cpu"))
+    finder.range_test(DataLoader(rows, batch_size=4), num_iter=4)  # type: ignore[arg-type]
+    return finder.history["lr"]
+
+
+def interrupted(kind: Finder, error: type[BaseException]) -> Any:
+    """What is left of a sweep that an exception ends in its fifth step."""
+    model, optimizer, _, loader = make()
+    steps: list[int] = []
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 5:
+            raise error("in mid-sweep")
+        return nn.functional.cross_entropy(outputs, labels)
+
+    finder = kind(model, optimizer, loss)
+    with pytest.raises(error, match="in mid-sweep"):
+        finder.range_test(loader, **SHORT)
+    return curve(finder)
+
+
+def forgotten(kind: Finder, folder: Path) -> Any:
+    finder = kind(*make()[:3], memory_cache=False, cache_dir=str(folder))
+    for path in folder.iterdir():
+        path.unlink()
+    try:
+        finder.reset()
+    except RuntimeError as error:
+        return str(error).startswith("Failed to load state in")
+
+
+def plotted(kind: Finder, steps: int = 20, **options: Any) -> Any:
+    finder = kind(*make()[:3])
+    finder.history["lr"], finder.history["loss"] = list(range(steps)), [abs(step - 9.0) for step in range(steps)]
+    figure = Figure()
+    axes: Any = figure.add_subplot()
+    returned = finder.plot(ax=axes, **options)
+    kinds = [type(part) for part in returned] if isinstance(returned, tuple) else type(returned)
+    lines = [np.asarray(line.get_data()).tolist() for line in axes.lines]
+    points = [part.get_offsets().tolist() for part in axes.collections]
+    rate = returned[1] if isinstance(returned, tuple) else None
+    return kinds, rate, lines, points, axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()
+
+
+def shown(kind: Finder) -> Any:
+    """A plot without axes, which makes a figure and shows it."""
+    finder = kind(*make()[:3])
+    finder.history["lr"], finder.history["loss"] = [1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0]
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[str] = []
+        patch.setattr(pyplot, "show", lambda: calls.append("show"))
+        axes = finder.plot(0, 0, False, 0.1, None, False)
+        pyplot.close(axes.figure)
+    return calls, axes.get_xscale(), len(axes.lines)
+
+
+def state_after(kind: Finder) -> Any:
+    """The sweep's last model, mode and random numbers."""
+    finder = swept(kind)
+    weights = {name: tensor.tolist() for name, tensor in finder.model.state_dict().items()}
+    return finder.model.training, weights, torch.rand(3).tolist()
+
+
+def new(kind: Finder, **options: Any) -> Any:
+    finder = kind(*make()[:3], **options)
+    names = ("memory_cache", "cache_dir", "amp_backend", "amp_config", "grad_scaler", "device", "model_device")
+    return finder.history, finder.best_loss, [getattr(finder, name) for name in names]
+
+
+def held_out() -> Any:
+    return DataLoader(TensorDataset(torch.ones(8, 8), torch.arange(8) % 3), batch_size=4)
+
+
+SMOOTHED = {"num_iter": 4, "smooth_f": 0.05}
+ACCUMULATED = {"accumulation_steps": 3, "num_iter": 5}
+AMP = {"amp_backend": "torch", "amp_config": {"device_type": "cpu", "dtype": torch.bfloat16}}
+PROBES: dict[str, Callable[[Finder, Path], Any]] = {
+    "new": lambda kind, folder: new(kind),
+    "new with options": lambda kind, folder: new(kind, device="cpu", memory_cache=False, cache_dir=str(folder)),
+    "by position": swept_by_position,
+    "exp": lambda kind, folder: curve(swept(kind)),
+    "linear": lambda kind, folder: curve(swept(kind, step_mode="linear")),
+    "EXP": lambda kind, folder: curve(swept(kind, step_mode="EXP")),
+    "cosine": lambda kind, folder: swept(kind, step_mode="cosine"),
+    "no step_mode": lambda kind, folder: swept(kind, step_mode=None),
+    "smooth_f -0.1": lambda kind, folder: swept(kind, smooth_f=-0.1),
+    "smooth_f 1": lambda kind, folder: swept(kind, smooth_f=1),
+    "smooth_f 1.5": lambda kind, folder: swept(kind, smooth_f=1.5),
+    "smooth_f None": lambda kind, folder: swept(kind, smooth_f=None),
+    "smoothed rates": lambda kind, folder: swept(kind, **SMOOTHED).history["lr"],
+    "num_iter 0": lambda kind, folder: swept(kind, num_iter=0),
+    "num_iter 1": lambda kind, folder: swept(kind, num_iter=1, step_mode="linear"),
+    "start_lr None": lambda kind, folder: rates_of_groups(kind, None),
+    "start_lr 0": lambda kind, folder: rates_of_groups(kind, 0),
+    "start_lr of groups": lambda kind, folder: rates_of_groups(kind, [1e-3, 1e-2]),
+    "start_lr of too many": lambda kind, folder: rates_of_groups(kind, [1e-3, 1e-2, 1e-1]),
+    "diverging": lambda kind, folder: curve(swept(kind, end_lr=1e4, diverge_th=1.5)),
+    "accumulated": lambda kind, folder: curve(swept(kind, **ACCUMULATED)),
+    "accumulated none": lambda kind, folder: swept(kind, accumulation_steps=0),
+    "blocking": lambda kind, folder: moved(kind, False),
+    "non-blocking": lambda kind, folder: moved(kind, True),
+    "judged": lambda kind, folder: judged(kind, held_out()),
+    "judged by an iterator": lambda kind, folder: judged(kind, torch_lr_finder.ValDataLoaderIter(held_out())),
+    "judged by dicts": lambda kind, folder: judged(kind, NamedJudge(named())),
+    "judged by nothing": lambda kind, folder: judged(kind, DataLoader([])),  # type: ignore[arg-type]
+    "judged by a list": lambda kind, folder: judged(kind, [1]),
+    "judged without length": lambda kind, folder: judged(kind, DataLoader(Unbounded())),
+    "without length": lambda kind, folder: curve(swept(kind, loader=DataLoader(Unbounded(), batch_size=2))),
+    "a list": lambda kind, folder: swept(kind, loader=[(torch.ones(2, 8), torch.ones(2))]),
+    "dicts": lambda kind, folder: swept(kind, loader=named()),
+    "dicts, named": lambda kind, folder: curve(swept(kind, loader=Named(named()))),
+    "once": lambda kind, folder: swept(kind, loader=Named(named(), auto_reset=False)),
+    "parts": lambda kind, folder: in_parts(kind),
+    "given back": lambda kind, folder: given_back(kind),
+    "given back from files": lambda kind, folder: given_back(kind, memory_cache=False, cache_dir=str(folder)),
+    "no such folder": lambda kind, folder: new(kind, memory_cache=False, cache_dir=str(folder / "none")),
+    "files gone": forgotten,
+    "no weights": lambda kind, folder: kind(nn.ReLU(), make()[1], nn.MSELoss()),
+    "amp": lambda kind, folder: curve(swept(kind, constructed=AMP | {"grad_scaler": torch.amp.GradScaler("cpu")})),
+    "amp of nobody": lambda kind, folder: new(kind, amp_backend="tensorflow"),
+    "amp without a scaler": lambda kind, folder: new(kind, **AMP),
+    "amp without settings": lambda kind, folder: swept(
+        kind, constructed={"amp_backend": "torch", "grad_scaler": torch.amp.GradScaler("cpu")}
+    ),
+    "an error": lambda kind, folder: interrupted(kind, RuntimeError),
+    "an interrupt": lambda kind, folder: interrupted(kind, KeyboardInterrupt),
+    "after": lambda kind, folder: state_after(kind),
+    "plot": lambda kind, folder: plotted(kind),
+    "plot of all": lambda kind, folder: plotted(kind, skip_start=0, skip_end=0, log_lr=False, show_lr=3.0),
+    "plot without a suggestion": lambda kind, folder: plotted(kind, suggest_lr=False),
+    "plot of nothing": lambda kind, folder: plotted(kind, steps=0, suggest_lr=False),
+    "plot of too few": lambda kind, folder: plotted(kind, steps=9),
+    "plot from -1": lambda kind, folder: plotted(kind, skip_start=-1),
+    "plot to -1": lambda kind, folder: plotted(kind, skip_end=-1),
+    "plot with a whole rate": lambda kind, folder: plotted(kind, show_lr=1),
+    "plot that is shown": lambda kind, folder: shown(kind),
+    "an unknown argument": lambda kind, folder: type(swept(kind, steps=3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch-lr-finder's __del__
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_finder_does_what_torch_lr_finders_does(probe: str, tmp_path: Path) -> None:
+    def outcome(kind: Finder, folder: Path) -> Any:
+        folder.mkdir()
+        try:
+            result = PROBES[probe](kind, folder)
+        except Exception as error:
+            result = type(error), str(error).replace("_upstream", "range_test")
+        return json.loads(json.dumps(result, default=str).replace(str(folder), "folder"))
+
+    assert outcome(LRFinder, tmp_path / "ours") == outcome(torch_lr_finder.LRFinder, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("method", ["__init__", "range_test", "plot", "reset"])
+def test_a_finder_takes_torch_lr_finders_arguments_in_their_order_with_their_defaults(method: str) -> None:
+    ours, theirs = (
+        [
+            (name, part.default)
+            for name, part in inspect.signature(getattr(kind, method)).parameters.items()
+            if part.kind != part.KEYWORD_ONLY
+        ]
+        for kind in (LRFinder, torch_lr_finder.LRFinder)
+    )
+    assert ours == theirs
+
+
+def test_a_sweep_changes_nothing_of_the_process_so_that_losses_and_hooks_may_print(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def state() -> list[Any]:
+        return [sys.stdout, sys.stderr, print, *vars(torch_lr_finder.lr_finder).items(), *vars(tqdm).items()]
+
+    model, optimizer, _, loader = make()
+    before, during = state(), []
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        print("loss")
+        during.append(state())
+        return nn.functional.cross_entropy(outputs, labels)
+
+    model.register_forward_hook(lambda *_: print("hook"))
+    finder = LRFinder(model, optimizer, loss)  # type: ignore[arg-type]
+    finder.range_test(loader, **SHORT)
+    assert capsys.readouterr().out == "hook\nloss\n" * 16
+    assert all(now == before for now in (*during, state()))
+
+
+def test_an_empty_validation_loader_judges_nothing() -> None:
+    finder = swept(LRFinder, DataLoader([]), smooth_f=0.5)  # type: ignore[arg-type]
+    assert len(finder.history["raw_loss"]) == 16
+    assert finder.history["loss"] != finder.history["raw_loss"]
+    assert finder.stopped == "the sweep reached its last learning rate"
+
+
+def test_a_schedule_is_no_reason_to_refuse_an_optimiser_as_torch_lr_finder_does() -> None:
+    model, optimizer, criterion, loader = make()
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(RuntimeError, match="already has a scheduler"):
+        torch_lr_finder.LRFinder(model, optimizer, criterion)
+    finder = LRFinder(model, optimizer, criterion)
+    finder.range_test(loader, **SHORT)
+    assert len(finder.history["raw_loss"]) == 16
 
 
 # ---- reading a curve -------------------------------------------------------------------------------------------------
