@@ -33,6 +33,7 @@ from flags import (
 from registry import Registry
 
 FEWEST_LR_STEPS = 16
+SHORT_SIDE = 256  # pixels of kept images, where none is given
 FITTED = frozenset({"batch_size", "streams", "epochs"})  # fitted to a small set where they are not given
 COMMON = (  # what --help shows; --help_all shows every flag
     *("dataset", "dataset_name", "data_dir", "val_share", "max_samples", "image_size", "dummy_data", "cache_dir"),
@@ -70,7 +71,9 @@ class Config:
     dummy_data: bool = flag("data", "imagenet1k: try everything on generated images in its schema; no token needed", False)
     cache_dir: str | None = flag("data", "keep what was streamed in this folder, for later epochs and runs", None, short="nothing is kept", on_resume="kept", is_path=True, needs=checks.STREAMED)
     cache_limit_gb: float | None = flag("data", "gigabytes to keep at most; what an epoch has used makes room", None, short="no limit", on_resume="kept", above=0)
-    cache_short_side: int | None = flag("data", "reduce images to this short side, pixels, before they are kept", None, short="kept as they are", least=1)
+    cache_short_side: int | None = flag("data", "reduce images to this short side, pixels, before they are kept", None, short="kept as they are; 256 for planes and jpeg", least=1)
+    cache_format: str = flag("data", "how images are kept, and trained on: planes are not compressed, and cost the least to read", FROM_PRESET, short="original, or jpeg with --cache_short_side", choices=("original", "jpeg", "planes"))
+    fill_cache: bool = flag("data", "keep the whole dataset in --cache_dir, then stop", False, on_resume="forgotten")
     stall_timeout: float = flag("data", "seconds in which less than 1 kB/s makes a request be repeated", 60.0, on_resume="kept", above=0, needs=checks.REMOTE)
     network_patience: float = flag("data", "minutes without progress after which the run writes a snapshot and ends", 30.0, on_resume="kept", above=0)
     no_streaming: bool = flag("data", "download the whole dataset first, then read it from disk", False, on_resume="kept", needs=checks.REMOTE)
@@ -267,6 +270,9 @@ def resolve(given: Mapping[str, Any]) -> Config:
     for name in ("image_size", "weight_decay"):
         values.setdefault(name, getattr(preset, name))
     values.setdefault("accumulate_steps", 1)
+    values.setdefault("cache_format", "jpeg" if values.get("cache_short_side") else "original")
+    if values["cache_format"] != "original" and not values.get("cache_short_side"):
+        values["cache_short_side"] = SHORT_SIDE
     values |= first_guess(preset, values, ranks.told_world())
     values.setdefault("eval_size", values["image_size"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -269,7 +269,7 @@ def of_disks(found: Speed, facts: Facts, config: Config) -> Iterator[Line]:
         elif use != "snapshots" and config.dataset == "imagenet1k" and not config.dummy_data and not config.max_samples:
             limit = config.cache_limit_gb if use == "cache" else None
             need = max(0, (min(IMAGENET_BYTES, limit * 1e9) if limit else IMAGENET_BYTES) - room.held)
-            smaller = ", less with --cache_short_side" if use == "cache" else ""
+            smaller = ", less with --cache_format jpeg" if use == "cache" else ""
             what = f"ImageNet-1K beyond the {as_size(room.held)} that are there{smaller}"
         told = f"{as_size(room.free)} free in {room.folder}{f', {as_size(need)} needed for {what}' if what else ''}"
         mend = "" if room.free >= need else f": make room, or change {flags[use]}"
@@ -329,7 +329,7 @@ def of_speed(found: Speed, facts: Facts, config: Config) -> Iterator[Line]:
         )
     if found.decoded and found.trained and facts.device != "cpu" and found.decoded < found.trained:
         waits = f"the device would wait {1 - found.decoded / found.trained:.0%} of the time"
-        mend = "more cores and --num_workers, or --cache_dir with --cache_short_side 256 would help"
+        mend = "more cores and --num_workers, or --cache_dir with --cache_format planes would help"
         yield Line(WARNING, "decoding", f"{as_rate(found.decoded)} {told}; {waits}: {mend}")
     elif found.decoded:
         yield Line(OK, "decoding", f"{as_rate(found.decoded)} {told}")

@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> None:
     output.outlive()
     greet(argv)
     import distributed
-    from preflight import describe_data, in_passes_that_fit
+    from preflight import describe_data, fill_cache, in_passes_that_fit
     from preprocess import get_data_loaders
     from training.console import header
     from training.step import build_training
@@ -97,6 +97,9 @@ def _run(argv: list[str]) -> None:
         data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
     header([*notes, *describe_data(config, data)], config)
+    if config.fill_cache:
+        fill_cache(config, data)
+        return
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, len(data.train), labels, source)
     if snapshot is not None:

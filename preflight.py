@@ -10,6 +10,7 @@ import numpy as np
 
 import distributed
 from config import Config
+from errors import UsageError
 from pages.names import short
 from preprocess import Data, get_data_loaders
 from stream import allowance
@@ -271,3 +272,18 @@ def _cache_line(train: "HuggingFaceImageNetDataset") -> str:
     kept = sum(train.cache_name(number) in names for number in range(len(train.blocks)))
     limit = f"at most {as_size(train.cache.limit)}" if train.cache.limit else "no limit"
     return f"{train.cache.folder}: {kept:,} of {len(train.blocks):,} training blocks, {limit}"
+
+
+def fill_cache(config: Config, data: Data) -> None:
+    """Keep all blocks of the data in --cache_dir, shared out among the ranks. Raises UsageError, DataError."""
+    from stream.dataset import HuggingFaceImageNetDataset
+    from stream.filling import fill
+
+    both = (data.train.dataset, data.val.dataset)
+    datasets = [dataset for dataset in both if isinstance(dataset, HuggingFaceImageNetDataset)]
+    if not datasets:
+        raise UsageError(f"{config.dataset_id} is downloaded whole and not kept in blocks; leave out --fill_cache")
+    found = fill(datasets, distributed.rank(), distributed.world_size())
+    blocks, kept = distributed.sum_over_ranks(np.array(found)).tolist()
+    lacking = "" if kept == blocks else "; there is no room for more: raise --cache_limit_gb, or free some"
+    distributed.print0(f"cache     {kept:,} of {blocks:,} blocks are in {config.cache_dir}{lacking}", always=True)

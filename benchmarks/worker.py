@@ -23,15 +23,18 @@ REPO_ID = "ILSVRC/imagenet-1k"
 JPEG_QUALITY = 96  # of the photographs in benchmarks/images.py
 
 
-def ours(source: str, cache_dir: Path | None = None) -> Epoch:
-    """This repository's loader, as `main.py` puts it together, over a local folder or the Hub, with a cache or none."""
+def ours(source: str, cache_dir: Path | None = None, anew: bool = False, **form: Any) -> Epoch:
+    """This repository's loader, as `main.py` puts it together, over a local folder or the Hub, with a cache or none.
+
+    The cache keeps images in a `form`, see `stream.dataset.Cache`. With `anew` it is empty before each epoch.
+    """
     from config import resolve
     from preprocess import train_transform
     from stream.dataset import Cache, HuggingFaceImageNetDataset
     from stream.loader import StreamingDataLoader
     from stream.order import epoch_order
 
-    cache = Cache(cache_dir) if cache_dir else None
+    cache = Cache(cache_dir, **form) if cache_dir else None
     dataset = HuggingFaceImageNetDataset.open(source, split=["train"], block_bytes=BLOCK_BYTES, cache=cache)
     loader = StreamingDataLoader(
         dataset,
@@ -46,6 +49,9 @@ def ours(source: str, cache_dir: Path | None = None) -> Epoch:
     )
 
     def epoch(number: int) -> Iterator[int]:
+        if anew and cache_dir:
+            for path in cache_dir.rglob("*.arrow"):
+                path.unlink()
         loader.set_epoch(number)
         return (len(batch.images) for batch in loader)
 
@@ -131,11 +137,35 @@ def systems(folder: Path) -> dict[str, Callable[[], Epoch]]:
         "dali": partial(peers.dali, folder),
         "ffcv same": partial(peers.ffcv, folder, "same", write_mode="jpg", jpeg_quality=JPEG_QUALITY),
         "ffcv 92": partial(peers.ffcv, folder, "92", write_mode="jpg", jpeg_quality=92),
+        "ffcv half raw": partial(
+            peers.ffcv,
+            folder,
+            "half raw",
+            write_mode="proportion",
+            compress_probability=0.5,
+            max_resolution=400,
+            jpeg_quality=90,
+        ),
         "ffcv 400": partial(peers.ffcv, folder, "400", write_mode="jpg", max_resolution=400, jpeg_quality=90),
         "litdata": partial(peers.litdata, folder, our_decode=False),
         "litdata, our decode": partial(peers.litdata, folder, our_decode=True),
         "mosaic": partial(peers.mosaic, folder, our_decode=False),
         "mosaic, our decode": partial(peers.mosaic, folder, our_decode=True),
+    }
+
+
+def kept(folder: Path) -> dict[str, Callable[[], Epoch]]:
+    """Ours from a cache in each of its forms, full or empty before each epoch."""
+    forms: dict[str, dict[str, Any]] = {
+        "original": {},
+        "jpeg 400": {"short_side": 400},
+        "jpeg 256": {"short_side": 256},
+        "planes 256": {"short_side": 256, "planes": True},
+    }
+    return {
+        f"{way} {name}": partial(ours, REPO_ID, folder / f"{way} {name}", anew=way == "filling", **form)
+        for way in ("kept", "filling")
+        for name, form in forms.items()
     }
 
 
@@ -153,7 +183,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     system, folder = sys.argv[1:]
-    epoch = systems(Path(folder))[system]()
+    epoch = (systems(Path(folder)) | kept(Path(folder)))[system]()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     print(json.dumps(installed_versions()), file=answers)

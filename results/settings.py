@@ -19,7 +19,8 @@ NAMES_DATA = frozenset(
 )
 FLAGS = NAMES_DATA | {
     *("eval_size", "eval_interpolation", "eval_crop_pct", "mean", "std", "tta", "num_workers", "batch_size"),
-    *("cache_dir", "cache_limit_gb", "cache_short_side", "stall_timeout", "network_patience", "no_streaming"),
+    *("cache_dir", "cache_limit_gb", "cache_short_side", "cache_format"),
+    *("stall_timeout", "network_patience", "no_streaming"),
     *("block_mb", "max_bad_fraction", "amp", "amp_dtype", "compile", "device", "seed"),
 }
 STAYS = ("amp", "amp_dtype", "device", "tta", "seed")  # of a run, on a dataset that is named

@@ -35,6 +35,7 @@ How it gets here
     reach        whether the Hub can be reached, takes the token and lets a dataset be read
     explain      what errors mean, in one line that says what to do
     cache        bytes that processes share on one disk
+    filling      blocks kept there ahead of training
     blocks       images and labels as one run of bytes, in memory that goes back to the system
     files        files that are either complete or absent
 
@@ -50,6 +51,7 @@ How it becomes a batch
     transforms   pipelines of albumentations: what is done to each image
     pictures     encoded images -> pixels, by one rule for all formats
     formats      which files are images, and how large they may be
+    planes       images as planes of brightness and halved colours, as a cache may keep them
     jpeg         JPEGs and regions of them, and whether their data are sound
     augment      augmentation of whole batches on the device: flip, crop, cutout, normalisation
     auto_augment TrivialAugmentWide and RandAugment of whole batches

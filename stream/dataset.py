@@ -13,6 +13,7 @@ import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
+from stream import planes
 from stream.block_reader import BlockReader
 from stream.blocks import BlockData, to_bytes
 from stream.cache import Bytes, FileStore
@@ -34,11 +35,14 @@ JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder for fetched blocks, its limit in bytes, and the short side (pixels) that images are reduced to."""
+    """The folder for fetched blocks, its limit in bytes, the short side (pixels) that images are reduced to, and how
+    they are kept then: as JPEG, or as `planes` (stream/planes.py), of which smaller images are made too.
+    """
 
     folder: Path
     limit: int | None = None
     short_side: int | None = None
+    planes: bool = False
 
 
 class HuggingFaceImageNetDataset:
@@ -56,7 +60,7 @@ class HuggingFaceImageNetDataset:
         shards: "ParquetShards | TarShards",
         blocks: list[Block],
         cache: FileStore | None,
-        short_side: int | None,
+        form: Cache | None,
     ) -> None:
         self.source = source
         self.revision = revision
@@ -68,7 +72,7 @@ class HuggingFaceImageNetDataset:
         self.cache = cache
         self._files = files
         self._shards = shards
-        self._short_side = short_side
+        self._form = form if form and form.short_side else None
         self._ends = np.cumsum(self.block_rows)
         self._rows: np.ndarray | None = None  # of each sample, its row in its block, where not all rows are used
         self._numbers: np.ndarray | None = None  # of each stored label, the number of its class, where that is another
@@ -120,8 +124,8 @@ class HuggingFaceImageNetDataset:
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
             shards = ParquetShards(source, files, keep_by_commit, columns, listing.features)
-        kept_in, side = (store, cache.short_side) if cache and isinstance(files, HubFiles) else (None, None)
-        dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, side)
+        kept_in, form = (store, cache) if cache and isinstance(files, HubFiles) else (None, None)
+        dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, form)
         if not len(dataset):
             raise DataError(f"{source} has no images in split {name}; give another split")
         for block in dataset.blocks:
@@ -129,7 +133,7 @@ class HuggingFaceImageNetDataset:
                 dataset._check_labels(block, low, high)
         if max_samples is None or (max_samples >= len(dataset) and like is None):
             return dataset
-        groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, side)
+        groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, form)
         wanted = places(dataset.classes, like)
         return dataset._sample(max_samples, wanted, doubling=False) or groups._sample(max_samples, wanted)
 
@@ -192,8 +196,8 @@ class HuggingFaceImageNetDataset:
 
     def cache_name(self, number: int) -> str:
         """The name of a block in the cache."""
-        side = f".{self._short_side}" if self._short_side else ""
-        return f"{self.revision}/{self.blocks[number].name}{side}.arrow"
+        form = f".{self._form.short_side}{'.planes' if self._form.planes else ''}" if self._form else ""
+        return f"{self.revision}/{self.blocks[number].name}{form}.arrow"
 
     def read_block(self, number: int) -> BlockData:
         """A block from the cache or by range requests; one request is enough for a file of only images and labels.
@@ -272,9 +276,9 @@ class HuggingFaceImageNetDataset:
         return to_bytes(map(self._reduced, batches), block.size)
 
     def _reduced(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        if not self._short_side:
+        if self._form is None or self._form.short_side is None:
             return batch
-        images = [reduce(image.as_py(), self._short_side) for image in batch["image"]]
+        images = [reduce(image.as_py(), self._form.short_side, self._form.planes) for image in batch["image"]]
         return batch.set_column(0, "image", pa.array(images, batch.schema.field("image").type))
 
     def _sample(self, limit: int, wanted: np.ndarray, doubling: bool = True) -> "HuggingFaceImageNetDataset | None":
@@ -328,15 +332,22 @@ def pin_revision(source: str, revision: str, cache: Cache | None, network: Netwo
     return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache), network)
 
 
-def reduce(encoded: bytes, short_side: int) -> bytes:
-    """A JPEG with its short side reduced to `short_side` pixels; smaller and unreadable ones are returned unchanged."""
+def reduce(encoded: bytes, short_side: int, as_planes: bool = False) -> bytes:
+    """An image with its short side reduced to `short_side` pixels, as JPEG or as planes.
+
+    Unreadable ones are returned unchanged, and so are smaller ones, unless as planes.
+    """
     try:
         image = decode(encoded)
     except UnreadableImage:
         return encoded
-    if min(image.shape[:2]) <= short_side:
-        return encoded
     scale = short_side / min(image.shape[:2])
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-    smaller = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
-    return bytes(cv2.imencode(".jpg", smaller, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+    if scale >= 1 and not as_planes:
+        return encoded
+    if scale < 1:
+        size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    if as_planes:
+        return planes.encode(image)
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])

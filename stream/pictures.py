@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from stream import jpeg
 from stream.formats import UnreadableImage, open_header
+from stream.planes import Planes, is_planes
 
 cv2.setNumThreads(0)
 
@@ -47,13 +48,17 @@ class Picture:
     those that are not finite are black.
 
     libjpeg-turbo or cv2 decode JPEG, cv2 plain PNG, and Pillow the rest; where one fails, the other is asked. A JPEG
-    whose data libjpeg-turbo finds corrupt is unreadable, wherever in it the damage lies.
+    whose data libjpeg-turbo finds corrupt is unreadable, wherever in it the damage lies. Planes are what a cache keeps.
     """
 
     def __init__(self, image: EncodedImage) -> None:
         self._image = image
         self._in_regions = False
+        self._planes = None
         if isinstance(image, np.ndarray):
+            return
+        if is_planes(image):
+            self._planes = Planes(image)
             return
         with _reasons():
             self._header = header = open_header(image)
@@ -65,6 +70,8 @@ class Picture:
     @property
     def shape(self) -> tuple[int, ...]:
         """(H, W, 3)."""
+        if self._planes is not None:
+            return self._planes.shape
         if self._in_regions and self._header is not None:
             return self._header.height, self._header.width, 3
         return self.pixels.shape
@@ -75,6 +82,8 @@ class Picture:
         image = self._image
         if isinstance(image, np.ndarray):
             return image
+        if self._planes is not None:
+            return self._planes.region(0, 0, self.shape[1], self.shape[0])
         with _reasons():
             return self._decoded(image)
 
@@ -83,6 +92,8 @@ class Picture:
 
         Of one that is known to be `sound`, only down to `bottom`: what lies below tells no more than that.
         """
+        if self._planes is not None:
+            return self._planes.region(left, top, right, bottom)
         if self._in_regions:
             last = bottom if sound else self.shape[0]
             decoded = jpeg.decode_region(self._image, left, top, right, last)

@@ -130,6 +130,69 @@ def test_reduced_images_are_smaller_decode_and_have_a_place_of_their_own(
     assert len(entries(tmp_path / "cache")) == 2
 
 
+@pytest.mark.slow
+def test_what_is_trained_on_is_what_is_kept_whether_it_was_kept_or_not(
+    hub_root: Path, hub_port: int, sound: Path, tmp_path: Path
+) -> None:
+    """Planes from the Hub, half from the cache, all from it; killed while they are kept; with room for half of them."""
+    cache, flags = tmp_path / "cache", (*DATA, *FLAGS, "--cache_format", "planes", "--cache_short_side", 36)
+    with Hub(hub_root, port=hub_port):
+        train(*flags, "--cache_dir", cache, "--run_dir", tmp_path / "cold")
+        for path in entries(cache)[::2]:
+            path.unlink()
+        train(*flags, "--cache_dir", cache, "--run_dir", tmp_path / "half")
+        train(*flags, "--cache_dir", cache, "--run_dir", tmp_path / "warm")
+        few = ("--cache_dir", tmp_path / "few", "--cache_limit_gb", size_of(cache) / 2e9)
+        train(*flags, *few, "--run_dir", tmp_path / "limited")
+        killed = (*flags, "--cache_dir", tmp_path / "killed cache", "--run_dir", tmp_path / "killed")
+        process = killable.start(*killed, log=tmp_path / "log", place="after rename", time=1)
+        process.join(TIMEOUT)
+        assert process.exitcode == -9, (tmp_path / "log").read_text()
+        train("--resume_from", tmp_path / "killed")
+    expected = ledger(tmp_path / "cold")
+    for name in ("half", "warm", "limited", "killed"):
+        assert ledger(tmp_path / name) == expected, name
+    assert [row["ids"] for row in expected] == [row["ids"] for row in ledger(sound)]
+    assert expected != ledger(sound)
+    assert size_of(tmp_path / "few") <= size_of(cache) / 2
+
+
+@pytest.mark.slow
+def test_a_cache_that_was_filled_ahead_trains_with_the_network_off(
+    hub_root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*DATA, *FLAGS, "--cache_format", "planes", "--cache_short_side", 36, "--cache_dir", tmp_path / "cache")
+    blocks = TRAIN_BLOCKS + VAL_BLOCKS
+    with Hub(hub_root, port=hub_port) as hub:
+        done = run(*flags, "--fill_cache")
+        assert (done.status, done.out.splitlines()[-1]) == (
+            0,
+            f"cache     {blocks} of {blocks} blocks are in {tmp_path / 'cache'}",
+        )
+        assert set(blocks_asked_for(hub).values()) == {1}
+        little = run(*flags[:-1], tmp_path / "little", "--cache_limit_gb", 1e-4, "--fill_cache")
+        assert "--cache_limit_gb" in little.out.splitlines()[-1]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    train(*flags, "--run_dir", tmp_path / "offline")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--cache_format", "planes"], "need --cache_dir"),
+        (
+            ["--cache_dir", "x", "--cache_format", "original", "--cache_short_side", "40"],
+            "leave out --cache_short_side",
+        ),
+        (["--dataset", "digits", "--cache_dir", "x", "--fill_cache"], "--fill_cache is for what is streamed"),
+    ],
+)
+def test_formats_that_make_no_sense_are_refused(flags: list[str], told: str, tmp_path: Path) -> None:
+    done = run(*DATA, *flags, "--run_dir", tmp_path / "run")
+    assert done.status == 2
+    assert told in done.err
+
+
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "P"])
 def test_a_reduced_image_shows_what_the_whole_one_does(mode: str) -> None:
     photo = Image.fromarray(photographs()[0][:400, :500]).convert(mode)

@@ -314,6 +314,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
     assert kinds["forgotten"] == {
         *(
             "num_workers",
+            "fill_cache",
             "find_lr",
             "plot_schedule",
             "extend_epochs",

@@ -148,8 +148,8 @@ def test_a_resident_dataset_that_keeps_training_waiting_wants_a_larger_batch() -
         ({"num_workers": 0}, 9.0, ["--num_workers"]),
         ({}, 10.5, ["--cache_dir"]),
         ({"cache_dir": "x"}, 10.5, []),
-        ({}, 9.5, ["--num_workers", "--cache_short_side"]),
-        ({"num_workers": 4}, 10.5, ["--num_workers", "--cache_short_side"]),
+        ({}, 9.5, ["--num_workers", "--cache_dir", "--cache_format"]),
+        ({"num_workers": 4}, 10.5, ["--num_workers", "--cache_dir", "--cache_format"]),
     ],
 )
 def test_what_kept_the_data_decides_which_flag_is_named(
@@ -239,7 +239,8 @@ def largest(line: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("read", "transform", "named"), [(0.2, 0.0, ["--cache_dir"]), (0.0, 0.2, ["--num_workers", "--cache_short_side"])]
+    ("read", "transform", "named"),
+    [(0.2, 0.0, ["--cache_dir"]), (0.0, 0.2, ["--num_workers", "--cache_dir", "--cache_format"])],
 )
 def test_a_run_that_waits_is_told_what_for(read: float, transform: float, named: list[str], tmp_path: Path) -> None:
     """For 4.8 s an epoch, besides which the rest of it is little on a slow machine too."""

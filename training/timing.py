@@ -100,9 +100,9 @@ def _why_data(config: Config, loader: Loader, seconds: float) -> str:
     if loader.read_seconds > 0.5 * seconds * loader.num_workers:
         helpful = "a faster disk would help" if config.cache_dir else "keep what is streamed with --cache_dir"
         return f"training waits for data, and the decoding processes for what is read: {helpful}"
+    quicker = ", or --cache_dir with --cache_format planes," if config.cache_format != "planes" else ""
     return (
-        f"training waits for {loader.num_workers} decoding processes: more cores and --num_workers, or smaller images "
-        "(--cache_short_side) would help"
+        f"training waits for {loader.num_workers} decoding processes: more cores and --num_workers{quicker} would help"
     )
 
 
