@@ -132,6 +132,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
     output.last()
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook is not there outside it, and ends the import of matplotlib
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     for signum in handlers.keys() - {signal.SIGINT}:
         if handlers[signum] != signal.SIG_IGN:  # as nohup asks for

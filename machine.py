@@ -66,7 +66,7 @@ def look() -> Machine:
     """What the system tells of this process and its machine."""
     files, files_most = resource.getrlimit(resource.RLIMIT_NOFILE)
     own = Path("/proc/self/cgroup")
-    core_limit, memory_limit = cgroup_limits(own.read_text() if own.exists() else "", CGROUPS)
+    core_limit, memory_limit = cgroup_limits(own.read_text(encoding="utf-8") if own.exists() else "", CGROUPS)
     memory, free = _memory()
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -100,7 +100,7 @@ def _field(path: Path, name: str) -> str | None:
     """The first value of a name in one of the system's tables."""
     if not path.exists():
         return None
-    lines = (line.partition(":") for line in path.read_text().splitlines())
+    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
     return next((value.strip() for key, _, value in lines if key.strip() == name), None)
 
 
@@ -141,7 +141,7 @@ def _upwards(base: Path, path: str) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def package_version(name: str) -> str | None:

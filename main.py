@@ -143,10 +143,10 @@ def _resume_source(given: dict[str, object]) -> Path | None:
         return Path(str(given["resume_from"])) if "resume_from" in given else None
     if "run_dir" not in given:
         raise UsageError("--resume_from auto needs --run_dir, the folder to look in")
-    from training.snapshot import step_files
+    from training.snapshot import holds_run
 
     folder = Path(str(given["run_dir"]))
-    return folder if step_files(folder / "snapshots") else None
+    return folder if holds_run(folder) else None
 
 
 def _pinned_revision(snapshot: "Snapshot | None", config: Config) -> str | None:
@@ -262,7 +262,8 @@ def _fit(
         note_resolved(folder / "config.json", training.model, {"lr": progress.lr, "lr_source": lr_source, **sizes})
     own = folder if on_rank0 else None
     journal = Journal(config, training, progress, data.train, record, own, pictures, trackers)
-    dropped = [f"dropped   {name}, a later step of the same run" for name in journal.rewind()]
+    later = journal.rewind(snapshot.path if snapshot else None)
+    dropped = [f"dropped   {name}, a later step of the same run" for name in later]
     if snapshot is not None:
         resumed = f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}"
         print0(resumed, *dropped, sep="\n")

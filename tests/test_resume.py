@@ -208,6 +208,40 @@ def test_one_line_starts_a_run_and_goes_on_with_it(digits: Path, tmp_path: Path)
     assert_same_run(tmp_path / "auto", digits)
 
 
+@pytest.mark.parametrize("how", ["auto", "run", "by another name"])
+def test_a_run_that_is_killed_just_after_it_went_back_to_its_best_goes_on_from_there(
+    how: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = cut(digits, STEPS, tmp_path / "run")
+    best = snapshot_path(copy, END_OF_1).rename(copy / "snapshots" / "best.safetensors")
+    snapshot_path(copy, MIDDLE_OF_1).unlink()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr("train.train_epoch", mishap)
+        run("--resume_from", best)
+    assert ([*map(int, steps_kept(copy))], len(ledger(copy)), best.exists()) == ([END_OF_1], END_OF_1, True)
+    monkeypatch.chdir(tmp_path)
+    other = ("--run_dir", "run", "--resume_from", copy)
+    done = train(*{"auto": (*SMALL, "--run_dir", copy, "--resume_from", "auto"), "run": other[2:]}.get(how, other))
+    assert f"step {END_OF_1}, epoch 2" in done.out
+    assert_same_run(copy, digits)
+
+
+def mishap(run: object) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_folder_with_nothing_but_its_best_is_a_run_to_all_that_ask(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, STEPS, tmp_path / "run")
+    for step in steps_kept(copy):
+        if step != MIDDLE_OF_2:
+            snapshot_path(copy, step).unlink()
+    snapshot_path(copy, MIDDLE_OF_2).rename(copy / "snapshots" / "best.safetensors")
+    refused = run(*SMALL, "--run_dir", copy)
+    assert refused.status == 2
+    train(*SMALL, "--run_dir", copy, "--resume_from", "auto")
+    assert_same_run(copy, digits)
+
+
 def test_more_epochs_are_a_new_plan_that_is_shown(digits: Path, tmp_path: Path) -> None:
     copy = cut(digits, END_OF_1, tmp_path / "cut")
     out = train("--resume_from", copy, "--override", "epochs=3", "--override", "lr=0.05").out

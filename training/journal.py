@@ -77,11 +77,11 @@ class Journal:
         self._is_first = True  # the step that comes
         self._pending: list[dict[str, Any]] = []
 
-    def rewind(self) -> list[str]:
-        """Delete logs and snapshots of steps after `progress`; returns the names of the deleted snapshots."""
+    def rewind(self, source: Path | None = None) -> list[str]:
+        """Delete snapshots, then logs, of steps after `progress`, which `source` holds; returns the deleted snapshots."""
+        dropped = self.store.rewind(self.progress.step, source) if self.store else []
         self.logs.rewind(self.progress.step, self.progress.epoch)
         self._seconds_before = self.logs.seconds_logged()
-        dropped = self.store.rewind(self.progress.step) if self.store else []
         if BEST in dropped:
             self.progress.best_top1 = -1.0  # no earlier best has a file any more: the next epoch becomes the best
         return dropped

@@ -30,6 +30,7 @@ from config import Config
 from errors import UsageError, complain, printable, redact
 from registry import LOADED
 from stream.files import open_plain, read_small, write_durably
+from training.snapshot import holds_run
 from training.state import Progress
 
 RESULT_COLUMNS = (
@@ -56,14 +57,16 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
         resumed, longer = None, extended.with_name(f"{extended.name}-{config.epochs}_epochs")
     told = config.run_dir or resumed or (extended and longer)
     folder = Path(distributed.from_rank0(lambda: str(told or _new_folder(config.dataset_id))))
+    if resumed and folder.exists() and folder.samefile(resumed):
+        folder = resumed  # by another name
     if distributed.rank():
         yield folder
         return
-    if folder != resumed and any(folder.glob("snapshots/*.safetensors")):
+    if folder != resumed and holds_run(folder):
         raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+", opener=open_plain)  # noqa: SIM115 (closed below)
+        lock = open(folder / "lock", "a+", encoding="utf-8", opener=open_plain)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
     with lock:
@@ -198,7 +201,7 @@ class RunLogs:
         if self.folder is None:
             return
         path = self.folder / "results.csv"
-        with open(path, "a+", newline="") as file:
+        with open(path, "a+", encoding="utf-8", newline="") as file:
             file.seek(0)
             header = next(csv.reader([file.readline()]), [])  # of a run to which a resume may have added an average
             columns = header or [*RESULT_COLUMNS, *(EMA_COLUMNS if "ema_top1" in result else ())]
@@ -248,8 +251,7 @@ class UnreadableLog:
             kept = [row for row in rows if int(row[2]) <= progress.epoch + 1]
             self._known = {(row[0], row[2]) for row in kept}
             if (len(kept) < len(lines[1:-1]) or lines[-1]) and distributed.rank() == 0:
-                path.unlink()
-                self._append(kept)
+                write_durably(path, _csv([[*UNREADABLE_COLUMNS], *kept]).encode())
 
     def __call__(self, image: str, reason: str) -> None:
         row = [printable(image), " ".join(reason.split()), str(self._progress.epoch + 1)]
@@ -259,10 +261,14 @@ class UnreadableLog:
                 self._append([row])
 
     def _append(self, rows: list[list[str]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        with open(self._path, "a", opener=open_plain) as file:
-            file.write(text.getvalue() if file.tell() else f"{','.join(UNREADABLE_COLUMNS)}\n{text.getvalue()}")
+        with open(self._path, "a", encoding="utf-8", opener=open_plain) as file:
+            file.write(_csv(rows if file.tell() else [[*UNREADABLE_COLUMNS], *rows]))
+
+
+def _csv(rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class Stopwatch:
@@ -280,7 +286,7 @@ def _csv_epoch(line: str) -> int:
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
 
 
