@@ -117,9 +117,9 @@ class Config:
     ema_every: int = flag("training", "steps between updates of that average", 1, least=1)
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping", above=0)
     amp: bool = flag("training", "mixed precision", False)
-    amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has it")
+    amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has instructions for it; a CPU without them takes float32, an older GPU fp16")
     compile: bool = flag("training", "compile the model with torch.compile: about a minute at the start, then faster steps on a GPU", False)
-    device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is")
+    device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is", on_resume="kept")
     seed: int = flag("training", "decides weights, order and augmentation", 0, least=0)
     deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
 

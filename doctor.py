@@ -198,8 +198,8 @@ def of_devices(facts: Facts, config: Config) -> Iterator[Line]:
         told = "bfloat16 is used" if config.amp else "this GPU computes in bfloat16; --amp makes steps faster"
         yield Line(OK if config.amp else NOTE, "bf16", told)
     elif facts.device == "cpu" and facts.machine.has_bf16 is False:
-        told = "this CPU has no bfloat16 instructions: --amp is emulated and slow here; leave it out"
-        yield Line(WARNING if config.amp else NOTE, "bf16", told)
+        told = "this CPU has no bfloat16 instructions and would emulate them: --amp trains in float32 here"
+        yield Line(NOTE, "bf16", told)
     elif facts.device == "cpu":
         told = (
             "has instructions for bfloat16"

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ UNLIMITED = 2**60  # bytes: what version 1 of cgroups tells where there is no li
 PATIENCE = 5.0  # seconds for a program, as a broken driver lets nvidia-smi hang
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
-BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM name instructions
+BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}  # as Linux and PyTorch name instructions of x86 and ARM
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def look() -> Machine:
         files_most=_finite(files_most),
         threads=os.environ.get("OMP_NUM_THREADS"),
         cpu=_field(Path("/proc/cpuinfo"), "model name") or "",
-        has_bf16=_has_bf16(),
+        has_bf16=cpu_has_bf16(),
     )
 
 
@@ -104,10 +104,13 @@ def _field(path: Path, name: str) -> str | None:
     return next((value.strip() for key, _, value in lines if key.strip() == name), None)
 
 
-def _has_bf16() -> bool | None:
-    """Whether this CPU has instructions for bfloat16."""
+def cpu_has_bf16() -> bool | None:
+    """Whether this CPU has instructions for bfloat16; without them it is emulated. None: nobody tells."""
+    told: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
     flags = _field(Path("/proc/cpuinfo"), "flags") or _field(Path("/proc/cpuinfo"), "Features")
-    return None if flags is None else not BF16.isdisjoint(flags.split())
+    if flags is None and not told:
+        return None
+    return not BF16.isdisjoint({*(flags or "").split(), *(name for name in told if told[name])})
 
 
 def cgroup_limits(told: str, root: Path) -> tuple[float | None, int | None]:

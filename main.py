@@ -80,6 +80,7 @@ def _run(argv: list[str]) -> None:
     from preprocess import get_data_loaders
     from tracking.clients import require_packages
     from training.console import header
+    from training.state import began_with
     from training.step import build_training
 
     distributed.be_quiet(bool(given.get("quiet")))
@@ -98,7 +99,9 @@ def _run(argv: list[str]) -> None:
     config = data.config
     header(describe_data(config, data), config)
     labels = data.train.dataset.all_labels
-    training = build_training(config, len(data.classes), device, len(data.train), labels, source)
+    training = build_training(
+        config, len(data.classes), device, len(data.train), labels, source, began_with(snapshot, config)
+    )
     if snapshot is not None:
         _compare_data(snapshot, data, config)
     if snapshot is None and "accumulate_steps" not in given:
@@ -252,7 +255,7 @@ def _fit(
     if config.plot_schedule and on_rank0:
         _draw_schedule(config, progress.lr, steps, folder / "plots" / "schedule.png")
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
-    record |= {"data": data.fingerprint, "steps_per_epoch": steps}
+    record |= {"data": data.fingerprint, "steps_per_epoch": steps, **training.kept}
     pictures = RunPictures(folder, data.classes, trackers.picture) if on_rank0 else None
     for loader in (data.train, data.val):
         loader.report = UnreadableLog(folder / "unreadable.csv", progress)

@@ -346,6 +346,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
         *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),
         "track",
         "early_stop",
+        "device",
         *("cache_dir", "cache_limit_gb", "stall_timeout", "network_patience", "max_bad_steps", "val_labels"),
         *(
             "recipe",

@@ -130,11 +130,11 @@ def test_a_disk_that_is_too_small_is_told_with_the_flag_that_moves_the_folder() 
     assert told(unknown, "snapshots").mark == OK
 
 
-def test_amp_on_a_cpu_without_bfloat16_is_told_to_be_slow() -> None:
+def test_amp_on_a_cpu_without_bfloat16_is_told_to_be_float32() -> None:
     cpu = replace(on(has_bf16=False), device="cpu", gpus=[], driver="")
     assert told(cpu, "bf16").mark == NOTE
     line = told(cpu, "bf16", "--amp")
-    assert (line.mark, "emulated" in line.text) == (WARNING, True)
+    assert (line.mark, "float32" in line.text) == (NOTE, True)
     assert told(cpu, "gpu") == Line(NOTE, "gpu", "none: runs use cpu")
     old = replace(FACTS, gpus=[replace(GPU, has_bf16=False)])
     assert "float16" in told(old, "bf16").text

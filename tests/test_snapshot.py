@@ -122,7 +122,7 @@ def foreign_pth(path: Path) -> None:
 
 
 def another_format(path: Path) -> None:
-    path.write_bytes(encoded().replace(b"imagenet1k-snapshot-5", b"imagenet1k-snapshot-9"))
+    path.write_bytes(encoded().replace(b"imagenet1k-snapshot-6", b"imagenet1k-snapshot-9"))
 
 
 def empty(path: Path) -> None:

@@ -78,7 +78,7 @@ class Journal:
         self._pending: list[dict[str, Any]] = []
 
     def rewind(self, source: Path | None = None) -> list[str]:
-        """Delete snapshots, then logs, of steps after `progress`, which `source` holds; returns the deleted snapshots."""
+        """Delete snapshots, then logs, of steps after `progress`, which `source` holds; returns the former's names."""
         dropped = self.store.rewind(self.progress.step, source) if self.store else []
         self.logs.rewind(self.progress.step, self.progress.epoch)
         self._seconds_before = self.logs.seconds_logged()

@@ -23,7 +23,7 @@ import torch
 from errors import SnapshotError
 from stream.files import sync, write_durably
 
-FORMAT = "imagenet1k-snapshot-5"
+FORMAT = "imagenet1k-snapshot-6"
 BEST = "best.safetensors"
 COOLDOWN = "cooldown.safetensors"  # before the first step of a trapezoid that is cooled
 SPARE_BYTES = 2**20

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -25,7 +25,7 @@ from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
 from training.optim import build_optimizer, build_scaler, restart
-from training.predictor import Predictor, amp_dtype_of, normalize_of
+from training.predictor import Predictor, amp_dtype_of, normalize_of, precision
 from training.snapshot import copy_to_host
 from training.sources import OPTIONS, Source
 from training.state import rng_state, seed_everything, set_rng_state
@@ -54,6 +54,15 @@ class Training(Predictor):
         """The averaged model, if there is one."""
         return self.ema.module if self.ema else None
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a resume needs to know of how the run began, beside its settings: files and devices may be others."""
+        weights = getattr(self.criterion, "weight", None)
+        return {
+            "precision": precision(self.amp_dtype),
+            "class_weights": None if weights is None else weights.tolist(),
+        }
+
     def mix(self, step: int, images: torch.Tensor) -> Mix | None:
         """How to mix the images (N, H, W, 3) of the step after `step` steps, if they are mixed."""
         return self.mixing.draw(step, *images.shape[1:3]) if self.mixing else None
@@ -66,21 +75,25 @@ def build_training(
     steps_per_epoch: int = 1,
     labels: Callable[[], np.ndarray | None] = lambda: None,
     source: Source | None = None,
+    began: Mapping[str, Any] | None = None,
 ) -> Training:
     """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
 
     An average of the weights copies them while the learning rate warms up, which `steps_per_epoch` tells; balanced
-    class weights are those of the training `labels`. A `source` is where the weights start from. Raises UsageError for
-    an unknown model and for settings or weights that do not fit together, DataError for weights that are incomplete.
+    class weights are those of the training `labels`. A `source` is where the weights start from; `began` is what
+    `Training.kept` told of a run that is resumed. Raises UsageError for an unknown model and for settings or weights
+    that do not fit together, DataError for weights that are incomplete.
     """
-    mixing, weights = _mixing(config), None
-    if config.class_weights:
+    mixing, weights, began = _mixing(config), None, began or {}
+    if config.class_weights not in (None, "balanced") and len(began.get("class_weights") or ()) == classes:
+        weights = torch.tensor(began["class_weights"])
+    elif config.class_weights:
         weights = class_weights(config.class_weights, labels(), classes)
     criterion = build_loss(config.loss, classes, config.label_smoothing, config.bce_threshold, weights)
     torch.manual_seed(config.seed)
     model = _new_model(config, classes, source)
     print0(f"model     {describe(model, config.image_size)}")
-    dtype = amp_dtype_of(config, device)
+    dtype = amp_dtype_of(config, device, began.get("precision"))
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     if config.deterministic:
