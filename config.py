@@ -98,7 +98,7 @@ class Config:
 
     recipe: str | None = flag("training", "settings of a published recipe: a name in recipes/, or a .toml file; flags win over it", None, on_resume="kept")
     epochs: int = flag("training", "passes over the training set", FROM_PRESET, least=1)
-    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=2)
+    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=1)
     accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1, least=1)
     lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=learning_rate, metavar="X|auto", short="by linear scaling of the batch", above=0)
     lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None)

@@ -4,6 +4,7 @@ import csv
 import os
 import shlex
 import shutil
+import string
 import sys
 import textwrap
 import threading
@@ -26,6 +27,7 @@ STEP_LINES = 60  # of a whole run in a log file
 STEP_SECONDS = 60.0  # between two of them
 INDENT = " " * 10  # under which a long line goes on
 DETAILS = ("revision ", "blocks ", "streams ")  # lines of the header that --verbose shows
+PLAIN = f"{string.ascii_letters}{string.digits}/_-.=".encode()  # bytes that need no quoting
 WIDE = 120  # columns of a terminal that has room for all numbers beside the bar
 
 
@@ -274,12 +276,26 @@ def command(script: str, *arguments: object, ranks: int = 1) -> str:
         several = f" --nnodes {nodes}" if nodes != "1" else ""
         launcher = f"{launcher} -m torch.distributed.run{several} --nproc_per_node {each}"
         launcher = launcher.replace("python -m torch.distributed.run", "torchrun")
-    return f"{launcher} {shlex.join(map(str, (path, *arguments)))}"
+    return f"{launcher} {' '.join(_quoted(str(argument)) for argument in (path, *arguments))}"
+
+
+def _quoted(argument: str) -> str:
+    """An argument for bash and zsh; of one that the output cannot show as it is, the bytes in octal."""
+    try:
+        argument.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        pass
+    else:
+        if argument.isprintable():
+            return shlex.quote(argument)
+    shown = (chr(byte) if byte in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(argument))
+    return f"$'{''.join(shown)}'"
 
 
 def _python() -> str:
     """How this interpreter is called: by uv, as python if that is the one, or by its path."""
-    if "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ:
-        return "uv run python"
+    if "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ:  # which finds the project from below it only
+        below = Path.cwd().is_relative_to(Path(__file__).resolve().parent.parent)
+        return "uv run python" if below else shlex.quote(sys.executable)
     found = shutil.which("python")
     return "python" if found and Path(found).parent == Path(sys.executable).parent else shlex.quote(sys.executable)
