@@ -29,7 +29,7 @@ import output
 from config import Config
 from errors import UsageError, complain, printable, redact
 from registry import LOADED
-from stream.files import open_plain, read_small, write_durably
+from stream.files import open_plain, read_small, strict_json, write_durably
 from training.snapshot import holds_run
 from training.state import Progress
 
@@ -127,7 +127,7 @@ def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is not a run's; move it away, or give another --run_dir") from error
     report = {"config": asdict(config), "launches": [*launches, _launch(argv)]}
-    write_durably(path, json.dumps(report, indent=2).encode())
+    write_durably(path, strict_json(report, indent=2).encode())
 
 
 def note_resolved(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def note_resolved(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     resolved = facts | {"model": str(getattr(model, "name", type(model).__name__)), "parameters": count}
     with contextlib.suppress(OSError, ValueError):
         report = json.loads(read_small(path))
-        write_durably(path, json.dumps(report | {"resolved": resolved}, indent=2).encode())
+        write_durably(path, strict_json(report | {"resolved": resolved}, indent=2).encode())
 
 
 def _launch(argv: Sequence[str]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class RunLogs:
         """
         if self.folder is None or not rows:
             return
-        _append(self.folder / "metrics.jsonl", (json.dumps(_plain(row), allow_nan=False) for row in rows))
+        _append(self.folder / "metrics.jsonl", (strict_json(_plain(row)) for row in rows))
         if self.ledger:
             _append(self.folder / "ledger.jsonl", (json.dumps(ledger_row(row)) for row in rows))
 
@@ -216,9 +216,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     asked = {key: value for key, value in row.items() if key != "ids"}
     if math.isnan(asked.get("grad_norm", 0.0)):
         del asked["grad_norm"]
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asked.items()
-    }
+    return asked
 
 
 def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
