@@ -185,7 +185,8 @@ def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
 def _train(
     config: Config, data: "Data", training: "Training", snapshot: "Snapshot | None", argv: Sequence[str]
 ) -> None:
-    from distributed import print0
+    from distributed import from_rank0, print0
+    from preflight import require_room
     from training.console import last_lines
     from training.logs import open_run_folder
     from training.state import Progress, restore
@@ -209,6 +210,7 @@ def _train(
         within_memory(training, config, lambda: rehearse(config, data, training, progress))
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
+        from_rank0(lambda: require_room(config, data, training, folder, progress.step))
         within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot, lr_source))
         print0(*last_lines(config, folder), sep="\n", always=True)
         print0(f"done      {folder}: report.html, results.csv, snapshots/", always=True)
@@ -265,11 +267,10 @@ def _fit(
         note_resolved(folder / "config.json", training.model, {"lr": progress.lr, "lr_source": lr_source, **sizes})
     own = folder if on_rank0 else None
     journal = Journal(config, training, progress, data.train, record, own, pictures, trackers)
-    later = journal.rewind(snapshot.path if snapshot else None)
-    dropped = [f"dropped   {name}, a later step of the same run" for name in later]
+    dropped = journal.rewind(snapshot.path if snapshot else None)
     if snapshot is not None:
         resumed = f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}"
-        print0(resumed, *dropped, sep="\n")
+        print0(resumed, *(f"dropped   {name}, a later step of the same run" for name in dropped), sep="\n")
     if config.extend_epochs:
         progress.best_top1 = -1.0  # whose file stays behind
         journal.save()  # the copy of the run's past becomes a run, to be resumed like any other

@@ -103,6 +103,14 @@ def capture(
     return tensors, asdict(progress) | {"scaler": scaler.state_dict(), "ranks": distributed.world_size()}
 
 
+def snapshot_bytes(model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> int:
+    """About the bytes of a snapshot, known before the first step, after which only the optimiser has all its state."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    moments = [name for name in OPTIMIZER_STATE[type(optimizer).__name__] if name != "step"]
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    return weights * (2 if average else 1) + trained * len(moments)
+
+
 def all_finite(model: nn.Module) -> bool:
     """Whether every weight and BatchNorm statistic of a model is finite."""
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
