@@ -19,6 +19,7 @@ from typing import NoReturn
 import output
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+FILE_LIMITS = (errno.EMFILE, errno.ENFILE)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _is_abandoned = False
@@ -154,8 +155,11 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             complain("stopped: nobody reads the output any more")
             return 128 + signal.SIGPIPE
-        if debug or error.errno not in DISK_ERRORS:
+        if debug or error.errno not in (*DISK_ERRORS, *FILE_LIMITS):
             raise
+        if error.errno in FILE_LIMITS:
+            complain(f"error: {error.strerror}; use fewer --num_workers, or raise the limit (ulimit -n)")
+            return UsageError.status
         where = f" at {error.filename}" if error.filename else ""
         complain(f"error: {error.strerror}{where}; make room or mend the disk, and resume")
         return SnapshotError.status

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +113,19 @@ def cpu_has_bf16() -> bool | None:
     if flags is None and not told:
         return None
     return not BF16.isdisjoint({*(flags or "").split(), *(name for name in told if told[name])})
+
+
+def missing_for_compile(device: str) -> str | None:
+    """What torch.compile lacks here for a type of device, and what mends it: a compiler, or Python's headers."""
+    usual = ("clang++" if sys.platform == "darwin" else "g++",) if device == "cpu" else ("gcc", "clang")
+    variable = "CXX" if device == "cpu" else "CC"
+    named = os.environ.get(variable, "").split()[:1] or usual
+    if not any(map(shutil.which, named)):
+        return f"it needs {' or '.join(named)}, which is not on PATH: apt install g++, or name another in {variable}"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.exists():
+        return f"it needs Python's headers, and {headers} is missing: apt install python3-dev"
+    return None
 
 
 def cgroup_limits(told: str, root: Path) -> tuple[float | None, int | None]:
