@@ -191,6 +191,16 @@ def test_a_resume_takes_a_device_and_needs_none_of_the_files_of_the_start(tmp_pa
     assert_same_run(copy, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_an_evaluation_takes_device_size_batch_precision_and_workers_freely(
+    batch: int, digits: Path, tmp_path: Path
+) -> None:
+    copy = cut(digits, STEPS, tmp_path / "run")
+    flags = ("--device", "cpu", "--batch_size", batch, "--eval_size", 12, "--amp", "--num_workers", 0)
+    done = train("--resume_from", copy, "--evaluate", *flags)
+    assert "report.html" in done.out
+
+
 def test_a_resume_may_change_the_precision_when_it_insists(digits: Path, tmp_path: Path) -> None:
     copy = cut(digits, MIDDLE_OF_2, tmp_path / "cut")
     done = train("--resume_from", copy, "--override", "amp=true", "--override", "amp_dtype=fp16")
