@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import stat
 import struct
@@ -23,6 +24,8 @@ from stream.policies import read_policy
 
 WEIGHTS_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+BEST = "best.safetensors"
+COOLDOWN = "cooldown.safetensors"  # before the first step of a trapezoid that is cooled
 SIDECAR = "imagenet1k.json"  # beside exported weights: model, options, layout, classes, settings
 HEADER_BYTES = 2**27  # at most, of a safetensors file
 FOLDERS = {"imagefolder", *(name for name in DATASETS.names() if DATASETS[name].evaluated_only)}  # --data_dir's
@@ -33,6 +36,16 @@ def step_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-{'[0-9]' * 9}.safetensors"))
 
 
+def kept_apart(folder: Path) -> list[Path]:
+    """The snapshots of a folder that are not named by their step."""
+    return [path for path in (folder / BEST, folder / COOLDOWN) if os.path.lexists(path)]
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a snapshot, sound or not: a resume looks at it, and no other run may be begun there."""
+    return bool(step_files(folder / "snapshots") or kept_apart(folder / "snapshots"))
+
+
 def resumed(given: Mapping[str, Any]) -> Path | None:
     """The run folder or snapshot file to resume from, if any. `auto` is --run_dir once that has a snapshot."""
     if given.get("resume_from") != "auto":
@@ -40,7 +53,7 @@ def resumed(given: Mapping[str, Any]) -> Path | None:
     if "run_dir" not in given:
         raise UsageError("--resume_from auto needs --run_dir, the folder to look in")
     folder = Path(given["run_dir"])
-    return folder if step_files(folder / "snapshots") else None
+    return folder if holds_run(folder) else None
 
 
 def look(given: Mapping[str, Any]) -> list[str]:
@@ -119,7 +132,8 @@ def saved_settings(source: Path) -> dict[str, Any] | None:
     """
     if not source.exists():
         raise SnapshotError(f"cannot read snapshot {source}: No such file or directory; give a run folder or a file")
-    files = step_files(source / "snapshots") if source.is_dir() else [source]
+    folder = source / "snapshots"
+    files = [*kept_apart(folder), *step_files(folder)] if source.is_dir() else [source]
     try:
         if not stat.S_ISREG(files[-1].lstat().st_mode):  # opening a pipe would wait
             return None
@@ -140,7 +154,7 @@ def require_trainable(config: Config) -> None:
 
 def require_no_run(folder: Path) -> None:
     """Refuse a folder for a new run that holds another, with UsageError."""
-    if any(folder.glob("snapshots/*.safetensors")):
+    if holds_run(folder):
         raise UsageError(f"{folder} already holds a run; go on with --resume_from {folder}, or give another --run_dir")
 
 

@@ -105,7 +105,7 @@ class Config:
 
     recipe: str | None = flag("training", "settings of a published recipe: a name in recipes/, or a .toml file; flags win over it", None, on_resume="kept", is_path=True, offers=recipe.NAMES)
     epochs: int = flag("training", "passes over the training set", FROM_PRESET, least=1)
-    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=2)
+    batch_size: int = flag("training", "images in a step, all ranks together", FROM_PRESET, least=1)
     accumulate_steps: int = flag("training", "cut each rank's share of a batch into this many forward and backward passes", 1, least=1)
     lr: float | str | None = flag("training", "(peak) learning rate, or auto to run the finder first", None, type=learning_rate, metavar="X|auto", short="by linear scaling of the batch", above=0)
     lr_from: str | None = flag("training", "take the learning rate from this lr_finder.json", None, is_path=True)
@@ -124,9 +124,9 @@ class Config:
     ema_every: int = flag("training", "steps between updates of that average", 1, least=1, needs=checks.AVERAGE)
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping", above=0)
     amp: bool = flag("training", "mixed precision", False)
-    amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has it", needs=checks.MIXED_PRECISION)
+    amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has instructions for it; a CPU without them takes float32, an older GPU fp16", needs=checks.MIXED_PRECISION)
     compile: bool = flag("training", "compile the model with torch.compile: about a minute at the start, then faster steps on a GPU", False)
-    device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is", type=device_name, metavar="NAME", offers=DEVICES)
+    device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is", on_resume="kept", type=device_name, metavar="NAME", offers=DEVICES)
     seed: int = flag("training", "decides weights, order and augmentation", 0, least=0)
     deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
 

@@ -5,7 +5,6 @@ What is found goes into `Facts`; a function for each subject makes lines of them
 
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from preflight import free_bytes
 from speed import Speed
 from stream import jpeg, reach
 from stream.cache import FileStore
-from stream.decode_pool import PROCESS_BYTES
+from stream.decode_pool import FILES_OF_A_PROCESS, PROCESS_BYTES
 from stream.reach import Reach
 from tracking.clients import describe
 from units import as_rate, as_size, duration
@@ -42,7 +41,7 @@ IMAGENET_BYTES, IMAGENET_IMAGES = 150e9, 1_281_167  # on the Hub
 LONG_EPOCH = 86400  # seconds
 IMAGE_BYTES = 110_000  # of a photograph of ImageNet
 PROCESS_MEMORY = 2e9  # bytes, of the training process beside its data, as measured
-FILES_OF_A_PROCESS, OTHER_FILES = 3, 200  # descriptors for a decoding process, and for everything else
+OTHER_FILES = 200  # descriptors for everything but decoding processes
 UNKNOWN, LITTLE_SHARED = 2**62, 2**30  # bytes
 
 
@@ -86,7 +85,7 @@ class Facts:
     capability: str = ""
     revision: str = ""
     jpeg_library: str | None = None
-    compiler: str | None = None
+    no_compiler: str | None = None
     disks: Mapping[str, Room] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
     trackers: list[tuple[bool, str]] = field(default_factory=list)
@@ -130,7 +129,7 @@ def find(config: Config, measured: Config) -> Facts:
         capability=torch.backends.cpu.get_cpu_capability(),
         revision=machine.told_by("git", "describe", "--always", "--dirty"),
         jpeg_library=jpeg.library_path() if jpeg.can_decode_regions() else None,
-        compiler=next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None),
+        no_compiler=machine.missing_for_compile(device.type),
         disks={use: _room(folder) for use, folder in _folders(config).items()},
         packages={name: machine.package_version(name) for name in (*PACKAGES, *OPTIONAL)},
         trackers=[describe(name) for name in listed(config.track)],
@@ -201,8 +200,8 @@ def of_devices(facts: Facts, config: Config) -> Iterator[Line]:
         told = "bfloat16 is used" if config.amp else "this GPU computes in bfloat16; --amp makes steps faster"
         yield Line(OK if config.amp else NOTE, "bf16", told)
     elif facts.device == "cpu" and facts.machine.has_bf16 is False:
-        told = "this CPU has no bfloat16 instructions: --amp is emulated and slow here; leave it out"
-        yield Line(WARNING if config.amp else NOTE, "bf16", told)
+        told = "this CPU has no bfloat16 instructions and would emulate them: --amp trains in float32 here"
+        yield Line(NOTE, "bf16", told)
     elif facts.device == "cpu":
         told = "has instructions for bfloat16" if facts.machine.has_bf16 else "may lack bfloat16: try --dry_run"
         yield Line(NOTE, "bf16", f"this CPU {told}")
@@ -253,8 +252,8 @@ def of_memory(facts: Facts, config: Config) -> Iterator[Line]:
         else:
             yield Line(OK, "/dev/shm", f"{told}, so its size does not matter" if len(facts.gpus) < 2 else told)
     need = config.num_workers * FILES_OF_A_PROCESS + OTHER_FILES
-    told = f"{here.files:,} at once, at most {here.files_most:,}; a run opens up to about {need}"
-    mend = "" if need <= here.files else f": ulimit -n {min(here.files_most, 2 * need)}, or fewer --num_workers"
+    told = f"{here.files:,} at once, which a run raises to {here.files_most:,} at most; it opens up to about {need}"
+    mend = "" if need <= here.files_most else ": use fewer --num_workers, or raise the limit (ulimit -Hn)"
     yield Line(WARNING if mend else OK, "open files", told + mend)
 
 
@@ -343,8 +342,7 @@ def of_packages(facts: Facts, config: Config) -> Iterator[Line]:
     missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if not facts.packages.get(name)]
     if missing:
         yield Line(NOTE, "package", f"not here, and needed for these alone: {', '.join(missing)}; pip install NAME")
-    if facts.compiler:
-        yield Line(OK, "compiler", f"{facts.compiler}, for --compile")
+    if facts.no_compiler is None:
+        yield Line(OK, "compiler", "there is one, for --compile")
     else:
-        told = "none, which --compile needs: apt install g++"
-        yield Line(WARNING if config.compile else NOTE, "compiler", told)
+        yield Line(WARNING if config.compile else NOTE, "compiler", f"--compile cannot be used: {facts.no_compiler}")

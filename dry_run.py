@@ -18,7 +18,7 @@ import distributed
 from config import Config, resolve
 from distributed import print0
 from errors import redact
-from preflight import free_bytes
+from preflight import free_bytes, most_snapshots
 from preprocess import Data
 from stream.loader import BATCHES_AHEAD, Loader, StreamingDataLoader
 from train import evaluate
@@ -26,8 +26,7 @@ from training.freezing import set_frozen
 from training.layers import layer_table
 from training.optim import build_schedule, default_lr, describe_schedule, schedule_at
 from training.signals import StopRequest, batches_until
-from training.snapshot import SPARE_BYTES
-from training.state import Progress, capture
+from training.state import Progress, snapshot_bytes
 from training.step import Training, train_step
 from units import as_rate, as_size, duration
 
@@ -73,8 +72,7 @@ def rehearse(config: Config, data: Data, training: Training, progress: Progress)
     first, seconds, made, loss = _take_steps(config, data.train, training, progress, stop)
     memory = _memory_line(config, training)
     evaluation, result = _evaluate(training, data.val, stop)
-    tensors, _ = capture(training.model, training.optimizer, training.scaler, progress, training.average)
-    snapshot = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+    snapshot = snapshot_bytes(training.model, training.optimizer, training.average)
     times = Times(first, seconds, made, evaluation)
     print0(*table, sep="\n")
     print0(f"step      loss {loss:.4f} in training, {result['val_loss']:.4f} in a batch of the evaluation")
@@ -209,13 +207,7 @@ def rate_line(config: Config, lr: float, steps_per_epoch: int, step: int) -> str
 
 def disk_line(config: Config, snapshot: int, steps_per_epoch: int, step: int) -> str:
     """What the snapshots of `snapshot` bytes will take, against what is free."""
-    left = config.epochs * steps_per_epoch - step
-    written = -(-left // steps_per_epoch) + (left // config.snapshot_steps if config.snapshot_steps else 0)
-    kept = min(config.keep_snapshots, written)
-    extra = ["the best one"] if config.save_best else []
-    extra += ["the one before the cooldown"] if config.scheduler == "trapezoid" else []
-    count = min(kept + 1, written) + len(extra)  # an older one goes when a newer one is in place
-    kinds = ", ".join([f"the newest {kept}", *extra])
+    count, kinds = most_snapshots(config, steps_per_epoch, step)
     folder, need = Path(config.run_dir or "runs"), count * snapshot
     free = free_bytes(folder)
     line = f"{as_size(snapshot)} a snapshot ({kinds}): {as_size(need)} at most; {folder} has {as_size(free)} free"

@@ -20,6 +20,7 @@ from typing import NoReturn, Protocol
 import output
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+FILE_LIMITS = (errno.EMFILE, errno.ENFILE)
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(signal.Signals[name] for name in STOPPING if hasattr(signal, name))
 NEEDED_CALLS, NEEDED_MODULES = ("fork", "register_at_fork", "O_NOFOLLOW", "O_NONBLOCK"), ("fcntl", "resource")
@@ -174,6 +175,7 @@ def _fail(line: str, status: int) -> int:
 def run_front_door(run: Callable[[], None], debug: bool) -> int:
     """Call `run` and return the exit status of the process; with `debug`, exceptions propagate with their traceback."""
     output.last()
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook is not there outside it, and ends the import of matplotlib
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     for signum in handlers.keys() - {signal.SIGINT}:
         if handlers[signum] != signal.SIG_IGN:  # as nohup asks for
@@ -195,8 +197,11 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             complain("stopped: nobody reads the output any more")
             return 128 + signal.SIGPIPE
-        if debug or error.errno not in DISK_ERRORS:
+        if debug or error.errno not in (*DISK_ERRORS, *FILE_LIMITS):
             raise
+        if error.errno in FILE_LIMITS:
+            complain(f"error: {error.strerror}; use fewer --num_workers, or raise the limit (ulimit -n)")
+            return UsageError.status
         where = f" at {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror}{where}; make room or mend the disk, and resume", SnapshotError.status)
     except RuntimeError as error:

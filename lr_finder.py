@@ -23,7 +23,7 @@ from tqdm import tqdm
 import distributed
 from config import FEWEST_LR_STEPS, Config
 from errors import UsageError
-from stream.files import read_small, write_durably
+from stream.files import read_small, strict_json, write_durably
 from stream.loader import Batch, Loader
 from training.lr_curve import METHODS, SWEEP_STEPS, RangeTest, read_sweeps
 from training.state import rng_state, set_rng_state
@@ -268,7 +268,7 @@ def save(result: RangeTest, folder: Path, config: dict[str, Any]) -> None:
         "history": columns,
         "config": config,
     }
-    write_durably(folder / "lr_finder.json", json.dumps(report, indent=2).encode())
+    write_durably(folder / "lr_finder.json", strict_json(report, indent=2).encode())
 
 
 def load_suggestion(path: Path, config: Config) -> float:

@@ -6,7 +6,9 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ UNLIMITED = 2**60  # bytes: what version 1 of cgroups tells where there is no li
 PATIENCE = 5.0  # seconds for a program, as a broken driver lets nvidia-smi hang
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
-BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM name instructions
+BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}  # as Linux and PyTorch name instructions of x86 and ARM
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def look() -> Machine:
     """What the system tells of this process and its machine."""
     files, files_most = resource.getrlimit(resource.RLIMIT_NOFILE)
     own = Path("/proc/self/cgroup")
-    core_limit, memory_limit = cgroup_limits(own.read_text() if own.exists() else "", CGROUPS)
+    core_limit, memory_limit = cgroup_limits(own.read_text(encoding="utf-8") if own.exists() else "", CGROUPS)
     memory, free = _memory()
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -79,7 +81,7 @@ def look() -> Machine:
         files_most=_finite(files_most),
         threads=os.environ.get("OMP_NUM_THREADS"),
         cpu=_field(Path("/proc/cpuinfo"), "model name") or "",
-        has_bf16=_has_bf16(),
+        has_bf16=cpu_has_bf16(),
     )
 
 
@@ -100,14 +102,32 @@ def _field(path: Path, name: str) -> str | None:
     """The first value of a name in one of the system's tables."""
     if not path.exists():
         return None
-    lines = (line.partition(":") for line in path.read_text().splitlines())
+    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
     return next((value.strip() for key, _, value in lines if key.strip() == name), None)
 
 
-def _has_bf16() -> bool | None:
-    """Whether this CPU has instructions for bfloat16."""
+def cpu_has_bf16() -> bool | None:
+    """Whether this CPU has instructions for bfloat16; without them it is emulated. None: nobody tells."""
+    import torch
+
+    told: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
     flags = _field(Path("/proc/cpuinfo"), "flags") or _field(Path("/proc/cpuinfo"), "Features")
-    return None if flags is None else not BF16.isdisjoint(flags.split())
+    if flags is None and not told:
+        return None
+    return not BF16.isdisjoint({*(flags or "").split(), *(name for name in told if told[name])})
+
+
+def missing_for_compile(device: str) -> str | None:
+    """What torch.compile lacks here for a type of device, and what mends it: a compiler, or Python's headers."""
+    usual = ("clang++" if sys.platform == "darwin" else "g++",) if device == "cpu" else ("gcc", "clang")
+    variable = "CXX" if device == "cpu" else "CC"
+    named = os.environ.get(variable, "").split()[:1] or usual
+    if not any(map(shutil.which, named)):
+        return f"it needs {' or '.join(named)}, which is not on PATH: apt install g++, or name another in {variable}"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.exists():
+        return f"it needs Python's headers, and {headers} is missing: apt install python3-dev"
+    return None
 
 
 def cgroup_limits(told: str, root: Path) -> tuple[float | None, int | None]:
@@ -141,7 +161,7 @@ def _upwards(base: Path, path: str) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def package_version(name: str) -> str | None:
@@ -164,5 +184,6 @@ def told_by(*command: str) -> str:
 
 
 def is_run_by_uv() -> bool:
-    """Whether `uv run` started this process."""
-    return "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ
+    """Whether `uv run` started this process, and would find the project again, as it does from below it only."""
+    is_below = Path.cwd().is_relative_to(Path(__file__).resolve().parent)
+    return is_below and "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ

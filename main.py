@@ -82,6 +82,7 @@ def _run(argv: list[str]) -> None:
     from preflight import describe_data, fill_cache, in_passes_that_fit
     from preprocess import get_data_loaders
     from training.console import header
+    from training.state import began_with
     from training.step import build_training
 
     distributed.be_quiet(bool(given.get("quiet")))
@@ -101,7 +102,9 @@ def _run(argv: list[str]) -> None:
         fill_cache(config, data)
         return
     labels = data.train.dataset.all_labels
-    training = build_training(config, len(data.classes), device, len(data.train), labels, source)
+    training = build_training(
+        config, len(data.classes), device, len(data.train), labels, source, began_with(snapshot, config)
+    )
     if snapshot is not None:
         _compare_data(snapshot, data, config)
     if snapshot is None and "accumulate_steps" not in given:
@@ -171,7 +174,8 @@ def _compare_data(snapshot: "Snapshot", data: "Data", config: Config) -> None:
 def _train(
     config: Config, data: "Data", training: "Training", snapshot: "Snapshot | None", argv: Sequence[str]
 ) -> None:
-    from distributed import print0
+    from distributed import from_rank0, print0
+    from preflight import require_room
     from training.console import last_lines
     from training.logs import open_run_folder
     from training.state import Progress, restore
@@ -194,6 +198,7 @@ def _train(
         within_memory(training, config, lambda: rehearse(config, data, training, progress))
         return
     with open_run_folder(config, _folder_of(snapshot), argv) as folder:
+        from_rank0(lambda: require_room(config, data, training, folder, progress.step))
         within_memory(training, config, lambda: _fit(config, data, training, progress, folder, snapshot, lr_source))
         print0(*last_lines(config, folder), sep="\n", always=True)
         print0(f"done      {folder}: report.html, results.csv, snapshots/", always=True)
@@ -240,7 +245,7 @@ def _fit(
     if config.plot_schedule and on_rank0:
         _draw_schedule(config, progress.lr, steps, folder / "plots" / "schedule.png")
     record: dict[str, Any] = {"config": asdict(config), "revision": data.revision, "classes": data.classes}
-    record |= {"data": data.fingerprint, "steps_per_epoch": steps}
+    record |= {"data": data.fingerprint, "steps_per_epoch": steps, **training.kept}
     pictures = RunPictures(folder, data.classes, trackers.picture) if on_rank0 else None
     for loader in (data.train, data.val):
         loader.report = UnreadableLog(folder / "unreadable.csv", progress)
@@ -250,10 +255,10 @@ def _fit(
         note_resolved(folder / "config.json", training.model, {"lr": progress.lr, "lr_source": lr_source, **sizes})
     own = folder if on_rank0 else None
     journal = Journal(config, training, progress, data.train, record, own, pictures, trackers)
-    dropped = [f"dropped   {name}, a later step of the same run" for name in journal.rewind()]
+    dropped = journal.rewind(snapshot.path if snapshot else None)
     if snapshot is not None:
         resumed = f"resumed   {snapshot.path}: step {progress.step}, epoch {progress.epoch + 1}"
-        print0(resumed, *dropped, sep="\n")
+        print0(resumed, *(f"dropped   {name}, a later step of the same run" for name in dropped), sep="\n")
     if config.extend_epochs:
         progress.best_top1 = -1.0  # whose file stays behind
         journal.save()  # the copy of the run's past becomes a run, to be resumed like any other

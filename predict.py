@@ -14,7 +14,6 @@ weights are missing or cannot be read; 5 no usable snapshot, or no room to write
 import argparse
 import csv
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,11 +120,12 @@ def _require_places(given: dict[str, Any]) -> None:
 def _told(found: "Iterator[Prediction]", classes: Sequence[str], given: dict[str, Any]) -> "Iterator[Prediction]":
     """Print predictions as they come, and pass them on."""
     from results.prediction import as_json, as_line
+    from stream.files import strict_json
 
     begun = False
     for one in found:
         if given.get("json"):
-            print(",\n" if begun else "[", json.dumps(as_json(one, classes)), sep="", end="", flush=True)
+            print(",\n" if begun else "[", strict_json(as_json(one, classes)), sep="", end="", flush=True)
         else:
             print(as_line(one, classes), flush=True)
         begun = True
@@ -143,7 +143,11 @@ def _write_csv(found: "Sequence[Prediction]", classes: Sequence[str], path: Path
     for one in found:
         for rank, (index, share) in enumerate(zip(one.indices, one.probabilities, strict=True), 1):
             rows.writerow([one.image, rank, classes[index], index, f"{share:.6f}"])
-    write_durably(path, text.getvalue().encode(errors="surrogateescape"))
+    try:
+        data = text.getvalue().encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # a class is named by what is no character, and stands for no byte of a file's name
+        data = text.getvalue().encode(errors="backslashreplace")
+    write_durably(path, data)
 
 
 def _draw(

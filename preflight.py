@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 
 import distributed
+from beforehand import step_files
 from config import Config
-from errors import UsageError
+from errors import SnapshotError, UsageError
 from pages.names import short
 from preprocess import Data, get_data_loaders
 from stream import allowance
@@ -21,6 +22,8 @@ from stream.loader import BATCHES_AHEAD
 from stream.local import LocalDataset
 from stream.order import epoch_order
 from stream.source import ImageDataset
+from training.snapshot import SPARE_BYTES
+from training.state import snapshot_bytes
 from training.step import Training, passes_that_fit
 from units import as_rate, as_size
 
@@ -105,6 +108,55 @@ def free_bytes(folder: Path) -> int:
     """The room on the disk of a folder, or of where it would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
+
+
+def most_snapshots(config: Config, steps_per_epoch: int, step: int, there: int = 0) -> tuple[int, str]:
+    """How many snapshots lie in a run's folder at most, from `step` on, of which some are there; which in words."""
+    left = config.epochs * steps_per_epoch - step
+    written = -(-left // steps_per_epoch) + (left // config.snapshot_steps if config.snapshot_steps else 0)
+    kept = min(config.keep_snapshots, there + written)
+    extra = ["the best one"] if config.save_best else []
+    extra += ["the one before the cooldown"] if config.scheduler == "trapezoid" else []
+    replaced = config.save_best and written > 1
+    count = min(kept + 1, there + written) + len(extra) + replaced  # an older one goes when a newer one is in place
+    return count, ", ".join([f"the newest {kept}", *extra])
+
+
+def require_room(config: Config, data: Data, training: Training, folder: Path, step: int) -> None:
+    """Refuse a run, at `step`, for whose snapshots or cache the disks have no room.
+
+    Raises SnapshotError, and UsageError for the cache.
+    """
+    count, kinds = most_snapshots(config, len(data.train), step, len(step_files(folder / "snapshots")))
+    snapshot = snapshot_bytes(training.model, training.optimizer, training.average)
+    held = sum(path.stat().st_size for path in (folder / "snapshots").glob("*.safetensors"))
+    need, free = max(0, count * snapshot - held) + 2 * SPARE_BYTES, free_bytes(folder)
+    if free < need:
+        raise SnapshotError(
+            f"the snapshots of this run ({kinds}, of {as_size(snapshot)} each) take {as_size(need)} more, and {folder} "
+            f"has {as_size(free)} free; make room, keep fewer (--keep_snapshots), or give another --run_dir"
+        )
+    parts = [part for part in (data.train.dataset, data.val.dataset) if _is_streamed(part) and part.cache]
+    unknown = config.cache_short_side or config.max_samples  # how much of the set, in which size
+    if not parts or (unknown and not config.cache_limit_gb):
+        return
+    cache = parts[0].cache
+    assert cache is not None
+    total, kept = sum(block.size for part in parts for block in part.blocks), sum(cache.sizes().values())
+    grows = max(0, min(total, cache.limit or total) - kept)
+    is_shared = _device_of(cache.folder) == _device_of(folder)
+    free = free_bytes(cache.folder) - (need if is_shared else 0)
+    if free < grows:
+        raise UsageError(
+            f"--cache_dir {config.cache_dir} would grow by {as_size(grows)}, and {as_size(max(0, free))} are free there"
+            f"{' beside the snapshots' if is_shared else ''}; make room, or give --cache_limit_gb "
+            f"{max(0.1, 0.9 * (kept + free) / 1e9):.1f}"
+        )
+
+
+def _device_of(folder: Path) -> int:
+    """The number of the disk of a folder, or of where it would be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists()).stat().st_dev
 
 
 def _holders(config: Config, data: Data) -> str:

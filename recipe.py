@@ -58,6 +58,6 @@ def combined(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> ChainMap[st
     excluded = {name for name, others in EXCLUSIVE.items() if any(other in given for other in others)}
     settings = {name: value for name, value in recipe.items() if name not in excluded}
     batch = given.get("batch_size", recipe.get("batch_size"))
-    if "batch_size" in recipe and isinstance(recipe.get("lr"), float) and batch != recipe["batch_size"]:
+    if "batch_size" in recipe and isinstance(settings.get("lr"), float) and batch != recipe["batch_size"]:
         settings["lr"] = recipe["lr"] * batch / recipe["batch_size"]
     return ChainMap(dict(given), settings)

@@ -3,7 +3,6 @@
 It needs nothing but the run's folder, loads nothing from elsewhere, and is rewritten after each epoch.
 """
 
-import csv
 import json
 import shlex
 import time
@@ -18,6 +17,7 @@ from pages.history import (
     changed_settings,
     count_skipped,
     read_history,
+    read_rows,
     read_steps,
     snapshot_files,
 )
@@ -187,7 +187,7 @@ def _confusion(folder: Path, names: list[str]) -> Markup:
     if len(names) > MOST_CELLS or not path.is_file():
         return picture(folder / "confusion.png", "confusion matrix: true classes down, predictions across")
     counts: dict[tuple[str, str], int] = {}
-    for label, prediction, images in list(csv.reader(read_small(path).decode().splitlines()))[1:]:
+    for label, prediction, images in read_rows(path):
         counts[label, prediction] = counts.get((label, prediction), 0) + int(images)
     totals = {name: sum(counts.get((name, other), 0) for other in names) for name in names}
     head = tag("tr", tag("th", ""), *(tag("th", short(name), scope="col") for name in names))
@@ -308,7 +308,7 @@ def _time(history: History) -> Markup:
 
 def _unreadable(folder: Path) -> list[Any]:
     path = folder / "unreadable.csv"
-    rows = list(csv.reader(read_small(path).decode().splitlines()))[1:] if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
     parts: list[Any] = [tag("h3", f"Images that could not be read: {len({row[0] for row in rows}):,}")]
     if not rows:
         return [*parts, tag("p", "No image.")]

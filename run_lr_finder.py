@@ -43,8 +43,9 @@ def _run(argv: list[str]) -> None:
     given = configuration.parse("run_lr_finder.py", __doc__ or "", argv, shown="finder")
     if given.get("resume_from"):
         raise UsageError("the finder starts from fresh weights; leave out --resume_from")
-    if given.get("dry_run") or given.get("doctor"):
-        raise UsageError("--dry_run and --doctor are for main.py; the finder has nothing to rehearse")
+    for name in ("dry_run", "doctor", "evaluate", "override", "extend_epochs", "compare"):
+        if given.get(name):
+            raise UsageError(f"--{name} is for main.py; the finder only looks for the rate of a new run: leave it out")
     given["find_lr"] = True
     notes = beforehand.look(given)
 

@@ -17,8 +17,7 @@ from preprocess import train_transform
 from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import decode_into
 from stream.retry import first_line
-from training.snapshot import SPARE_BYTES
-from training.state import Progress, capture
+from training.state import snapshot_bytes
 from training.step import Training, build_training, train_step
 
 DECODE_SECONDS = 5.0
@@ -130,8 +129,8 @@ def training_rate(config: Config, device: torch.device, batch: int) -> tuple[flo
         rates.append(batch / _step_seconds(training, images, labels))
         if len(rates) == 1 and perf_counter() - began > SLOW_SECONDS:
             break
-    tensors, _ = capture(training.model, training.optimizer, training.scaler, Progress(), training.average)
-    return float(np.median(rates[1:] or rates)), sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+    snapshot = snapshot_bytes(training.model, training.optimizer, training.average)
+    return float(np.median(rates[1:] or rates)), snapshot
 
 
 def _step_seconds(training: Training, images: torch.Tensor, labels: torch.Tensor) -> float:

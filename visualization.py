@@ -63,7 +63,7 @@ def plot_curves(run_dir: Path) -> Path:
     run = read_history(run_dir)
     steps, epochs, per_epoch = read_steps(run_dir, CURVE_POINTS), run.epochs, run.steps_per_epoch
     at, step = [row["epoch"] for row in epochs], [row["step"] / per_epoch for row in steps]
-    figure = _figure(15, 8)
+    figure = blank(15, 8)
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=0.12, h_pad=0.12)
     loss, top1, beside, rate, speed, time = figure.subplots(2, 3).flat
@@ -212,7 +212,7 @@ def plot_schedule(config: Config, lr: float, steps_per_epoch: int, path: Path) -
     total = config.epochs * steps_per_epoch
     steps = np.unique(np.linspace(0, total - 1, SCHEDULE_POINTS).astype(int)).tolist()
     rates, momenta = zip(*(schedule_at(config, lr, steps_per_epoch, step) for step in steps), strict=True)
-    figure = _figure(8, 4.2)
+    figure = blank(8, 4.2)
     axes = figure.subplots()
     _plot_plan(axes, steps, rates, momenta)
     axes.set(title="\n".join(textwrap.wrap(f"The plan: {describe_schedule(config, total)}", 80)), xlabel="step")
@@ -229,7 +229,7 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
     count = min(SAMPLES, len(images))
     columns = min(8, count)
     rows = -(-count // columns)
-    figure = _figure(1.5 * columns, 1.85 * rows)
+    figure = blank(1.5 * columns, 1.85 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -242,7 +242,7 @@ def plot_samples(images: np.ndarray, labels: Sequence[int], classes: Sequence[st
 
 def plot_lr_finder(found: RangeTest, path: Path) -> Path:
     """Plot a range test on a logarithmic axis, with each method's suggestion, the chosen one with a star."""
-    figure = _figure(11, 5.4)
+    figure = blank(11, 5.4)
     axes = figure.subplots()
     axes.plot(found.lr, found.loss, color=BLUE, alpha=0.3, label="loss")
     axes.plot(found.lr, found.smoothed_loss, color=BLUE, label="smoothed loss")
@@ -271,11 +271,14 @@ def plot_lr_finder(found: RangeTest, path: Path) -> Path:
     return save_picture(figure, path)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches."""
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, on a canvas of its own: pyplot, its backends and its state are left alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save_picture(figure: "Figure", path: Path) -> Path:

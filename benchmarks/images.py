@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from shards import card, class_names, photographs, to_table
 
 from benchmarks.worker import JPEG_QUALITY, REPO_ID
-from stream.dataset import reduce
+from stream.kept import reduce
 
 CLASSES = 10
 FILES = 8

@@ -43,7 +43,7 @@ from config import Config, resolve
 from model_resnet50 import build_model
 from preprocess import batch_augment, get_data_loaders
 from stream.augment import IMAGENET_MEAN, IMAGENET_STD
-from stream.dataset import reduce
+from stream.kept import reduce
 from stream.loader import Loader
 from stream.local import LocalDataset
 from stream.order import epoch_order

@@ -4,6 +4,7 @@ A log that is not there yet is empty; one that cannot be understood raises Value
 """
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -91,6 +92,11 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
         return []
     rows = csv.DictReader(read_small(path).decode().splitlines())
     return [{name: float(value or "nan") for name, value in row.items()} for row in rows]
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The rows of a CSV file below its head; a field may hold line ends."""
+    return list(csv.reader(io.StringIO(read_small(path).decode(), newline="")))[1:]
 
 
 def read_steps(folder: Path, most: int = STEP_POINTS) -> list[dict[str, Any]]:

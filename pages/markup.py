@@ -127,9 +127,9 @@ def page(title: str, subtitle: Any, sections: Sequence[tuple[str, Sequence[Any]]
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup('<meta name="color-scheme" content="light dark">'),
         tag("title", title),
-        Markup(f"<style>{(HERE / 'page.css').read_text()}</style>"),
+        Markup(f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style>"),
     )
     body = tag("header", tag("h1", title), tag("p", subtitle), tag("nav", *links))
     main = tag("main", *(section(name, *inside) for name, inside in sections))
-    script = Markup(f"<script>{(HERE / 'page.js').read_text()}</script>\n</html>\n")
+    script = Markup(f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>\n</html>\n")
     return lines([*head, body, main, script]).encode(errors="backslashreplace")

@@ -136,7 +136,7 @@ def _figures(source: Source) -> dict[str, float]:
     if source.run is None:
         return {}
     try:
-        text = (source.run / "results.csv").read_text()
+        text = (source.run / "results.csv").read_text(encoding="utf-8")
         row = next(row for row in csv.DictReader(io.StringIO(text)) if row["step"] == str(source.state.get("step")))
         part = "ema" if source.averaged else "val"
         found = {name: row.get(f"{part}_{name}") for name in ("top1", "top5", "loss")}
@@ -165,7 +165,7 @@ def _figures_text(source: Source, figures: dict[str, float], has_curves: bool) -
 def _numbers(path: Path, source: Source) -> dict[str, float]:
     """The figures of an evaluation; none of one of other weights of the run."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if found["source"].rpartition(": ")[2] != source.told.rpartition(": ")[2]:
             return {}
         return {name: float(found[name]) for name in FIGURES if isinstance(found.get(name), int | float)}

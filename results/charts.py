@@ -16,7 +16,7 @@ from matplotlib.ticker import LogFormatter
 from pages.names import short
 from results.figures import BINS, ClassFigures, confusions, reliability
 from results.report import Evaluation, hardest
-from visualization import BLUE, GREY, ORANGE, drawn, save_picture
+from visualization import BLUE, GREY, ORANGE, blank, drawn, save_picture
 
 COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0))  # nothing where there is no image
 MOST_NAMED = 40  # classes whose names fit at the axes
@@ -49,7 +49,7 @@ def draw_confusion(found: Evaluation) -> Figure:
     names, count = [short(found.names[number], 18) for number in numbers], len(numbers)
     is_named = count <= MOST_NAMED
     side = 4.2 + 0.22 * count if is_named else 11.0
-    figure = Figure(figsize=(side + (1.2 if is_named else 4.2), side), layout="constrained")
+    figure = blank(side + (1.2 if is_named else 4.2), side)
     axes: Axes
     if is_named:
         axes = figure.subplots()
@@ -108,7 +108,7 @@ def draw_reliability(found: Evaluation) -> Figure:
     sums = [values + np.eye(BINS)[-1] * counts[BINS] * of[BINS] for values, of in zip(sums, (said, was), strict=True)]
     there = totals > 0
     confidence, share = (values[there] / totals[there] for values in sums)
-    figure = Figure(figsize=(6.2, 6.8), layout="constrained")
+    figure = blank(6.2, 6.8)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges = np.linspace(0, 1, BINS + 1)
     above.bar(edges[:-1][there], share, 1 / BINS, align="edge", color=BLUE, edgecolor="white", label="share right")
@@ -135,7 +135,7 @@ def draw_classes(found: Evaluation) -> Figure:
         groups = [(f"The {SHOWN} worst of {len(ordered):,} classes", ordered[:SHOWN])]
         groups.append((f"The {SHOWN} best", ordered[-SHOWN:]))
     rows = max(len(classes) for _, classes in groups)
-    figure = Figure(figsize=(7.2 * len(groups), 1.4 + 0.27 * max(4, rows)), layout="constrained")
+    figure = blank(7.2 * len(groups), 1.4 + 0.27 * max(4, rows))
     for axes, (title, classes) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         _bars(axes, title, classes)
     return figure
@@ -159,7 +159,7 @@ def draw_hardest(found: Evaluation, read: Callable[[np.ndarray], np.ndarray]) ->
     scores, columns = found.scores, 6
     images = read(scores.ids[places])
     rows = -(-len(places) // columns)
-    figure = Figure(figsize=(13.5, 0.5 + 2.75 * rows), layout="constrained")
+    figure = blank(13.5, 0.5 + 2.75 * rows)
     figure.suptitle("The images with the highest loss: true class, prediction and its probability (blue: right)")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:

@@ -88,7 +88,7 @@ def _fill(order: Order, folder: Path, tell: Callable[[str], None]) -> Agreement:
         "precision": order.precision,
         "source": origin(source),
     }
-    (folder / SIDECAR).write_text(json.dumps(kept, indent=2))
+    (folder / SIDECAR).write_text(json.dumps(kept, indent=2), encoding="utf-8")
     curves = source.run / "plots" / "curves.png" if source.run else None
     if curves is not None and curves.is_file():
         shutil.copyfile(curves, folder / "curves.png")

@@ -77,7 +77,7 @@ def _write_transformers(order: Order, weights: dict[str, torch.Tensor], folder: 
         "image_mean": mean,
         "image_std": std,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
 
 
 def _load_transformers(order: Order, folder: Path, classes: int) -> Loaded:
@@ -125,7 +125,7 @@ def _write_timm(order: Order, model: nn.Module, weights: dict[str, torch.Tensor]
     if arguments:
         config["model_args"] = arguments
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _load_timm(order: Order, folder: Path, classes: int) -> Loaded:

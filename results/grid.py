@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from errors import printable
 from results.prediction import Prediction
-from visualization import save_picture
+from visualization import blank, save_picture
 
 COLUMNS = 6
 LONGEST = 24  # characters of a line of a caption
@@ -28,7 +27,7 @@ def plot_predictions(
     """
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.3 * columns, 2.8 * rows), layout="constrained")
+    figure = blank(2.3 * columns, 2.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(images) :]:
         axes.axis("off")

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from defaults import FEWEST_FOR_TOP5
 from pages.names import short
 from results.figures import WORST, Figures, Temperature, confusions
 from results.scores import Scores
-from stream.files import write_durably
+from stream.files import strict_json, write_durably
 from stream.source import ImageDataset
 from units import as_rate
 
@@ -110,7 +109,7 @@ def write_files(found: Evaluation, dataset: ImageDataset, folder: Path) -> None:
         for image, label, prediction, probability in zip(dataset.names(scores.ids), *columns, strict=True)
     )
     write_durably(folder / "predictions.csv", _csv(("image", "label", "prediction", "probability"), rows))
-    text = json.dumps(as_json(found), indent=1, ensure_ascii=False, allow_nan=False)
+    text = strict_json(as_json(found), indent=1, ensure_ascii=False)
     write_durably(folder / "evaluation.json", text.encode(errors="backslashreplace"))
 
 

@@ -51,6 +51,7 @@ How it becomes a batch
     transforms   pipelines of albumentations: what is done to each image
     pictures     encoded images -> pixels, by one rule for all formats
     formats      which files are images, and how large they may be
+    kept         what a cache keeps of an image: a smaller one
     planes       images as planes of brightness and halved colours, as a cache may keep them
     jpeg         JPEGs and regions of them, and whether their data are sound
     augment      augmentation of whole batches on the device: flip, crop, cutout, normalisation

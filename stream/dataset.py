@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import xxhash
 from huggingface_hub import constants
 
 from errors import DataError
-from stream import planes
 from stream.block_reader import BlockReader
 from stream.blocks import BlockData, to_bytes
 from stream.cache import Bytes, FileStore
 from stream.data_files import in_blocks, is_tar
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
-from stream.images import UnreadableImage, decode
+from stream.kept import reduce
 from stream.labels import no_class, numbers_in
 from stream.other_formats import first_split, open_other
 from stream.parquet import Block, ParquetShards
@@ -30,13 +28,12 @@ from stream.retry import Network, in_threads
 from stream.webdataset import TarShards, require_used
 
 LABEL_THREADS = 8
-JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder for fetched blocks, its limit in bytes, the short side (pixels) that images are reduced to, and how
-    they are kept then: as JPEG, or as `planes` (stream/planes.py), of which smaller images are made too.
+    """The folder for fetched blocks, its limit in bytes, and the short side (pixels) that images are reduced to, to be
+    kept as JPEG or as `planes`.
     """
 
     folder: Path
@@ -330,24 +327,3 @@ def _store_of(source: str, cache: Cache | None) -> FileStore:
 def pin_revision(source: str, revision: str, cache: Cache | None, network: Network) -> str:
     """The commit that a revision of a Hub dataset points to now. Raises DataError."""
     return revision if Path(source).is_dir() else pin(source, revision, _store_of(source, cache), network)
-
-
-def reduce(encoded: bytes, short_side: int, as_planes: bool = False) -> bytes:
-    """An image with its short side reduced to `short_side` pixels, as JPEG or as planes.
-
-    Unreadable ones are returned unchanged, and so are smaller ones, unless as planes.
-    """
-    try:
-        image = decode(encoded)
-    except UnreadableImage:
-        return encoded
-    scale = short_side / min(image.shape[:2])
-    if scale >= 1 and not as_planes:
-        return encoded
-    if scale < 1:
-        size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    if as_planes:
-        return planes.encode(image)
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])

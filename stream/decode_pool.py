@@ -25,7 +25,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # albumentations imports it if it can, which takes seconds
 
-from errors import SIGNALS
+from errors import SIGNALS, UsageError
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 
 PROCESS_BYTES = 60 * 2**20  # memory that a decoding process does not share, as measured on Linux
@@ -35,6 +35,8 @@ GIVEN_UP_SECONDS = 2.0
 POLL_SECONDS = 0.2
 MOST_IN_VAIN = 5  # processes in a row that end without an answer; more are the machine's fault
 NUMBER_BYTES = 4
+FILES_OF_A_PROCESS = 3  # open in the user's process: a socket, and the arena, which its mapping opens again
+FEWEST_OTHER_FILES, OTHER_FILES = 50, 1000  # beside those: which a run must have, and which it asks for
 PR_SET_PDEATHSIG = 1
 
 
@@ -71,6 +73,7 @@ class DecodingPool:
     """
 
     def __init__(self, processes: int) -> None:
+        allow_files(processes)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._in_vain = 0  # processes that were replaced since the last answer
         control = _start_nursery()
@@ -107,6 +110,23 @@ class DecodingPool:
         finally:
             self._idle.put(worker)
         return found
+
+
+def allow_files(processes: int) -> None:
+    """Raise this process's limit of open files to what so many processes take. Raises UsageError where that is low."""
+    import resource  # which Windows lacks, as it does these limits
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    taken = len(os.listdir("/dev/fd")) + FEWEST_OTHER_FILES
+    need = taken + FILES_OF_A_PROCESS * processes
+    if need > most:
+        raise UsageError(
+            f"{processes} decoding processes take {need:,} open files, and {most:,} are allowed here; use "
+            f"--num_workers {max(0, (most - taken) // FILES_OF_A_PROCESS)}, or raise the limit (ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < need + OTHER_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, need + OTHER_FILES), hard))
 
 
 def shared_pool(processes: int) -> DecodingPool:

@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:
@@ -26,6 +29,19 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """The JSON of dicts, lists, texts and numbers; one that is not finite is null, as JSON has none."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: plain(inside) for name, inside in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inside) for inside in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), allow_nan=False, **options)
 
 
 def sync(path: Path) -> None:

@@ -15,8 +15,9 @@ from PIL import Image
 from program import TIMEOUT, assert_same_run, ledger, metrics, run, start, steps_kept, train, wait
 from shards import REPO_ID, photographs
 
-from stream.dataset import Cache, HuggingFaceImageNetDataset, reduce
+from stream.dataset import Cache, HuggingFaceImageNetDataset
 from stream.images import decode
+from stream.kept import reduce
 
 pytestmark = pytest.mark.usefixtures("small_model")
 

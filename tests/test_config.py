@@ -219,6 +219,7 @@ def test_what_is_wrong_with_the_flags_is_refused_in_one_line_that_names_them() -
         (["--batch_size", "64", "--accumulate_steps", "5"], 1, ["64", "5"]),
         (["--batch_size", "64", "--accumulate_steps", "64"], 1, ["BatchNorm"]),
         (["--batch_size", "8"], 8, ["BatchNorm"]),
+        (["--batch_size", "1", "--streams", "1"], 1, ["BatchNorm"]),
     ],
 )
 def test_a_batch_that_the_ranks_cannot_share_is_refused(argv: list[str], world: int, named: list[str]) -> None:
@@ -335,6 +336,7 @@ def test_every_setting_is_fixed_kept_or_forgotten() -> None:
         *("data_dir", "no_streaming", "max_bad_fraction", "save_best", "snapshot_steps", "keep_snapshots", "log_steps"),
         "track",
         "early_stop",
+        "device",
         *("cache_dir", "cache_limit_gb", "stall_timeout", "network_patience", "max_bad_steps", "val_labels"),
         *(
             "recipe",

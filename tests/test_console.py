@@ -1,6 +1,7 @@
 """What a run says: plain lines in a log file, a bar that fits on a terminal, and commands that can be typed."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -267,6 +268,26 @@ def test_under_torchrun_the_command_starts_as_many_ranks(monkeypatch: pytest.Mon
         "torchrun --nnodes 2 --nproc_per_node 4 main.py --resume_from 'a b'"
     )
     assert command("main.py") == "python main.py"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("name", ["a b", "猫$x", "two\nlines1", "caf\udce9", "it's"])
+def test_a_command_can_be_typed_whatever_the_folder_is_called_and_the_output_shows(
+    name: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    typed = command("main.py", "--run_dir", name).encode(encoding).partition(b"--run_dir ")[2]
+    echoed = subprocess.run(["bash", "-c", b"printf %s " + typed], env={"LC_ALL": "C"}, capture_output=True)
+    assert echoed.stdout == os.fsencode(name)
+
+
+def test_uv_is_called_only_where_it_finds_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV", "uv")
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    monkeypatch.chdir(ROOT / "docs")
+    assert command("main.py").startswith("uv run python ")
+    monkeypatch.chdir(tmp_path)
+    assert command("main.py").startswith(sys.executable)
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

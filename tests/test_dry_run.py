@@ -139,7 +139,7 @@ def test_the_highest_rate_is_found_wherever_it_is() -> None:
 def test_the_disk_counts_the_newest_the_one_being_written_and_the_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "free_bytes", lambda folder: 10**9)
     text = disk_line(settings("--save_best", "--scheduler", "trapezoid", "--epochs", 9), 10**8, 100, 0)
-    assert "600.0 MB at most" in text
+    assert "700.0 MB at most" in text
     assert "WARNING" not in text
     assert "WARNING" in disk_line(settings("--keep_snapshots", 20, "--snapshot_steps", 1), 10**8, 100, 0)
     assert "100.0 MB at most" in disk_line(settings("--epochs", 9), 10**8, 100, 850)

@@ -20,10 +20,11 @@ import pytest
 import torch
 from program import Outcome, assert_same_run, run, snapshot_path, start, steps_kept, train, wait, wait_for
 
+from beforehand import step_files
 from errors import SnapshotError
 from training import snapshot
 from training.logs import RunLogs
-from training.snapshot import SnapshotStore, find, read, step_files
+from training.snapshot import SnapshotStore, find, read
 
 FLAGS: tuple[object, ...] = ("--max_samples", 160, "--batch_size", 16, "--epochs", 1, "--ledger", "--snapshot_steps", 2)
 FLAGS = (*FLAGS, "--num_workers", 1)
@@ -142,17 +143,19 @@ def on_disk(folder: Path) -> Disk:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def saving(run_folder: Path, again: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Disk, list[Operation]]:
-    """A folder with an old snapshot, also the best; and how a new one, of a later step or of the same, gets there."""
+def saving(
+    run_folder: Path, again: bool, monkeypatch: pytest.MonkeyPatch, best: bool = True
+) -> tuple[Disk, list[Operation]]:
+    """A folder with an old snapshot, also the `best`; and how a new one, of a later step or of the same, gets there."""
     folder = run_folder / "snapshots"
     folder.mkdir(parents=True)
     store = SnapshotStore(folder, keep=1)
-    store.save({"model.weight": torch.zeros(99)}, {"step": 1, "age": "old"}, best=True)
+    store.save({"model.weight": torch.zeros(99)}, {"step": 1, "age": "old"}, best)
     store.wait()
     before = on_disk(folder)
     with monkeypatch.context() as patch:
         recorder = Recorder(folder, patch)
-        store.save({"model.weight": torch.ones(99)}, {"step": 1 if again else 2, "age": "new"}, best=True)
+        store.save({"model.weight": torch.ones(99)}, {"step": 1 if again else 2, "age": "new"}, best)
         store.wait()
     model = Folder(before)
     for operation in recorder.operations:
@@ -213,6 +216,24 @@ def test_a_crash_after_any_operation_leaves_the_old_snapshot_or_the_new(
     assert len(outcomes) > 10
     assert set.union(*outcomes) == {("old", "old"), ("new", "old"), ("new", "new")}
     assert (outcomes[0], outcomes[-1]) == ({("old", "old")}, {("new", "new")})
+
+
+def test_a_crash_while_a_run_goes_back_to_its_best_leaves_that_or_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run" / "snapshots"
+    folder.mkdir(parents=True)
+    store = SnapshotStore(folder, keep=1)
+    store.save({"model.weight": torch.zeros(99)}, {"step": 2, "age": "old"}, best=True)
+    store.save({"model.weight": torch.ones(99)}, {"step": 3, "age": "new"})
+    store.wait()
+    before = on_disk(folder)
+    with monkeypatch.context() as patch:
+        recorder = Recorder(folder, patch)
+        assert store.rewind(2, folder / "best.safetensors") == ["step-000000003.safetensors"]
+    outcomes = after_each_crash(before, recorder.operations, tmp_path / "crashes")
+    assert set.union(*outcomes) == {("new", "old"), ("old", "old")}
+    assert (outcomes[0], outcomes[-1]) == ({("new", "old")}, {("old", "old")})
 
 
 def test_the_logs_are_on_the_disk_before_a_snapshot_that_counts_on_them(
@@ -290,8 +311,8 @@ def test_a_writer_that_can_lose_both_snapshots_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Callable[..., None], again: bool
 ) -> None:
     monkeypatch.setattr(snapshot, "write_durably", writer)
-    outcomes = after_each_crash(*saving(tmp_path / "run", again, monkeypatch), tmp_path / "crashes")
-    assert "neither" in {age for outcome in set.union(*outcomes) for age in outcome}
+    outcomes = after_each_crash(*saving(tmp_path / "run", again, monkeypatch, best=False), tmp_path / "crashes")
+    assert "neither" in {newest for newest, _ in set.union(*outcomes)}
 
 
 def test_a_writer_that_returns_before_all_is_on_the_disk_is_found_out(

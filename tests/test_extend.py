@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from program import assert_same_run, cut, ledger, run, steps_kept, tensors, train
 
-from training.snapshot import BEST, COOLDOWN, encode, read
+from beforehand import BEST, COOLDOWN
+from training.snapshot import encode, read
 
 pytestmark = pytest.mark.usefixtures("small_model")
 

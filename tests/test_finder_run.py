@@ -81,8 +81,14 @@ def test_find_lr_is_the_same_as_the_other_front_door(found: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [("--lr", "0.3", "--find_lr"), ("--lr=auto",), ("--lr_from", "none.json")])
-def test_the_commands_that_it_prints_train_at_its_rate(given: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given", [("--lr", "0.3", "--find_lr"), ("--lr=auto",), ("--lr_from", "none.json", "--recipe", "recipe.toml")]
+)
+def test_the_commands_that_it_prints_train_at_its_rate(
+    given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text("lr = 0.7\nbatch_size = 32\nlabel_smoothing = 0.1\n")
     flags = (*SMALL, "--epochs", 1, "--run_dir", tmp_path / "run")
     done = run(*flags, *given, entry=run_lr_finder.main)
     assert done.status == 0, done.err
@@ -92,6 +98,14 @@ def test_the_commands_that_it_prints_train_at_its_rate(given: tuple[str, ...], t
         train(*arguments)
         resolved = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
         assert resolved["lr"] == pytest.approx(report(tmp_path / "run")["suggested_lr"], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "given", [("--evaluate",), ("--override", "lr=1"), ("--extend_epochs", "2"), ("--compare", "a"), ("--doctor",)]
+)
+def test_what_the_next_command_could_not_run_with_is_refused(given: tuple[str, ...], tmp_path: Path) -> None:
+    done = run(*SMALL, "--run_dir", tmp_path / "run", *given, entry=run_lr_finder.main)
+    assert (done.status, done.err.count("\n"), given[0] in done.err) == (2, 1, True)
 
 
 @pytest.mark.slow

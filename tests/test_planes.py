@@ -7,9 +7,9 @@ import pytest
 from shards import photographs
 
 from stream import planes
-from stream.dataset import reduce
 from stream.formats import UnreadableImage
 from stream.images import decode
+from stream.kept import reduce
 from stream.pictures import Picture
 from stream.planes import Planes
 from stream.transforms import RandomResizedCropAdapter

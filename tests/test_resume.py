@@ -153,6 +153,54 @@ def test_a_snapshot_file_goes_on_in_the_run_it_lies_in(digits: Path, tmp_path: P
     assert_same_run(copy, digits)
 
 
+@pytest.mark.parametrize(("began", "now"), [(False, True), (True, False)])
+def test_amp_where_it_is_emulated_is_float32_and_a_resume_keeps_what_it_began_with(
+    began: bool, now: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("machine.cpu_has_bf16", lambda: began)
+    flags = (*FEWER, "--max_samples", 16, "--ledger", "--keep_snapshots", 9, "--num_workers", 0)
+    done = train(*flags, "--amp", "--run_dir", tmp_path / "amp")
+    assert ("cpu, float32" in done.out, "emulated" in done.err) == (not began, not began)
+    monkeypatch.setattr("machine.cpu_has_bf16", lambda: now)
+    copy = cut(tmp_path / "amp", 1, tmp_path / "cut")
+    resumed = train(*flags, "--amp", "--run_dir", copy, "--resume_from", "auto")
+    assert resumed.err.count("\n") == 1
+    assert ("emulated" if began else "began in float32") in resumed.err
+    assert_same_run(copy, tmp_path / "amp")
+    kind = "bfloat16" if began else "float32"
+    assert f"cpu, {kind}" in train("--resume_from", copy, "--override", "epochs=2").out
+    plain = train(*flags, *(("--amp", "--amp_dtype", "bf16") if began else ()), "--run_dir", tmp_path / "plain")
+    assert ledger(tmp_path / "plain") == ledger(tmp_path / "amp")
+    assert ("emulated" in plain.err) is began  # an explicit dtype is taken, aloud
+
+
+def test_a_resume_takes_a_device_and_needs_none_of_the_files_of_the_start(tmp_path: Path) -> None:
+    """Neither the weights, nor the recipe, the finder's report and the class weights; and it may lie anywhere."""
+    weights, recipe, classes = (tmp_path / name for name in ("w.safetensors", "r.toml", "c.txt"))
+    flags = (*FEWER, "--max_samples", 16, "--ledger", "--keep_snapshots", 9, "--num_workers", 0)
+    train(*flags, "--run_dir", tmp_path / "first")
+    snapshot_path(tmp_path / "first", 2).rename(weights)
+    recipe.write_text("label_smoothing = 0.1\n")
+    classes.write_text("\n".join(["0.3", *["1.7"] * 9]))
+    files = ("--use_pretrained", weights, "--recipe", recipe, "--class_weights", classes)
+    train(*flags, *files, "--run_dir", tmp_path / "whole")
+    copy = cut(tmp_path / "whole", 1, tmp_path / "cut")
+    for path in (weights, recipe, classes, copy / "config.json"):
+        path.unlink()
+    train("--resume_from", copy, "--device", "cpu")
+    assert_same_run(copy, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_an_evaluation_takes_device_size_batch_precision_and_workers_freely(
+    batch: int, digits: Path, tmp_path: Path
+) -> None:
+    copy = cut(digits, STEPS, tmp_path / "run")
+    flags = ("--device", "cpu", "--batch_size", batch, "--eval_size", 12, "--amp", "--num_workers", 0)
+    done = train("--resume_from", copy, "--evaluate", *flags)
+    assert "report.html" in done.out
+
+
 def test_a_resume_may_change_the_precision_when_it_insists(digits: Path, tmp_path: Path) -> None:
     copy = cut(digits, MIDDLE_OF_2, tmp_path / "cut")
     done = train("--resume_from", copy, "--override", "amp=true", "--override", "amp_dtype=fp16")
@@ -206,6 +254,41 @@ def test_one_line_starts_a_run_and_goes_on_with_it(digits: Path, tmp_path: Path)
     snapshot_path(tmp_path / "auto", STEPS).unlink()
     assert f"step {MIDDLE_OF_2}, epoch 2" in train(*line).out
     assert_same_run(tmp_path / "auto", digits)
+
+
+@pytest.mark.parametrize("how", ["auto", "run", "by another name"])
+def test_a_run_that_is_killed_just_after_it_went_back_to_its_best_goes_on_from_there(
+    how: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = cut(digits, STEPS, tmp_path / "run")
+    best = snapshot_path(copy, END_OF_1).rename(copy / "snapshots" / "best.safetensors")
+    snapshot_path(copy, MIDDLE_OF_1).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train_epoch", mishap)
+        with pytest.raises(RuntimeError, match="killed"):
+            run("--resume_from", best)
+    assert ([*map(int, steps_kept(copy))], len(ledger(copy)), best.exists()) == ([END_OF_1], END_OF_1, True)
+    monkeypatch.chdir(tmp_path)
+    other = ("--run_dir", "run", "--resume_from", copy)
+    done = train(*{"auto": (*SMALL, "--run_dir", copy, "--resume_from", "auto"), "run": other[2:]}.get(how, other))
+    assert f"step {END_OF_1}, epoch 2" in done.out
+    assert_same_run(copy, digits)
+
+
+def mishap(run: object) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_folder_with_nothing_but_its_best_is_a_run_to_all_that_ask(digits: Path, tmp_path: Path) -> None:
+    copy = cut(digits, STEPS, tmp_path / "run")
+    for step in steps_kept(copy):
+        if step != MIDDLE_OF_2:
+            snapshot_path(copy, step).unlink()
+    snapshot_path(copy, MIDDLE_OF_2).rename(copy / "snapshots" / "best.safetensors")
+    refused = run(*SMALL, "--run_dir", copy)
+    assert refused.status == 2
+    train(*SMALL, "--run_dir", copy, "--resume_from", "auto")
+    assert_same_run(copy, digits)
 
 
 def test_more_epochs_are_a_new_plan_that_is_shown(digits: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from beforehand import holds_run, step_files
 from errors import SnapshotError
-from training.snapshot import SnapshotStore, copy_to_host, encode, find, read, step_files
+from training.snapshot import SnapshotStore, copy_to_host, encode, find, read
 from training.state import rng_state, set_rng_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def foreign_pth(path: Path) -> None:
 
 
 def another_format(path: Path) -> None:
-    path.write_bytes(encoded().replace(b"imagenet1k-snapshot-5", b"imagenet1k-snapshot-9"))
+    path.write_bytes(encoded().replace(b"imagenet1k-snapshot-6", b"imagenet1k-snapshot-9"))
 
 
 def empty(path: Path) -> None:
@@ -183,6 +184,18 @@ def test_find_takes_the_newest_and_not_the_best(tmp_path: Path) -> None:
     assert snapshot.path.name == "step-000000100.safetensors"
     assert same_bits(snapshot.tensors["model.weight"], make_tensors(100)["model.weight"])
     assert passed_over == []
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_find_takes_what_is_kept_apart_where_no_newer_step_is_sound(tmp_path: Path, step: int) -> None:
+    store = save_some(tmp_path, [5, step])
+    save(store, make_tensors(step), make_state(step), best=True)
+    (tmp_path / "snapshots" / f"step-{step:09d}.safetensors").write_bytes(b"")
+    assert find(tmp_path)[0].state["step"] == max(5, step)
+    for path in step_files(tmp_path / "snapshots"):
+        path.unlink()
+    assert holds_run(tmp_path)
+    assert find(tmp_path)[0].path.name == "best.safetensors"
 
 
 def test_find_passes_over_damaged_ones_and_names_them(tmp_path: Path) -> None:

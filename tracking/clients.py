@@ -132,7 +132,9 @@ class WeightsAndBiases(Tracker):
 
     def finish(self, report: Path | None, complete: bool) -> None:
         if report is not None:
-            self._run.log({"report": self._wandb.Html(report.read_text(), inject=False)}, step=self._run.step)
+            self._run.log(
+                {"report": self._wandb.Html(report.read_text(encoding="utf-8"), inject=False)}, step=self._run.step
+            )
         self._run.finish(exit_code=0 if complete else 1)
         self._wandb.teardown()
 

@@ -251,7 +251,7 @@ def _steps_logged(folder: Path, after: int, upto: int) -> Iterator[Scalars]:
     """The rows of metrics.jsonl after one step, up to another."""
     if after >= upto or not os.path.lexists(folder / "metrics.jsonl"):
         return
-    with open(folder / "metrics.jsonl") as file:
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line) if line.endswith("\n") else {"step": upto + 1}  # training writes it at this moment
             if row["step"] > upto:

@@ -4,6 +4,7 @@ import csv
 import os
 import shlex
 import shutil
+import string
 import sys
 import textwrap
 import threading
@@ -15,12 +16,12 @@ from typing import Any
 from tqdm import tqdm
 
 import distributed
+from beforehand import BEST, step_files
 from config import Config
 from defaults import FEWEST_FOR_TOP5
 from distributed import print0
 from machine import is_run_by_uv
 from stream.files import read_small
-from training.snapshot import BEST, step_files
 from units import as_rate, duration
 
 WIDEST = 160  # columns of a line in a log file
@@ -28,6 +29,7 @@ STEP_LINES = 60  # of a whole run in a log file
 STEP_SECONDS = 60.0  # between two of them
 INDENT = " " * 10  # under which a long line goes on
 DETAILS = ("revision ", "blocks ", "streams ")  # lines of the header that --verbose shows
+PLAIN = f"{string.ascii_letters}{string.digits}/_-.=".encode()  # bytes that need no quoting
 WIDE = 120  # columns of a terminal that has room for all numbers beside the bar
 
 
@@ -263,7 +265,20 @@ def command(script: str, *arguments: object, ranks: int = 1) -> str:
         several = f" --nnodes {nodes}" if nodes != "1" else ""
         launcher = f"{launcher} -m torch.distributed.run{several} --nproc_per_node {each}"
         launcher = launcher.replace("python -m torch.distributed.run", "torchrun")
-    return f"{launcher} {shlex.join(map(str, (path, *arguments)))}"
+    return f"{launcher} {' '.join(_quoted(str(argument)) for argument in (path, *arguments))}"
+
+
+def _quoted(argument: str) -> str:
+    """An argument for bash and zsh; of one that the output cannot show as it is, the bytes in octal."""
+    try:
+        argument.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        pass
+    else:
+        if argument.isprintable():
+            return shlex.quote(argument)
+    shown = (chr(byte) if byte in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(argument))
+    return f"$'{''.join(shown)}'"
 
 
 def _python() -> str:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import config as configuration
+from beforehand import COOLDOWN
 from config import Config
 from errors import UsageError
 from training.optim import cooldown_start
-from training.snapshot import COOLDOWN, Snapshot, find, read
+from training.snapshot import Snapshot, find, read
 
 DEPENDS_ON_LENGTH = ("progressive_size",)  # before the cooldown too: it is given in shares of the epochs
 

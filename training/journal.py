@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import distributed
+from beforehand import BEST
 from config import Config
 from distributed import print0
 from errors import DivergedError
@@ -18,7 +19,7 @@ from tracking.runner import Trackers
 from training.console import Console, header, resume_command
 from training.logs import RunLogs, Stopwatch
 from training.optim import cooldown_start, momentum_of
-from training.snapshot import BEST, SnapshotStore
+from training.snapshot import SnapshotStore
 from training.state import Progress, all_finite, capture
 from training.step import StepNumbers, Training
 from training.timing import StepProfiler, TimeSpent, describe_time
@@ -77,11 +78,11 @@ class Journal:
         self._is_first = True  # the step that comes
         self._pending: list[dict[str, Any]] = []
 
-    def rewind(self) -> list[str]:
-        """Delete logs and snapshots of steps after `progress`; returns the names of the deleted snapshots."""
+    def rewind(self, source: Path | None = None) -> list[str]:
+        """Delete snapshots, then logs, of steps after `progress`, which `source` holds; returns the former's names."""
+        dropped = self.store.rewind(self.progress.step, source) if self.store else []
         self.logs.rewind(self.progress.step, self.progress.epoch)
         self._seconds_before = self.logs.seconds_logged()
-        dropped = self.store.rewind(self.progress.step) if self.store else []
         if BEST in dropped:
             self.progress.best_top1 = -1.0  # no earlier best has a file any more: the next epoch becomes the best
         return dropped

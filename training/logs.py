@@ -30,7 +30,7 @@ from beforehand import require_no_run
 from config import Config
 from errors import UsageError, complain, printable, redact
 from registry import LOADED
-from stream.files import open_plain, read_small, write_durably
+from stream.files import open_plain, read_small, strict_json, write_durably
 from training.state import Progress
 
 RESULT_COLUMNS = (
@@ -57,6 +57,8 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
         resumed, longer = None, extended.with_name(f"{extended.name}-{config.epochs}_epochs")
     told = config.run_dir or resumed or (extended and longer)
     folder = Path(distributed.from_rank0(lambda: str(told or _new_folder(config.dataset_id))))
+    if resumed and folder.exists() and folder.samefile(resumed):
+        folder = resumed  # by another name
     if distributed.rank():
         yield folder
         return
@@ -64,7 +66,7 @@ def open_run_folder(config: Config, resumed: Path | None, argv: Sequence[str]) -
         require_no_run(folder)
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+", opener=open_plain)  # noqa: SIM115 (closed below)
+        lock = open(folder / "lock", "a+", encoding="utf-8", opener=open_plain)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UsageError(f"cannot write {folder} ({error.strerror}); give another --run_dir") from error
     with lock:
@@ -125,7 +127,7 @@ def _note_launch(path: Path, config: Config, argv: Sequence[str]) -> None:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is not a run's; move it away, or give another --run_dir") from error
     report = {"config": asdict(config), "launches": [*launches, _launch(argv)]}
-    write_durably(path, json.dumps(report, indent=2).encode())
+    write_durably(path, strict_json(report, indent=2).encode())
 
 
 def note_resolved(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
@@ -134,7 +136,7 @@ def note_resolved(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     resolved = facts | {"model": str(getattr(model, "name", type(model).__name__)), "parameters": count}
     with contextlib.suppress(OSError, ValueError):
         report = json.loads(read_small(path))
-        write_durably(path, json.dumps(report | {"resolved": resolved}, indent=2).encode())
+        write_durably(path, strict_json(report | {"resolved": resolved}, indent=2).encode())
 
 
 def _launch(argv: Sequence[str]) -> dict[str, Any]:
@@ -190,7 +192,7 @@ class RunLogs:
         """
         if self.folder is None or not rows:
             return
-        _append(self.folder / "metrics.jsonl", (json.dumps(_plain(row), allow_nan=False) for row in rows))
+        _append(self.folder / "metrics.jsonl", (strict_json(_plain(row)) for row in rows))
         if self.ledger:
             _append(self.folder / "ledger.jsonl", (json.dumps(ledger_row(row)) for row in rows))
 
@@ -199,7 +201,7 @@ class RunLogs:
         if self.folder is None:
             return
         path = self.folder / "results.csv"
-        with open(path, "a+", newline="") as file:
+        with open(path, "a+", encoding="utf-8", newline="") as file:
             file.seek(0)
             header = next(csv.reader([file.readline()]), [])  # of a run to which a resume may have added an average
             columns = header or [*RESULT_COLUMNS, *(EMA_COLUMNS if "ema_top1" in result else ())]
@@ -214,9 +216,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     asked = {key: value for key, value in row.items() if key != "ids"}
     if math.isnan(asked.get("grad_norm", 0.0)):
         del asked["grad_norm"]
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asked.items()
-    }
+    return asked
 
 
 def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -249,8 +249,7 @@ class UnreadableLog:
             kept = [row for row in rows if int(row[2]) <= progress.epoch + 1]
             self._known = {(row[0], row[2]) for row in kept}
             if (len(kept) < len(lines[1:-1]) or lines[-1]) and distributed.rank() == 0:
-                path.unlink()
-                self._append(kept)
+                write_durably(path, _csv([[*UNREADABLE_COLUMNS], *kept]).encode())
 
     def __call__(self, image: str, reason: str) -> None:
         row = [printable(image), " ".join(reason.split()), str(self._progress.epoch + 1)]
@@ -260,10 +259,14 @@ class UnreadableLog:
                 self._append([row])
 
     def _append(self, rows: list[list[str]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        with open(self._path, "a", opener=open_plain) as file:
-            file.write(text.getvalue() if file.tell() else f"{','.join(UNREADABLE_COLUMNS)}\n{text.getvalue()}")
+        with open(self._path, "a", encoding="utf-8", opener=open_plain) as file:
+            file.write(_csv(rows if file.tell() else [[*UNREADABLE_COLUMNS], *rows]))
+
+
+def _csv(rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class Stopwatch:
@@ -281,7 +284,7 @@ def _csv_epoch(line: str) -> int:
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
 
 

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import distributed
+import machine
 from config import Config
+from errors import UsageError, complain
 from flags import channel_values
 from stream.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
+WITHOUT_COMPILE = "or leave it out, which is --override compile=false where a run is resumed"
 
 
 def normalize_of(config: Config) -> Normalize:
@@ -16,14 +22,46 @@ def normalize_of(config: Config) -> Normalize:
     return Normalize(mean, channel_values(config.std) if config.std else IMAGENET_STD)
 
 
-def amp_dtype_of(config: Config, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, None without it."""
+def amp_dtype_of(config: Config, device: torch.device, began: str | None = None) -> torch.dtype | None:
+    """The dtype of mixed precision, None for float32.
+
+    Without an --amp_dtype it is what the device has instructions for, on a resume the one that the run `began` with, as
+    `precision` names it. A line tells of what is emulated or would be another here.
+    """
     if not config.amp:
         return None
-    if config.amp_dtype == "auto":
-        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
+    here = _fastest(device)
+    chosen = DTYPES[config.amp_dtype if config.amp_dtype != "auto" else began or precision(here)]
+    told = ""
+    if here is None and chosen is torch.bfloat16:
+        told = "bfloat16 is emulated on this CPU, several times slower than float32"
+        told += "; --override amp=false goes on in that" if began else "; leave out --amp"
+    elif here is None and config.amp_dtype == "auto":
+        told = "--amp is without effect: bfloat16 is emulated on this CPU, several times slower than float32, which is "
+        told += "used; --amp_dtype bf16 insists"
+    elif began and chosen is not here and config.amp_dtype == "auto":
+        told = f"this run began in {precision(chosen)} and goes on so; here it would have begun in {precision(here)}"
+    if told and distributed.rank() == 0:
+        complain(f"warning: {told}")
+    return chosen
+
+
+def _fastest(device: torch.device) -> torch.dtype | None:
+    """The narrow dtype that a device has instructions for, None where it has none."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return None if device.type == "cpu" and machine.cpu_has_bf16() is False else torch.bfloat16
+
+
+def precision(dtype: torch.dtype | None) -> str:
+    """The name of a dtype that `amp_dtype_of` returned."""
+    return next(name for name, named in DTYPES.items() if named is dtype)
+
+
+def require_compiler(config: Config, device: torch.device) -> None:
+    """Refuse a --compile that cannot work here."""
+    if config.compile and (missing := machine.missing_for_compile(device.type)):
+        raise UsageError(f"--compile cannot be used here: {missing}; {WITHOUT_COMPILE}")
 
 
 @dataclass(kw_only=True)
@@ -52,6 +90,7 @@ class Predictor:
 
 def build_predictor(model: nn.Module, config: Config, device: torch.device) -> Predictor:
     """A trained model on its device, prepared as in training, with the normalisation and precision of the settings."""
+    require_compiler(config, device)
     torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use anyway
     model = model.to(device).to(memory_format=torch.channels_last)
     normalize = normalize_of(config).to(device)

@@ -19,13 +19,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from beforehand import step_files as step_files
+from beforehand import BEST, COOLDOWN, kept_apart, step_files
 from errors import SnapshotError
 from stream.files import sync, write_durably
 
-FORMAT = "imagenet1k-snapshot-5"
-BEST = "best.safetensors"
-COOLDOWN = "cooldown.safetensors"  # before the first step of a trapezoid that is cooled
+FORMAT = "imagenet1k-snapshot-6"
 SPARE_BYTES = 2**20
 _NO_DIGEST = "0" * 64
 _FIRST = b'{"__metadata__":{"sha256":"'
@@ -125,26 +123,55 @@ def is_snapshot(path: Path) -> bool:
 def find(source: Path) -> tuple[Snapshot, list[str]]:
     """The snapshot in the file `source`, or the newest one in the run folder `source` that passes verification.
 
-    Also returns a line for each newer file that was skipped. Raises SnapshotError when there is none.
+    Where the newest file of a step does not pass, those kept apart count too. Also returns a line for each file that
+    was skipped. Raises SnapshotError when there is none.
     """
     if not source.is_dir():
         return read(source), []
     passed_over: list[str] = []
-    for path in reversed(step_files(source / "snapshots")):
+    sound: list[Snapshot] = []
+
+    def found(path: Path) -> bool:
         try:
-            return read(path), passed_over
+            sound.append(read(path))
         except SnapshotError as error:
             passed_over.append(str(error))
+            return False
+        return True
+
+    folder = source / "snapshots"
+    in_steps = any(found(path) for path in reversed(step_files(folder)))
+    if passed_over or not in_steps:
+        for path in kept_apart(folder):
+            found(path)
+    if sound:
+        return max(sound, key=_step_in), passed_over
     reason = "; ".join(passed_over) or "it has none"
-    raise SnapshotError(f"no usable snapshot in {source}: {reason}; start anew without --resume_from")
+    raise SnapshotError(f"no usable snapshot in {source}: {reason}; start anew in another --run_dir")
+
+
+def _step_in(snapshot: Snapshot) -> int:
+    """The step of a snapshot, or -1 where it tells none."""
+    step = snapshot.state.get("step")
+    return step if isinstance(step, int) else -1
 
 
 def _step_of(path: Path) -> int:
     """The step of a snapshot, or -1 if it cannot be read."""
     try:
-        return int(read(path).state["step"])
+        return _step_in(read(path))
     except SnapshotError:
         return -1
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Raises SnapshotError."""
+    try:
+        write_durably(target, source.read_bytes())
+    except OSError as error:
+        raise SnapshotError(
+            f"cannot write {target}: {error.strerror}; make room and resume, the older snapshots are intact"
+        ) from error
 
 
 class SnapshotStore:
@@ -158,17 +185,26 @@ class SnapshotStore:
         self._writer = ThreadPoolExecutor(1, "snapshot")
         self._writing: Future[None] | None = None
 
-    def rewind(self, step: int) -> list[str]:
-        """Delete partly written files of a killed process, and the snapshots of later steps, also those kept apart,
-        that a resume from an older file leaves behind; returns the names of these snapshots.
+    def rewind(self, step: int, source: Path | None = None) -> list[str]:
+        """Make the snapshot of this step the newest: drop those of later steps, also those kept apart, that a resume
+        from an older file leaves behind, and partly written files of a killed process; returns the dropped names.
+
+        A `source` of this folder that is kept apart becomes the file of its step before. Whenever the process is
+        killed, the newest of the files is that step or one that the logs, which are rewound after this, still reach.
         """
         for path in self.folder.glob("*.tmp"):
             path.unlink()
+        kept = self.folder / f"step-{step:09d}.safetensors"
+        if source is not None and source.parent == self.folder and source != kept:
+            _copy(source, kept)
         later = [path for path in step_files(self.folder) if int(path.stem.removeprefix("step-")) > step]
-        later += [path for path in (self.folder / BEST, self.folder / COOLDOWN) if _step_of(path) > step]
-        for path in later:
-            path.unlink()
-        return [path.name for path in later]
+        apart = [path for path in kept_apart(self.folder) if _step_of(path) > step]
+        for paths in (later, apart):
+            for path in paths:
+                path.unlink()
+            if paths:
+                sync(self.folder)  # what is kept apart goes only when no later step counts on it
+        return [path.name for path in (*later, *apart)]
 
     def save(
         self, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False, cooldown: bool = False

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from beforehand import SIDECAR, require_source
+from beforehand import BEST, SIDECAR, require_source, step_files
 from checks import without_idle
 from config import Config, resolve, resume
 from errors import DataError, SnapshotError, UsageError
@@ -175,13 +175,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _of_run(folder: Path, which: str | None) -> Source:
-    best = folder / "snapshots" / snapshots.BEST
+    best = folder / "snapshots" / BEST
     if which in (None, "best") and best.exists():
         return _of_snapshot(snapshots.read(best), which)
     if which is not None and which.isdecimal():
         path = folder / "snapshots" / f"step-{int(which):09d}.safetensors"
         if not path.exists():
-            kept = ", ".join(str(int(file.stem[5:])) for file in snapshots.step_files(folder / "snapshots"))
+            kept = ", ".join(str(int(file.stem[5:])) for file in step_files(folder / "snapshots"))
             raise SnapshotError(f"{folder} has no snapshot of step {int(which)}; it has those of {kept or 'none'}")
         return _of_snapshot(snapshots.read(path), which)
     return _of_snapshot(snapshots.find(folder)[0], which)

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 import distributed
 from config import Config
-from errors import UsageError
+from errors import SnapshotError, UsageError
 from stream.seeds import Use, seeded
+from training.predictor import DTYPES
 from training.snapshot import Snapshot
 
 OPTIMIZER_STATE = {
@@ -102,6 +103,14 @@ def capture(
     return tensors, asdict(progress) | {"scaler": scaler.state_dict(), "ranks": distributed.world_size()}
 
 
+def snapshot_bytes(model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> int:
+    """About the bytes of a snapshot, known before the first step, after which only the optimiser has all its state."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    moments = [name for name in OPTIMIZER_STATE[type(optimizer).__name__] if name != "step"]
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    return weights * (2 if average else 1) + trained * len(moments)
+
+
 def all_finite(model: nn.Module) -> bool:
     """Whether every weight and BatchNorm statistic of a model is finite."""
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
@@ -148,6 +157,22 @@ def restore(
         scaler.load_state_dict(snapshot.state["scaler"])
     set_rng_state({name: ranks[distributed.rank() % len(ranks)].clone() for name, ranks in parts["rng"].items()})
     return Progress(**{name: snapshot.state[name] for name in Progress.__dataclass_fields__})
+
+
+def began_with(snapshot: Snapshot | None, config: Config) -> dict[str, Any]:
+    """What `Training.kept` told of the run that is resumed, but for what an --override changed since.
+
+    Raises SnapshotError.
+    """
+    if snapshot is None:
+        return {}
+    weights = snapshot.state.get("class_weights") or []
+    is_list = isinstance(weights, list) and all(isinstance(weight, float) for weight in weights)
+    if not is_list or snapshot.state.get("precision") not in DTYPES:
+        raise SnapshotError(f"{snapshot.path} does not tell how its run began; give another")
+    saved, decides = snapshot.state, {"precision": ("amp", "amp_dtype"), "class_weights": ("class_weights",)}
+    same = {name for name, value in vars(config).items() if saved["config"].get(name) == value}
+    return {fact: saved.get(fact) for fact, flags in decides.items() if same.issuperset(flags)}
 
 
 def seed_everything(seed: int) -> None:

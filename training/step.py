@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -25,7 +25,7 @@ from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
 from training.optim import build_optimizer, build_scaler, restart
-from training.predictor import Predictor, amp_dtype_of, normalize_of
+from training.predictor import WITHOUT_COMPILE, Predictor, amp_dtype_of, normalize_of, precision, require_compiler
 from training.snapshot import copy_to_host
 from training.sources import OPTIONS, Source
 from training.state import rng_state, seed_everything, set_rng_state
@@ -54,6 +54,15 @@ class Training(Predictor):
         """The averaged model, if there is one."""
         return self.ema.module if self.ema else None
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a resume needs to know of how the run began, beside its settings: files and devices may be others."""
+        weights = getattr(self.criterion, "weight", None)
+        return {
+            "precision": precision(self.amp_dtype),
+            "class_weights": None if weights is None else weights.tolist(),
+        }
+
     def mix(self, step: int, images: torch.Tensor) -> Mix | None:
         """How to mix the images (N, H, W, 3) of the step after `step` steps, if they are mixed."""
         return self.mixing.draw(step, *images.shape[1:3]) if self.mixing else None
@@ -66,21 +75,23 @@ def build_training(
     steps_per_epoch: int = 1,
     labels: Callable[[], np.ndarray | None] = lambda: None,
     source: Source | None = None,
+    began: Mapping[str, Any] | None = None,
 ) -> Training:
     """The model on its device with its optimiser, scaler and loss. The schedule sets the learning rate later.
 
     An average of the weights copies them while the learning rate warms up, which `steps_per_epoch` tells; balanced
-    class weights are those of the training `labels`. A `source` is where the weights start from. Raises UsageError for
-    an unknown model and for settings or weights that do not fit together, DataError for weights that are incomplete.
+    class weights are those of the training `labels`. A `source` is where the weights start from; `began` is what
+    `Training.kept` told of a run that is resumed. Raises UsageError for an unknown model and for settings or weights
+    that do not fit together, DataError for weights that are incomplete.
     """
-    mixing, weights = _mixing(config), None
-    if config.class_weights:
-        weights = class_weights(config.class_weights, labels(), classes)
+    require_compiler(config, device)
+    mixing, began = _mixing(config), began or {}
+    weights = _weights_of_classes(config, classes, labels, began.get("class_weights") or [])
     criterion = build_loss(config.loss, classes, config.label_smoothing, config.bce_threshold, weights)
     torch.manual_seed(config.seed)
     model = _new_model(config, classes, source)
     print0(f"model     {describe(model, config.image_size)}")
-    dtype = amp_dtype_of(config, device)
+    dtype = amp_dtype_of(config, device, began.get("precision"))
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     if config.deterministic:
@@ -117,6 +128,17 @@ def build_training(
         mixing=mixing,
         mirrored=config.tta == "flip",
     )
+
+
+def _weights_of_classes(
+    config: Config, classes: int, labels: Callable[[], np.ndarray | None], began: list[float]
+) -> torch.Tensor | None:
+    """Those that a resumed run `began` with rather than those of a file, which may be another by now."""
+    if config.class_weights is None:
+        return None
+    if config.class_weights != "balanced" and len(began) == classes:
+        return torch.tensor(began)
+    return class_weights(config.class_weights, labels(), classes)
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -239,8 +261,7 @@ def within_memory(training: Training, config: Config, run: Callable[[], T]) -> T
     try:
         return run()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        _explain(error)
     share = config.batch_size // distributed.world_size()
     training.optimizer.zero_grad(set_to_none=True)  # the failed step itself is gone with its exception
     parts = _fewest_passes(training, config, training.accumulate_steps + 1)
@@ -280,6 +301,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
+def _explain(error: RuntimeError) -> None:
+    """Raise the error of a step again, but where it means that memory is short; of a compiler in one line."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        why = next((line for line in reversed(str(error).split("\n\n")[0].splitlines()) if line.strip()), "")
+        raise UsageError(f"--compile fails here: {why.strip()[:200]}; {WITHOUT_COMPILE}") from error
+    if not is_out_of_memory(error):
+        raise error
+
+
 def _fits(training: Training, share: int, parts: int, size: int) -> bool:
     """Whether a step on `share` images in `parts` passes fits. It changes the weights, but involves no other rank."""
     scaler = build_scaler(training.device, training.amp_dtype)
@@ -289,7 +319,6 @@ def _fits(training: Training, share: int, parts: int, size: int) -> bool:
         labels = torch.zeros(share, dtype=torch.int64, device=training.device)
         train_step(alone, images, labels, training.mix(0, images))
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        _explain(error)
         return False
     return True
