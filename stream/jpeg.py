@@ -1,8 +1,9 @@
 """JPEG images and regions of them, decoded with libjpeg-turbo 3, which decodes only as much of a file as a region needs
 and tells whether its data are sound.
 
-The library comes with the wheel `turbojpeg`, of which nothing else is used, or from the system; without it everything
-works, but more slowly. https://libjpeg-turbo.org/Documentation/Documentation
+The library is the system's where that has version 3.1, else that of the wheel `turbojpeg`, of which nothing else is
+used, or any version 3 of the system; without it everything works, but more slowly. It is handed only what nearly all
+JPEGs are, as fewer have tried the rest. https://libjpeg-turbo.org/Documentation/Documentation
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import functools
 import importlib.metadata
 import re
 import threading
+from collections.abc import Iterator
 from ctypes.util import find_library
 
 import numpy as np
@@ -24,6 +26,11 @@ ASSUMED = {RGB: b"\1", CMYK: b"\2"}  # for an Adobe transform that libjpeg does 
 FATAL = 1  # TJERR
 END_OF_IMAGE = b"\xff\xd9"
 
+SYSTEMS = ("libturbojpeg.so.0", "libturbojpeg.0.dylib")
+SINCE_3_1 = "tj3SetICCProfile"  # a function that older versions lack
+
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
+HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; the others are lossless, hierarchical or arithmetic
 MARKER = re.compile(rb"\xff+([^\x00\xff])")
 START_OF_SCAN = 0xDA
 BARE = {0x01, *range(0xD0, 0xD9)}  # markers that no length follows
@@ -43,9 +50,10 @@ class _Region(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    for path in _candidates():
-        with contextlib.suppress(OSError, AttributeError):  # missing, or version 2
+    for path, needed in _candidates():
+        with contextlib.suppress(OSError, AttributeError):  # missing, or of another version
             library = ctypes.CDLL(path)
+            getattr(library, needed)
             library.tj3Init.restype = ctypes.c_void_p
             data = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
             library.tj3Get.argtypes = (ctypes.c_void_p, ctypes.c_int)
@@ -59,11 +67,14 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def _candidates() -> list[str]:
+def _candidates() -> Iterator[tuple[str, str]]:
+    """Files of the library, the best first, and a function that each must have."""
+    yield from ((name, SINCE_3_1) for name in SYSTEMS)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         files = importlib.metadata.files("turbojpeg") or []
-        return [str(file.locate()) for file in files if file.name.startswith("libturbojpeg")]
-    return [path for path in [find_library("turbojpeg")] if path]
+        yield from ((str(file.locate()), "tj3Init") for file in files if file.name.startswith("libturbojpeg"))
+    if path := find_library("turbojpeg"):
+        yield path, "tj3Init"
 
 
 class _Own(threading.local):
@@ -106,13 +117,24 @@ def library_path() -> str | None:
     return None if library is None else str(library._name)
 
 
+def is_usual(encoded: Encoded) -> bool:
+    """Whether it is a baseline or progressive JPEG of 8 bits with Huffman codes, by the header of its first frame."""
+    data, position = memoryview(encoded), 2  # type: ignore[arg-type]  # an array is a buffer too
+    while found := MARKER.search(data, position):
+        marker, body = found[1][0], found.end() + 2
+        if marker in FRAMES or marker == START_OF_SCAN:
+            return marker in HUFFMAN and bytes(data[body : body + 1]) == b"\x08"
+        position = found.end() + (0 if marker in BARE else int.from_bytes(data[found.end() : body]))
+    return False
+
+
 def decode_region(encoded: Encoded, left: int, top: int, right: int, bottom: int) -> np.ndarray | None:
     """A region of an RGB or greyscale JPEG, uint8 RGB (H, W, 3), with the same pixels as in the decoded whole image.
 
-    None if the file is truncated or damaged in a part that the region needs; `decode_whole` then tells.
+    None if the file is unusual, truncated or damaged in a part that the region needs; `decode_whole` then tells.
     """
     library, handle = _library(), _own.handle
-    if library is None or bytes(encoded[-2:]) != END_OF_IMAGE:
+    if library is None or bytes(encoded[-2:]) != END_OF_IMAGE or not is_usual(encoded):
         return None
     data = np.frombuffer(encoded, np.uint8)
     source = (handle, data.ctypes.data, data.nbytes)
@@ -154,7 +176,7 @@ def size(encoded: Encoded) -> tuple[int, int] | None:
 def decode_whole(encoded: Encoded, pixel_format: int = RGB) -> np.ndarray | None:
     """A whole JPEG, uint8 (H, W, 3) for RGB and (H, W, 4) for CMYK. Raises DamagedJPEG.
 
-    None without the library, or if the file needs another decoder (12 bits a sample, for example).
+    None without the library, or if the file is unusual or needs another decoder.
 
     libjpeg warns of twelve things. Of bytes between the segments of the header or padding after the data of a scan, an
     unknown JFIF revision and an unknown Adobe transform, the pixels are right all the same, and such files are common.
@@ -162,7 +184,7 @@ def decode_whole(encoded: Encoded, pixel_format: int = RGB) -> np.ndarray | None
     first warning of a file can be asked for, a harmless one is mended and the file decoded again.
     """
     library = _library()
-    if library is None:
+    if library is None or not is_usual(encoded):
         return None
     data = np.frombuffer(encoded, np.uint8)
     for _ in range(MOST_ODDITIES):

@@ -94,8 +94,43 @@ def test_no_library_changes_nothing_but_the_speed(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("wheel", ["missing", "another"])
 def test_a_library_that_is_missing_or_another_is_not_used(wheel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"missing": "/nowhere/libturbojpeg.so", "another": ctypes.util.find_library("c")}[wheel]
-    monkeypatch.setattr(jpeg, "_candidates", lambda: [found])
+    monkeypatch.setattr(jpeg, "_candidates", lambda: [(found, "tj3Init")])
     assert jpeg._library.__wrapped__() is None
+
+
+@needs_library
+def test_a_newer_library_of_the_system_comes_first_and_an_older_one_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = str(jpeg.library_path())
+    monkeypatch.setattr(jpeg, "SYSTEMS", (ours,))
+    monkeypatch.setattr(jpeg, "find_library", lambda name: "/the/system's")
+    found = [*jpeg._candidates()]
+    assert (found[0], found[-1]) == ((ours, jpeg.SINCE_3_1), ("/the/system's", "tj3Init"))
+    old = ctypes.util.find_library("c")
+    monkeypatch.setattr(jpeg, "_candidates", lambda: [(old, jpeg.SINCE_3_1), (ours, "no_such"), (ours, "tj3Init")])
+    assert str(getattr(jpeg._library.__wrapped__(), "_name", None)) == ours
+
+
+def frame(marker: int, bits: int = 8) -> bytes:
+    """The first bytes of a JPEG with an application segment, padding and the header of a frame."""
+    segment = bytes([0xFF, 0xE0, 0, 4, 0xC3, 0xFF])
+    return b"\xff\xd8" + segment + b"\xff\xff" + bytes([marker, 0, 11, bits]) + b"\0\x08\0\x08\x01\1\x11\0"
+
+
+@pytest.mark.parametrize(
+    ("encoded", "usual"),
+    [
+        *((frame(marker), marker in (0xC0, 0xC1, 0xC2)) for marker in sorted(jpeg.FRAMES)),
+        (frame(0xC1, 12), False),
+        (frame(0xC0)[:-10], False),
+        (b"\xff\xd8\xff\xda", False),
+        (b"\xff\xd8" + b"\xff\xe0\0\0" * 50, False),
+        (b"", False),
+    ],
+)
+def test_lossless_arithmetic_and_wide_frames_are_left_to_others(encoded: bytes, usual: bool) -> None:
+    for data in (encoded, memoryview(encoded), np.frombuffer(encoded, np.uint8)):
+        assert jpeg.is_usual(data) == usual
+    assert jpeg.decode_region(encoded + jpeg.END_OF_IMAGE, 0, 0, 4, 4) is None or usual
 
 
 @needs_library
