@@ -123,7 +123,7 @@ def require_consistency(settings: Any) -> None:
         (settings.data_dir and "data_dir" not in dataset.takes, f"--dataset {settings.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if 'dataset_name' in dataset.takes else ''}"),
         (settings.dummy_data and "dummy_data" not in dataset.takes, "--dummy_data goes with --dataset imagenet1k"),
         (not settings.cache_dir and (settings.cache_limit_gb or settings.cache_short_side or settings.fill_cache), "--cache_limit_gb, --cache_short_side, --cache_format and --fill_cache need --cache_dir, the folder to keep images in"),
-        (settings.cache_format == "original" and settings.cache_short_side, "--cache_format original keeps images as they are; leave out --cache_short_side"),
+        (settings.cache_format == "original" and settings.cache_short_side, "--cache_format original keeps images as they are; leave out --cache_short_side, on a resume with --override cache_short_side=none"),
         (settings.fill_cache and not (dataset.on_hub and not settings.dummy_data and not settings.no_streaming), "--fill_cache is for what is streamed from the Hub; leave it out"),
         (settings.fill_cache and (settings.dry_run or settings.find_lr or settings.doctor), "--fill_cache stops once the dataset is kept; leave out --dry_run, --find_lr and --doctor"),
         (settings.val_share and (settings.val_split or settings.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
