@@ -68,10 +68,16 @@ def look(given: Mapping[str, Any]) -> list[str]:
         config = configuration.resolve(given)
         lines = require_effect(config, given)
     else:
+        if source.is_dir() and not holds_run(source):
+            raise SnapshotError(f"{source} holds no run: no snapshots are in it; give the folder of one, or start anew")
+        if "extend_epochs" in given:
+            _require_run(source, given)
         saved = saved_settings(source)
         if saved is None:
             return []
         config = configuration.resume(saved, given)
+        if config.extend_epochs:
+            require_extendable(config)
         lines = require_effect(config, {**given, **configuration.overrides(given)}, saved)
     config.check_world(ranks.told_world())
     require_trainable(config)
@@ -152,6 +158,23 @@ def require_trainable(config: Config) -> None:
         raise UsageError(f"--dataset {config.dataset} is there to evaluate on, with evaluate.py; train on another")
 
 
+def require_extendable(config: Config) -> None:
+    """Refuse a run, with the settings of its extension, that cannot have been planned longer, with UsageError."""
+    if config.scheduler != "trapezoid":
+        raise UsageError(
+            f"--extend_epochs goes with --scheduler trapezoid, and this run has --scheduler {config.scheduler}, whose "
+            f"rate depends on the epochs from the start; --override epochs={config.epochs} goes on with another plan"
+        )
+
+
+def _require_run(source: Path, given: Mapping[str, Any]) -> None:
+    """Refuse what --extend_epochs does not go with, with UsageError."""
+    if not source.is_dir():
+        raise UsageError(f"--extend_epochs extends a run, and {source} is no folder of one; give that")
+    if "epochs" in configuration.overrides(given):
+        raise UsageError("--extend_epochs and --override epochs=... both tell the epochs; give one of them")
+
+
 def require_no_run(folder: Path) -> None:
     """Refuse a folder for a new run that holds another, with UsageError."""
     if holds_run(folder):
@@ -173,9 +196,9 @@ def _require_data(dataset: str, given: Mapping[str, Any]) -> None:
 
 def _require_files(config: Config) -> None:
     """Raises UsageError where a file that the flags name cannot be read."""
-    if config.class_weights and config.class_weights != "balanced":
+    if config.class_weights not in (None, "balanced"):
         _require_file("class_weights", config.class_weights, "give a number a line")
-    if config.lr_from:
+    if config.lr_from is not None:
         found = _require_file("lr_from", config.lr_from, "run run_lr_finder.py first")
         try:
             rate = json.loads(found)["suggested_lr"]

@@ -52,6 +52,7 @@ DROPS_PATHS = Need("a model of this program's own or timm's", lambda s: not s.mo
 NEW_WEIGHTS = Need("new weights, so no --use_pretrained", lambda s: s.use_pretrained is None)
 AVERAGE = Need("--ema_decay", lambda s: s.ema_decay)
 MIXED_PRECISION = Need("--amp", lambda s: s.amp)
+BINARY = Need("--loss bce", lambda s: s.loss == "bce")
 SGD = Need("--optimizer sgd", lambda s: s.optimizer == "sgd")
 FIXED_MOMENTUM = Need(
     "--onecycle_fixed_momentum or another --scheduler",
@@ -122,12 +123,12 @@ def require_consistency(settings: Any) -> None:
         (settings.data_dir and "data_dir" not in dataset.takes, f"--dataset {settings.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if 'dataset_name' in dataset.takes else ''}"),
         (settings.dummy_data and "dummy_data" not in dataset.takes, "--dummy_data goes with --dataset imagenet1k"),
         (not settings.cache_dir and (settings.cache_limit_gb or settings.cache_short_side or settings.fill_cache), "--cache_limit_gb, --cache_short_side, --cache_format and --fill_cache need --cache_dir, the folder to keep images in"),
-        (settings.cache_format == "original" and settings.cache_short_side, "--cache_format original keeps images as they are; leave out --cache_short_side"),
+        (settings.cache_format == "original" and settings.cache_short_side, "--cache_format original keeps images as they are; leave out --cache_short_side, on a resume with --override cache_short_side=none"),
         (settings.fill_cache and not (dataset.on_hub and not settings.dummy_data and not settings.no_streaming), "--fill_cache is for what is streamed from the Hub; leave it out"),
+        (settings.fill_cache and (settings.dry_run or settings.find_lr or settings.doctor), "--fill_cache stops once the dataset is kept; leave out --dry_run, --find_lr and --doctor"),
         (settings.val_share and (settings.val_split or settings.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
         (settings.progressive_size and size_points(settings.progressive_size)[-1][0] != settings.image_size, f"--progressive_size {settings.progressive_size} ends at another size than --image_size {settings.image_size}; leave that out"),
         (settings.loss == "bce" and settings.class_weights, "--class_weights are for --loss ce; leave them out"),
-        (settings.loss == "ce" and settings.bce_threshold is not None, "--bce_threshold goes with --loss bce"),
         (settings.dry_run and (settings.evaluate or settings.find_lr or settings.doctor), "--dry_run rehearses training; leave out --evaluate, --find_lr and --doctor"),
         (settings.doctor and (settings.evaluate or settings.find_lr or settings.resume_from), "--doctor looks at the machine alone; leave out --evaluate, --find_lr and --resume_from"),
         (settings.quiet and settings.verbose, "--quiet and --verbose ask for opposite things; give one of them"),

@@ -117,7 +117,7 @@ class Config:
     norm_weight_decay: float = flag("training", "the same on the parameters of norms", 0.0, least=0)
     bias_weight_decay: float = flag("training", "the same on biases", 0.0, least=0)
     loss: str = flag("training", "cross-entropy, or binary cross-entropy for each class", "ce", choices=("ce", "bce"))
-    bce_threshold: float | None = flag("training", "bce: make targets above this 1 and the others 0", None, least=0, most=1)
+    bce_threshold: float | None = flag("training", "bce: make targets above this 1 and the others 0", None, least=0, most=1, needs=checks.BINARY)
     class_weights: str | None = flag("training", "ce: weights of the classes, balanced or a file of a number a line", None, is_path=True)
     label_smoothing: float = flag("training", "share of the target spread over all classes", 0.0, least=0, most=1)
     ema_decay: float | None = flag("training", "also average the weights, with up to this decay, and evaluate the average", None, above=0, most=1)

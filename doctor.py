@@ -91,14 +91,10 @@ class Facts:
     trackers: list[tuple[bool, str]] = field(default_factory=list)
 
 
-def examine(given: Mapping[str, Any]) -> None:
-    """Look at this machine for a run with the flags given, and print the report. Under torchrun the first rank does.
-
-    Raises UsageError for flags that make no run.
-    """
+def examine(config: Config, given: Mapping[str, Any]) -> None:
+    """Look at this machine for a run, and print the report. Under torchrun the first rank does."""
     if int(os.environ.get("RANK", "0")):
         return
-    config = configuration.resolve(given)
     print(Line(NOTE, "doctor", "looks, asks the Hub and measures, which takes about 20 s"), flush=True)
     measured = config
     if config.is_small:  # nothing to decode: measured is what photographs would take

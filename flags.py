@@ -208,8 +208,7 @@ class CommandLine(argparse.ArgumentParser):
         """What may have been meant by the first thing that argparse's message is about."""
         found = ""
         if unknown := re.match(r"unrecognized arguments: (.*)", message):
-            words = unknown[1].split()
-            told = next((word for word in words if word[0] in DASHES), words[0])
+            told = next((word for word in unknown[1].split() if word[0] in DASHES), unknown[1])
             found = nearest_flag(told, self._option_string_actions)
         elif number := re.match(r"argument .*: invalid (int|float|learning_rate) value: '(.*)'$", message):
             found = nearest_number(number[2], whole=number[1] == "int")

@@ -62,9 +62,10 @@ def _run(argv: list[str]) -> None:
         raise SystemExit(run_lr_finder.main(argv))
     if given.get("doctor"):
         ranks.require_whole()
+        wanted = configuration.resolve(given)
         from doctor import examine
 
-        examine(given)
+        examine(wanted, given)
         return
     if given.get("evaluate"):
         if given.get("dry_run"):

@@ -8,12 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from choices import DATASETS
 from errors import UsageError
 from hints import inverse
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 EXCLUSIVE = {"lr": ("lr_from",), "val_split": ("val_share",)}  # a flag given for a setting that it excludes
+PLACES = {"data_dir", "dataset_name"}  # which name a dataset by themselves
 
 
 def load(
@@ -54,8 +56,13 @@ def _flag(name: str, value: Any) -> str:
 
 
 def combined(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> ChainMap[str, Any]:
-    """The flags `given` before a recipe's settings, over which they win. Its rate follows the batch, linearly."""
+    """The flags `given` before a recipe's settings, over which they win. Its rate follows the batch, linearly.
+
+    A place of images that the recipe's dataset does not take is that of another dataset.
+    """
     excluded = {name for name, others in EXCLUSIVE.items() if any(other in given for other in others)}
+    if "dataset" in recipe and PLACES & given.keys() - {*DATASETS[recipe["dataset"]].takes}:
+        excluded |= {"dataset", *PLACES}
     settings = {name: value for name, value in recipe.items() if name not in excluded}
     batch = given.get("batch_size", recipe.get("batch_size"))
     if "batch_size" in recipe and isinstance(settings.get("lr"), float) and batch != recipe["batch_size"]:

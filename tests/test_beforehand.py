@@ -82,6 +82,12 @@ def cases(folder: Path, digits: Path) -> dict[str, tuple[int, str]]:
         f"export {digits} --to timm --precision int8 --out {folder}/out": (2, "int8 is for --to onnx"),
         f"export {digits} --to timm --out {folder}/other": (2, "holds something else"),
         "main --extend_epochs 2": (2, "--resume_from RUN --extend_epochs N"),
+        f"main --extend_epochs 2 --resume_from {digits}": (2, "goes with --scheduler trapezoid"),
+        f"main --extend_epochs 2 --resume_from {digits} --override epochs=3": (2, "both tell the epochs"),
+        f"main --extend_epochs 2 --resume_from {digits}/config.json": (2, "is no folder of one"),
+        f"main --resume_from {folder}": (5, "holds no run"),
+        f"main --resume_from {digits} --doctor": (2, "--doctor looks at the machine alone"),
+        "main --lr_from=": (2, "--lr_from  cannot be read"),
         "RANK=1 main --doctor": (2, "RANK=1 is set with no WORLD_SIZE"),
         "WORLD_SIZE=2 main": (2, "without RANK, MASTER_ADDR, MASTER_PORT"),
     }

@@ -183,9 +183,10 @@ def test_a_cache_that_was_filled_ahead_trains_with_the_network_off(
         (["--cache_format", "planes"], "need --cache_dir"),
         (
             ["--cache_dir", "x", "--cache_format", "original", "--cache_short_side", "40"],
-            "leave out --cache_short_side",
+            "leave out --cache_short_side, on a resume with --override cache_short_side=none",
         ),
         (["--dataset", "digits", "--cache_dir", "x", "--fill_cache"], "--fill_cache is for what is streamed"),
+        (["--cache_dir", "x", "--fill_cache", "--dry_run"], "--fill_cache stops once the dataset is kept"),
     ],
 )
 def test_formats_that_make_no_sense_are_refused(flags: list[str], told: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ FOLDER = "--dataset imagefolder --data_dir photos"
 REFUSED = {  # flags without effect that would change the result, and what they need
     "--amp_dtype bf16": "--amp",
     "--ema_every 4": "--ema_decay",
+    "--bce_threshold 0.2": "--loss bce",
     "--num_classes 10": "--dataset imagenet1k or hf",
     f"{FOLDER} --num_classes 10": "--dataset imagenet1k or hf",
     "--train_split train2": "--dataset imagenet1k or imagefolder or hf",
@@ -205,6 +206,11 @@ def test_a_folder_that_is_given_is_the_one_that_is_evaluated() -> None:
 )
 def test_what_was_meant_is_named(line: str, meant: str) -> None:
     assert meant in refusal(lambda: given(line))
+
+
+@pytest.mark.parametrize("words", [[""], [" "], ["--amp", ""], ["x", ""]])
+def test_an_empty_word_is_refused_in_one_line(words: list[str]) -> None:
+    assert "unrecognized arguments" in refusal(lambda: parse("main.py", "", words))
 
 
 def test_every_flag_without_a_value_has_its_opposite_in_every_door() -> None:

@@ -44,7 +44,7 @@ def test_a_run_with_all_of_them_resumes_to_the_bit_and_trains_on_other_images(tm
         (("--color_jitter", "1,1,1,0.9"), "of which that of hue is 0.5 at most"),
         (("--color_jitter", "1,1,1,0.1,1"), "--color_jitter"),
         (("--loss", "bce", "--class_weights", "balanced"), "--class_weights are for --loss ce"),
-        (("--bce_threshold", 0.2), "--bce_threshold goes with --loss bce"),
+        (("--bce_threshold", 0.2), "--bce_threshold 0.2 has no effect: it needs --loss bce"),
         (("--class_weights", "nowhere.txt"), "cannot be read"),
         (("--mixup", -1), "--mixup -1.0 is too small"),
         (("--random_erasing", 1.5), "--random_erasing 1.5 is too large"),

@@ -53,6 +53,20 @@ def test_flags_win_over_a_recipe_whose_rate_follows_the_batch(tmp_path: Path) ->
     assert (of("--lr_from", "x")["lr"], of("--lr_from", "x")["lr_from"]) == (None, "x")
 
 
+def test_a_place_of_images_that_is_given_wins_over_the_dataset_of_a_recipe(tmp_path: Path) -> None:
+    def of(recipe: str, *flags: str) -> tuple[str, str | None]:
+        config = resolve(parse("main.py", "", ["--recipe", recipe, *flags]))
+        return config.dataset, config.data_dir or config.dataset_name
+
+    assert of("resnet50-v2") == ("imagenet1k", None)
+    assert of("resnet50-v2", "--data_dir", "photos") == ("imagefolder", "photos")
+    assert of("resnet50-v2", "--dataset_name", "a/b") == ("hf", "a/b")
+    assert of("cifar10-resnet18", "--data_dir", "files") == ("cifar10", "files")
+    path = written(tmp_path, 'dataset = "imagefolder"\ndata_dir = "photos"\n')
+    assert of(str(path), "--data_dir", "others") == ("imagefolder", "others")
+    assert of(str(path), "--dataset_name", "a/b") == ("hf", "a/b")
+
+
 def test_what_a_recipe_sets_in_vain_is_left_out_and_told_and_what_a_flag_does_is_refused() -> None:
     given = parse("main.py", "", ["--recipe", "resnet50-a2", "--no_amp", "--model", "timm:resnet50d"])
     config = resolve(given)
@@ -60,6 +74,8 @@ def test_what_a_recipe_sets_in_vain_is_left_out_and_told_and_what_a_flag_does_is
     told = "\n".join(require_effect(config, given))
     assert re.findall(r"--(\w+)[^-\n]* of the recipe", told) == ["zero_init_gamma", "amp_dtype"]
     assert "--amp_dtype fp16 of the recipe has no effect" in told
+    other = resolve(parse("main.py", "", ["--recipe", "resnet50-a2", "--loss", "ce"]))
+    assert (other.loss, other.bce_threshold) == ("ce", None)
     saved = vars(config)
     assert vars(resume(saved, given)) == saved | {"num_workers": config.num_workers}
     with pytest.raises(UsageError, match="--amp_dtype fp16 has no effect: it needs --amp; "):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import config as configuration
-from beforehand import COOLDOWN
+from beforehand import COOLDOWN, require_extendable
 from config import Config
 from errors import UsageError
 from training.optim import cooldown_start
@@ -20,18 +20,10 @@ def extend(given: Mapping[str, Any]) -> tuple[Config, Snapshot]:
     Raises UsageError for what cannot be extended, SnapshotError for a snapshot that is damaged.
     """
     source = Path(given["resume_from"])
-    if not source.is_dir():
-        raise UsageError(f"--extend_epochs extends a run, and {source} is no folder of one; give that")
-    if any(text.startswith("epochs=") for text in given.get("override", ())):
-        raise UsageError("--extend_epochs and --override epochs=... both tell the epochs; give one of them")
     path = source / "snapshots" / COOLDOWN
     snapshot = read(path) if path.exists() else find(source)[0]
     config = configuration.resume(snapshot.state.get("config"), given)
-    if config.scheduler != "trapezoid":
-        raise UsageError(
-            f"--extend_epochs goes with --scheduler trapezoid, and this run has --scheduler {config.scheduler}, whose "
-            f"rate depends on the epochs from the start; --override epochs={config.epochs} goes on with another plan"
-        )
+    require_extendable(config)
     for name in DEPENDS_ON_LENGTH:
         if snapshot.state["config"].get(name):
             raise UsageError(f"--{name} made the run's past depend on its epochs; start a new run with more of them")
