@@ -127,7 +127,7 @@ def require_consistency(settings: Any) -> None:
         (settings.fill_cache and not (dataset.on_hub and not settings.dummy_data and not settings.no_streaming), "--fill_cache is for what is streamed from the Hub; leave it out"),
         (settings.fill_cache and (settings.dry_run or settings.find_lr or settings.doctor), "--fill_cache stops once the dataset is kept; leave out --dry_run, --find_lr and --doctor"),
         (settings.val_share and (settings.val_split or settings.val_labels), "--val_share holds out a part of the training split; leave out --val_split and --val_labels"),
-        (settings.progressive_size and size_points(settings.progressive_size)[-1][0] != settings.image_size, f"--progressive_size {settings.progressive_size} ends at another size than --image_size {settings.image_size}; leave that out"),
+        (settings.progressive_size and size_points(settings.progressive_size)[-1][0] != settings.image_size, f"--progressive_size {settings.progressive_size} ends at another size than --image_size {settings.image_size}; leave that out, or end it there: {settings.image_size}:0"),
         (settings.loss == "bce" and settings.class_weights, "--class_weights are for --loss ce; leave them out"),
         (settings.dry_run and (settings.evaluate or settings.find_lr or settings.doctor), "--dry_run rehearses training; leave out --evaluate, --find_lr and --doctor"),
         (settings.doctor and (settings.evaluate or settings.find_lr or settings.resume_from), "--doctor looks at the machine alone; leave out --evaluate, --find_lr and --resume_from"),

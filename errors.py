@@ -200,8 +200,8 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
         if debug or error.errno not in (*DISK_ERRORS, *FILE_LIMITS):
             raise
         if error.errno in FILE_LIMITS:
-            complain(f"error: {error.strerror}; use fewer --num_workers, or raise the limit (ulimit -n)")
-            return UsageError.status
+            mend = "use fewer --num_workers, or raise the limit (ulimit -n)"
+            return _fail(f"{error.strerror}; {mend}", UsageError.status)
         where = f" at {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror}{where}; make room or mend the disk, and resume", SnapshotError.status)
     except RuntimeError as error:
