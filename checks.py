@@ -117,7 +117,7 @@ def require_consistency(settings: Any) -> None:
         (settings.warmup_epochs >= settings.epochs, f"--warmup_epochs {settings.warmup_epochs:g} leaves nothing of --epochs {settings.epochs}; use less"),
         (settings.lr_end <= settings.lr_start, f"--lr_end {settings.lr_end:g} must be greater than --lr_start {settings.lr_start:g}"),
         (settings.lr is not None and settings.lr_from, "--lr and --lr_from both name a learning rate; give one of them"),
-        (settings.freeze_backbone >= settings.epochs, f"--freeze_backbone {settings.freeze_backbone} leaves none of --epochs {settings.epochs} for the rest of the model; use less"),
+        (settings.freeze_backbone >= settings.epochs, f"--freeze_backbone {settings.freeze_backbone} leaves none of --epochs {settings.epochs} for the rest of the model; freeze it for fewer, or train for more"),
         (missing, f"--dataset {settings.dataset} needs --{missing}: {dataset.needs.get(missing)}"),
         ("dataset_name" not in dataset.takes and (settings.dataset_name or settings.dataset_config), f"--dataset_name and --dataset_config go with --dataset hf, not with --dataset {settings.dataset}"),
         (settings.data_dir and "data_dir" not in dataset.takes, f"--dataset {settings.dataset} takes no --data_dir; leave one of them out{', or name the folder with --dataset_name' if 'dataset_name' in dataset.takes else ''}"),

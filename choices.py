@@ -83,7 +83,7 @@ class Augmentation:
 
 
 _CLASS_FOLDERS = {"data_dir": "a folder with a folder a class"}
-_SPLITS = {"data_dir": "a folder with train/ and val/, a folder a class in each"}
+_SPLITS = {"data_dir": "a folder with a folder a class, or with train/ and val/ of such"}
 _HUB_ID = {"dataset_name": "a Hub id such as timm/mini-imagenet, or a local folder"}
 _EVALUATED = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
 

@@ -27,7 +27,8 @@ def compare(folders: Sequence[str]) -> None:
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"the logs of a run cannot be read ({printable(str(error))[:100]}); leave it out") from error
     letters = [_letter(number) for number in range(len(runs))]
-    parts = [("run", [printable(folder) for folder in folders]), *settings(runs), *results(runs)]
+    differing = settings(runs) or [("no setting differs", [""] * len(runs))]
+    parts = [("run", [printable(folder) for folder in folders]), *differing, *results(runs)]
     print(*_columns(letters, parts), sep="\n")
     try:
         write_durably(Path(NAME), _page(runs, letters, folders))

@@ -203,7 +203,8 @@ def run_front_door(run: Callable[[], None], debug: bool) -> int:
             mend = "use fewer --num_workers, or raise the limit (ulimit -n)"
             return _fail(f"{error.strerror}; {mend}", UsageError.status)
         where = f" at {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror}{where}; make room or mend the disk, and resume", SnapshotError.status)
+        mend = "make room or mend the disk, then resume, or start again if there is no snapshot"
+        return _fail(f"{error.strerror}{where}; {mend}", SnapshotError.status)
     except RuntimeError as error:
         status = None if debug or peers is None else peers.status_of(error)
         if status is None:

@@ -117,9 +117,9 @@ def most_snapshots(config: Config, steps_per_epoch: int, step: int, there: int =
     kept = min(config.keep_snapshots, there + written)
     extra = ["the best one"] if config.save_best else []
     extra += ["the one before the cooldown"] if config.scheduler == "trapezoid" else []
-    replaced = config.save_best and written > 1
-    count = min(kept + 1, there + written) + len(extra) + replaced  # an older one goes when a newer one is in place
-    return count, ", ".join([f"the newest {kept}", *extra])
+    extra += ["one more while a newer one is written"] if kept < there + written else []
+    extra += ["one more while the best one is replaced"] if config.save_best and written > 1 else []
+    return kept + len(extra), ", ".join([f"the newest {kept}", *extra])
 
 
 def require_room(config: Config, data: Data, training: Training, folder: Path, step: int) -> None:
@@ -132,9 +132,10 @@ def require_room(config: Config, data: Data, training: Training, folder: Path, s
     held = sum(path.stat().st_size for path in (folder / "snapshots").glob("*.safetensors"))
     need, free = max(0, count * snapshot - held) + 2 * SPARE_BYTES, free_bytes(folder)
     if free < need:
+        fewer = ", keep fewer (--keep_snapshots)" if config.keep_snapshots > 1 else ""
         raise SnapshotError(
             f"the snapshots of this run ({kinds}, of {as_size(snapshot)} each) take {as_size(need)} more, and {folder} "
-            f"has {as_size(free)} free; make room, keep fewer (--keep_snapshots), or give another --run_dir"
+            f"has {as_size(free)} free; make room{fewer}, or give another --run_dir"
         )
     parts = [part for part in (data.train.dataset, data.val.dataset) if _is_streamed(part) and part.cache]
     unknown = config.cache_short_side or config.max_samples  # how much of the set, in which size

@@ -32,7 +32,7 @@ def load(
         table = tomllib.loads(data.decode())
     except OSError as error:
         near = difflib.get_close_matches(source, NAMES, 1)
-        hint = f"did you mean {near[0]}" if near else f"give a .toml file or one of {', '.join(NAMES)}"
+        hint = f"did you mean {near[0]}?" if near else f"give a .toml file or one of {', '.join(NAMES)}"
         raise UsageError(f"--recipe {source} cannot be read ({error.strerror}); {hint}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--recipe {path} is not TOML ({error}); mend it") from error
@@ -40,7 +40,7 @@ def load(
     for key, value in table.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}" if near else "its keys are the names of flags"
+            hint = f"did you mean {near[0]}?" if near else "its keys are the names of flags"
             raise UsageError(f"--recipe {path} has the key {key}, which no recipe may set; {hint}")
         try:
             settings |= parse([_flag(key, value)])

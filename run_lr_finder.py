@@ -109,6 +109,7 @@ def search(config: Config, data: "Data", training: "Training", folder: Path, sto
     from train import evaluate
     from training.step import train_step
 
+    print0(f"finder    up to {config.lr_iter} steps at rates from {config.lr_start:g} to {config.lr_end:g}")
     judges: list[Batch] = []
     steps = count()
 

@@ -260,7 +260,7 @@ def patiently(
             if now + delay - since > limit or refusals == REFUSALS:
                 raise
             told += asked
-            left = network.patience - (now - since)
+            left = limit - (now - since)
             asks = f"the Hub asks to wait {asked:.0f} s" if asked else f"trying on for {left:.0f} s"
             pause(delay, begun, f"{what}: {first_line(cause)}; {asks}")
 

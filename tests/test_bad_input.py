@@ -212,7 +212,7 @@ def test_a_snapshot_that_cannot_be_read_is_named(digits: Path, tmp_path: Path) -
 
 
 def test_a_run_without_a_whole_snapshot_is_named(digits: Path, tmp_path: Path) -> None:
-    assert_one_line(run("--resume_from", tmp_path), 5, str(tmp_path), "has none")
+    assert_one_line(run("--resume_from", tmp_path), 5, str(tmp_path), "holds no run", "start anew")
     copy = tmp_path / "copy"
     (copy / "snapshots").mkdir(parents=True)
     for step in (3, 6):

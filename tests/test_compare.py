@@ -43,6 +43,11 @@ def test_the_speed_of_a_run_is_that_of_all_its_epochs(runs: tuple[Path, Path]) -
     assert ["images/s", "6,429", "9,000"] in rows
 
 
+def test_runs_of_the_same_settings_are_said_to_be(tmp_path: Path, runs: tuple[Path, Path]) -> None:
+    same = write_logs(tmp_path / "same", epochs=5, lr=0.1, amp=True)
+    assert "no setting differs" in run("--compare", runs[0], same).out
+
+
 def test_a_run_without_an_epoch_is_compared_by_its_settings(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     done = run("--compare", runs[0], write_logs(tmp_path / "new", done=0))
     assert done.status == 0, done.err

@@ -53,7 +53,7 @@ def test_a_plan_is_printed_and_nothing_is_written(inside: Path) -> None:
     assert "for 2 epochs, 8 steps" in done.out
     assert line(done.out, "settings").split()[1:3] == ["--dataset", "digits"]
     assert "--max_samples 64" in line(done.out, "settings")
-    assert re.search(r"newest 2, the best one\)", line(done.out, "disk"))
+    assert re.search(r"newest 2, the best one, one more while the best one is replaced\)", line(done.out, "disk"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import csv
 import os
 import shlex
 import shutil
+import signal
 import string
 import sys
 import textwrap
@@ -190,11 +191,12 @@ def _stamp() -> str:
 
 def plan_lines(config: Config, steps: int, folder: Path) -> list[str]:
     """How much will be trained, what is logged, and how to stop and go on."""
+    stops = "Ctrl-C" if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else "SIGTERM"  # as a script's background job
     often = f", and every {config.snapshot_steps} steps" if config.snapshot_steps else ""
     lines = [
         f"plan      {config.epochs} epoch{'s' * (config.epochs > 1)} x {steps:,} steps of {config.batch_size} images = "
         f"{config.epochs * steps:,} steps; a snapshot after each epoch{often}",
-        f"stop      Ctrl-C: it writes a snapshot, and {resume_command(folder)} goes on",
+        f"stop      {stops}: it writes a snapshot, and {resume_command(folder)} goes on",
     ]
     if not on_terminal() and not config.verbose:
         lines.append(

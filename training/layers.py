@@ -50,9 +50,10 @@ def _path(layer: LayerInfo) -> str:
 
 def _row(layer: LayerInfo, operations: int) -> tuple[str, ...]:
     name = f"{'  ' * (layer.depth - 1)}{layer.var_name}" if layer.depth else "whole model"
+    kind = layer.class_name if layer.depth else str(getattr(layer.module, "name", layer.class_name))
     shape = " x ".join(map(str, layer.output_size[1:]))
     outputs = sum(map(_output_bytes, [layer, *layer.children])) / 1e6
-    return name, layer.class_name, shape, f"{layer.num_params:,}", f"{operations:,}", f"{outputs:,.1f}"
+    return name, kind, shape, f"{layer.num_params:,}", f"{operations:,}", f"{outputs:,.1f}"
 
 
 def _output_bytes(layer: LayerInfo) -> int:

@@ -146,8 +146,9 @@ def find(source: Path) -> tuple[Snapshot, list[str]]:
             found(path)
     if sound:
         return max(sound, key=_step_in), passed_over
-    reason = "; ".join(passed_over) or "it has none"
-    raise SnapshotError(f"no usable snapshot in {source}: {reason}; start anew in another --run_dir")
+    if not passed_over:
+        raise SnapshotError(f"{source} holds no run: no snapshots are in it; give the folder of one, or start anew")
+    raise SnapshotError(f"no usable snapshot in {source}: {'; '.join(passed_over)}; start anew in another --run_dir")
 
 
 def _step_in(snapshot: Snapshot) -> int:
