@@ -183,7 +183,15 @@ def told_by(*command: str) -> str:
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
 
 
-def is_run_by_uv() -> bool:
-    """Whether `uv run` started this process, and would find the project again, as it does from below it only."""
-    is_below = Path.cwd().is_relative_to(Path(__file__).resolve().parent)
-    return is_below and "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ
+def program(name: str) -> list[str]:
+    """How a program of this environment is called from where the user is.
+
+    By uv if this process was and uv finds the project, which it does from below it; by its name if that leads here; or
+    by its path: uv puts the environment on the PATH of what it runs, and not on the shell's.
+    """
+    own = Path(sys.executable) if name == "python" else Path(sys.executable).with_name(name)
+    if "UV" in os.environ and "UV_RUN_RECURSION_DEPTH" in os.environ:
+        below = Path.cwd().is_relative_to(Path(__file__).resolve().parent)
+        return ["uv", "run", name] if below else [str(own)]
+    found = shutil.which(name)
+    return [name] if found and Path(found).parent == own.parent else [str(own)]

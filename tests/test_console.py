@@ -263,7 +263,7 @@ def test_under_torchrun_the_command_starts_as_many_ranks(monkeypatch: pytest.Mon
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    monkeypatch.setattr(console, "_python", lambda: "python")
+    monkeypatch.setattr(console, "program", lambda name: [name])
     assert command("main.py", "--resume_from", "a b", ranks=8) == (
         "torchrun --nnodes 2 --nproc_per_node 4 main.py --resume_from 'a b'"
     )

@@ -228,7 +228,7 @@ def test_wandb_is_online_only_with_a_key_which_nobody_sees(tmp_path: Path, monke
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     kind = tracking.clients.WeightsAndBiases
     assert kind.mode().startswith("offline: no key")
-    assert ": wandb sync " in kind.view(tmp_path)
+    assert "wandb sync " in kind.view(tmp_path)
     for variable in ("UV", "UV_RUN_RECURSION_DEPTH"):
         monkeypatch.setenv(variable, "1")
     assert ": uv run wandb sync " in kind.view(tmp_path)

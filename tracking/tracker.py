@@ -8,7 +8,7 @@ from typing import Any
 
 from choices import TRACKERS
 from errors import UsageError
-from machine import is_run_by_uv
+from machine import program
 
 
 class Tracker:
@@ -58,7 +58,7 @@ class Tracker:
 
 def tool(*words: str) -> str:
     """A command line that starts a program of a tracker's package as this process was started."""
-    return shlex.join([*(("uv", "run") if is_run_by_uv() else ()), *words])
+    return shlex.join([*program(words[0]), *words[1:]])
 
 
 def require_packages(names: list[str]) -> None:

@@ -21,7 +21,7 @@ from beforehand import BEST, step_files
 from config import Config
 from defaults import FEWEST_FOR_TOP5
 from distributed import print0
-from machine import is_run_by_uv
+from machine import program
 from stream.files import read_small
 from units import as_rate, duration
 
@@ -261,7 +261,7 @@ def command(script: str, *arguments: object, ranks: int = 1) -> str:
     """A command line that starts one of the front doors as this process was started."""
     root = Path(__file__).resolve().parent.parent
     path = script if Path.cwd() == root else str(root / script)
-    launcher = _python()
+    launcher = shlex.join(program("python"))
     if ranks > 1:
         nodes, each = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", str(ranks))
         several = f" --nnodes {nodes}" if nodes != "1" else ""
@@ -281,11 +281,3 @@ def _quoted(argument: str) -> str:
             return shlex.quote(argument)
     shown = (chr(byte) if byte in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(argument))
     return f"$'{''.join(shown)}'"
-
-
-def _python() -> str:
-    """How this interpreter is called: by uv, as python if that is the one, or by its path."""
-    if is_run_by_uv():
-        return "uv run python"
-    found = shutil.which("python")
-    return "python" if found and Path(found).parent == Path(sys.executable).parent else shlex.quote(sys.executable)
