@@ -198,7 +198,7 @@ def _require_files(config: Config) -> None:
     """Raises UsageError where a file that the flags name cannot be read."""
     if config.class_weights not in (None, "balanced"):
         _require_file("class_weights", config.class_weights, "give a number a line")
-    if config.lr_from is not None:
+    if config.lr_from is not None and not config.find_lr:
         found = _require_file("lr_from", config.lr_from, "run run_lr_finder.py first")
         try:
             rate = json.loads(found)["suggested_lr"]
