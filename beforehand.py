@@ -61,7 +61,7 @@ def look(given: Mapping[str, Any]) -> list[str]:
     ranks.require_whole()
     if "extend_epochs" in given and given.get("resume_from", "auto") == "auto":
         raise UsageError("--extend_epochs extends a run that there is; name it: --resume_from RUN --extend_epochs N")
-    source = resumed(given)
+    source, saved = resumed(given), None
     if source is None:
         if "override" in given:
             raise UsageError("--override goes with --resume_from and a snapshot; give the flag itself")
@@ -82,7 +82,7 @@ def look(given: Mapping[str, Any]) -> list[str]:
     config.check_world(ranks.told_world())
     require_trainable(config)
     _require_data(config.dataset, vars(config))
-    _require_files(config)
+    _require_files(config, saved or {})
     if config.auto_augment:
         _require_policy(config.auto_augment)
     if source is None and config.use_pretrained:
@@ -194,11 +194,11 @@ def _require_data(dataset: str, given: Mapping[str, Any]) -> None:
         _require_file("val_labels", given["val_labels"], "give a CSV file or a label a line", DataError)
 
 
-def _require_files(config: Config) -> None:
-    """Raises UsageError where a file that the flags name cannot be read."""
-    if config.class_weights not in (None, "balanced"):
+def _require_files(config: Config, saved: Mapping[str, Any]) -> None:
+    """Raises UsageError where a file that the flags name cannot be read. A snapshot has what its own files held."""
+    if config.class_weights not in (None, "balanced", saved.get("class_weights")):
         _require_file("class_weights", config.class_weights, "give a number a line")
-    if config.lr_from is not None and not config.find_lr:
+    if config.lr_from not in (None, saved.get("lr_from")) and not config.find_lr:
         found = _require_file("lr_from", config.lr_from, "run run_lr_finder.py first")
         try:
             rate = json.loads(found)["suggested_lr"]
