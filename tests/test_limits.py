@@ -91,6 +91,8 @@ def test_shared_memory_of_64_megabytes_is_enough_and_files_may_be_few(image_set:
         "--dataset_name",
         image_set,
         *STREAM,
+        "--max_samples",
+        128,
         "--num_workers",
         40,
         "--run_dir",
