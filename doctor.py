@@ -21,7 +21,7 @@ from config import Config
 from errors import UsageError, redact
 from flags import listed
 from machine import Gpu, Machine
-from preflight import free_bytes
+from preflight import free_bytes, most_snapshots
 from speed import Speed
 from stream import jpeg, reach
 from stream.cache import FileStore
@@ -259,8 +259,8 @@ def of_disks(found: Speed, facts: Facts, config: Config) -> Iterator[Line]:
     for use, room in facts.disks.items():
         need, what = 0.0, ""
         if use == "snapshots" and found.snapshot:
-            count = config.keep_snapshots + 1 + config.save_best + (config.scheduler == "trapezoid")
-            need, what = count * found.snapshot, f"{count} snapshots of {as_size(found.snapshot)}"
+            count, kinds = most_snapshots(config, steps_per_epoch=1, step=0)
+            need, what = count * found.snapshot, f"snapshots of {as_size(found.snapshot)} ({kinds})"
         elif use != "snapshots" and config.dataset == "imagenet1k" and not config.dummy_data and not config.max_samples:
             limit = config.cache_limit_gb if use == "cache" else None
             need = max(0, (min(IMAGENET_BYTES, limit * 1e9) if limit else IMAGENET_BYTES) - room.held)
