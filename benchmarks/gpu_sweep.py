@@ -1,12 +1,13 @@
 """Training images/s of ResNet-50 on one GPU, variant by variant, smallest risk first.
 
     timeout 420 python benchmarks/gpu_sweep.py --budget 405            # 224 pixels, batch 256
-    python benchmarks/gpu_sweep.py --only graph 160                    # those whose name has one of the words
+    python benchmarks/gpu_sweep.py --only "eager, bf16"                # variants by their names
     python benchmarks/gpu_sweep.py --model resnet18 --image_size 40 --batch_size 4 --steps 1 --rounds 1  # dry, on a CPU
 
 A table line is written as soon as a variant is done, to sweep.md in $OUT too. Each has a process of its own, which is
 killed when its time is over; its last line counts. All, timm's model too, train from uint8 images on the device by
-`train_step`. Clocks and watts show throttling.
+`train_step`. Clocks and watts show throttling. --profile writes where the time of three steps goes, by kernels, to
+profile.txt.
 """
 
 import argparse
@@ -97,15 +98,15 @@ VARIANTS: list[tuple[str, int, dict[str, Any]]] = [  # name, its seconds, what d
     ("compiled, bf16", 120, {"compile": True}),
     ("compiled, bf16, step in a CUDA graph", 60, {"compile": True, "graph": True}),
     ("timm: compiled, bf16", 100, {"change": lambda training: use_timm(training, True)}),
-    ("eager, bf16, stem of 4 channels", 35, {"change": pad_stem}),
-    ("compiled, bf16, batch 512", 100, {"compile": True, "scale": 2}),
-    ("compiled, fp16 with its scaler", 100, {"compile": True, "amp_dtype": "fp16"}),
-    ("compiled, bf16, 1x1 as mm, max-autotune", 150, {"compile": True, "options": AUTO, "setup": ONE_BY_ONE}),
-    ("compiled, bf16, 160 pixels", 90, {"compile": True, "size": 160}),
+    ("eager, float32 with TF32", 35, {"amp": False}),
     ("eager, bf16, step in a CUDA graph", 40, {"graph": True}),
+    ("eager, bf16, stem of 4 channels", 35, {"change": pad_stem}),
+    ("compiled, bf16, 160 pixels", 90, {"compile": True, "size": 160}),
+    ("compiled, fp16 with its scaler", 100, {"compile": True, "amp_dtype": "fp16"}),
+    ("compiled, bf16, batch 512", 100, {"compile": True, "scale": 2}),
+    ("compiled, bf16, 1x1 as mm, max-autotune", 150, {"compile": True, "options": AUTO, "setup": ONE_BY_ONE}),
     ("compiled, bf16, combo kernels, multi-kernel", 100, {"compile": True, "setup": COMBINED}),
     ("eager, fp16 with its scaler", 35, {"amp_dtype": "fp16"}),
-    ("eager, float32 with TF32", 35, {"amp": False}),
 ]
 
 
@@ -137,6 +138,15 @@ def timed(work: Callable[[], Any], times: int, on_gpu: bool) -> float:
     return (time.perf_counter() - begun) / times
 
 
+def profile(name: str, train: Callable[[], Any]) -> None:
+    """Appends the kernels that take most of three steps to profile.txt."""
+    with torch.profiler.profile() as found:
+        timed(train, 3, torch.cuda.is_available())
+    rows = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90)
+    with Path(os.environ.get("OUT", "."), "profile.txt").open("a") as file:
+        file.write(f"{name}\n{rows}\n")
+
+
 def measure(given: argparse.Namespace, number: int, pipe: Any) -> None:
     """Times a variant, and sends its table line after each round."""
     os.setsid()
@@ -164,6 +174,8 @@ def measure(given: argparse.Namespace, number: int, pipe: Any) -> None:
             cells.append(f"{rate * GFLOP / 1e3:.0f}" if full else "")
             cells += [f"{rate * FUSED_BYTES / speed:.0%}" if full else "", power, f"{speed / 1e12:.2f}"]
             pipe.send("| " + " | ".join(cells) + " |")
+        if name in given.profile:
+            profile(name, train)
     except BaseException as error:  # whatever it is, the next variant is to run
         pipe.send(
             f"| {name} | after {time.perf_counter() - started:.0f} s {type(error).__name__}: {str(error)[:120]!r} |"
@@ -200,7 +212,8 @@ def main() -> None:
     defaults = {"image_size": 224, "batch_size": 256, "steps": 20, "rounds": 5, "budget": 405, "limit": 0}
     for name, default in defaults.items():
         flags.add_argument(f"--{name}", type=int, default=default)
-    flags.add_argument("--only", nargs="*", default=[""])
+    flags.add_argument("--only", nargs="*", metavar="VARIANT")
+    flags.add_argument("--profile", nargs="*", default=[], metavar="VARIANT")
     flags.add_argument("--model", default="resnet50", help="another one for a dry run; timm's stays what it is")
     given, started = flags.parse_args(), time.monotonic()
     assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # or no forked process could use it
@@ -208,7 +221,7 @@ def main() -> None:
     tell(f"torch {torch.__version__}; {shape}\n\n| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     for number, (name, limit, _) in enumerate(VARIANTS):
         left = given.budget - (time.monotonic() - started)
-        if left > 20 and any(word in name for word in given.only):
+        if left > 20 and (given.only is None or name in given.only):
             tell(run(given, number, min(given.limit or limit, left)))
 
 

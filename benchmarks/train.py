@@ -2,11 +2,12 @@
 
     uv run python benchmarks/train.py                                                           # a GPU: 224 pixels
     uv run python benchmarks/train.py --image_size 64 --batch_size 32 --images 512              # the same on a CPU
-    uv run python benchmarks/train.py --scaling 1 2 4 8 16             # images/s of the loader alone, by its processes
+    uv run python benchmarks/train.py --alone --workers 1 2 4 8 16     # images/s of the loader alone, by its processes
     uv run python benchmarks/train.py --cifar              # small images kept on the device, against a DataLoader
 
-Photographs of ImageNet's sizes, from parquet files on the local disk and from a Hub on this machine. An epoch is timed
-from its fifth batch on, up to the end of its last step. On a GPU in bf16, compiled with --compile.
+Photographs of ImageNet's sizes: from parquet files on the local disk, from a Hub on this machine, and from the cache of
+that Hub, which the epoch before the first round fills. An epoch is timed from its fifth batch on, up to the end of its
+last step. On a GPU in bf16, compiled with --compile.
 """
 
 import argparse
@@ -43,7 +44,6 @@ from config import Config, resolve
 from model_resnet50 import build_model
 from preprocess import batch_augment, get_data_loaders
 from stream.augment import IMAGENET_MEAN, IMAGENET_STD
-from stream.kept import reduce
 from stream.loader import Loader
 from stream.local import LocalDataset
 from stream.order import epoch_order
@@ -56,16 +56,19 @@ DRAWN = 512  # different photographs; a larger set repeats them
 WARMUP_BATCHES = 4
 PHOTOGRAPHS = 12_288
 CIFAR_IMAGES = 50_000
+FORMS: dict[str, dict[str, Any]] = {  # where the images come from, beside local files
+    "a Hub": {},
+    "a cache of JPEGs": {"cache_format": "jpeg", "cache_short_side": 256},
+    "a cache of planes": {"cache_format": "planes"},
+}
 IMAGENET_CLASSES = 1000
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 Turn = Callable[[int], float]  # the number of an epoch -> images a second
 
 
-def make_set(folder: Path, count: int, short_side: int | None) -> None:
+def make_set(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     drawn = [encode(draw(number % CLASSES, rng)) for number in range(min(count, DRAWN))]
-    if short_side:
-        drawn = [reduce(image, short_side) for image in drawn]
     images = [drawn[number % len(drawn)] for number in range(count)]
     write_parquet(folder / "datasets" / REPO_ID, images, np.arange(count) % CLASSES)
 
@@ -132,6 +135,7 @@ def in_turn(systems: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
     for number in range(1, rounds + 1):
         for name, epoch in systems.items():
             found[name].append(epoch(number))
+            print(f"{name}: {found[name][-1]:,.0f} images/s", file=sys.stderr)
     return found
 
 
@@ -145,19 +149,29 @@ def table(found: dict[str, list[float]], title: str) -> str:
     return "\n".join(lines)
 
 
-def feed(given: argparse.Namespace, folder: Path) -> None:
-    """Steps fed from the disk and from a Hub, against steps on one batch."""
-    configs = {
-        "fed from local shards": settings(given, dataset="hf", dataset_name=str(folder / "datasets" / REPO_ID)),
-        "fed from a Hub on this machine": settings(given, dataset="imagenet1k"),
+def loaders_of(given: argparse.Namespace, folder: Path) -> dict[str, Loader]:
+    """A loader for each source of images and number of processes."""
+    local = {"dataset": "hf", "dataset_name": str(folder / "datasets" / REPO_ID)}
+    sources = {"local files": local} | {
+        name: {"dataset": "imagenet1k", **form, **({"cache_dir": str(folder / name)} if form else {})}
+        for name, form in FORMS.items()
     }
-    loaders = {name: get_data_loaders(config, DEVICE).train for name, config in configs.items()}
-    step = step_of(next(iter(configs.values())), IMAGENET_CLASSES)
+    return {
+        f"{name}, {workers} processes": get_data_loaders(settings(given, num_workers=workers, **source), DEVICE).train
+        for workers in given.workers
+        for name, source in sources.items()
+    }
+
+
+def feed(given: argparse.Namespace, folder: Path) -> None:
+    """Steps fed from each source, against steps on one batch."""
+    loaders = loaders_of(given, folder)
+    step = step_of(settings(given, dataset="imagenet1k"), IMAGENET_CLASSES)
     first = next(iter(loaders.values()))
     images, labels, _ = next(iter(first))
     same = [(images, labels)] * len(first)
     systems: dict[str, Turn] = {"one batch, again and again": lambda _: images_per_s(iter(same), step)}
-    systems |= {name: fed_by(loader, step) for name, loader in loaders.items()}
+    systems |= {f"fed from {name}": fed_by(loader, step) for name, loader in loaders.items()}
     write_down("Training, fed", given, in_turn(systems, given.rounds))
 
 
@@ -167,13 +181,9 @@ def step_of(config: Config, classes: int) -> Step:
     return lambda images, labels: train_step(training, images, labels)
 
 
-def scaling(given: argparse.Namespace, folder: Path) -> None:
-    """The loader alone, up to batches on the device, by its number of decoding processes."""
-    systems = {}
-    for workers in given.scaling:
-        flags = {"dataset": "hf", "dataset_name": str(folder / "datasets" / REPO_ID), "num_workers": workers}
-        loader = get_data_loaders(settings(given, **flags), DEVICE).train
-        systems[f"{workers} processes"] = fed_by(loader, lambda *_: None)
+def alone(given: argparse.Namespace, folder: Path) -> None:
+    """The loader alone, up to batches on the device."""
+    systems = {name: fed_by(loader, lambda *_: None) for name, loader in loaders_of(given, folder).items()}
     write_down("Loader, by its processes", given, in_turn(systems, given.rounds))
 
 
@@ -234,8 +244,7 @@ def standard_script(dataset: Generated, given: argparse.Namespace) -> Turn:
 
 def write_down(title: str, given: argparse.Namespace, found: dict[str, list[float]]) -> None:
     on = torch.cuda.get_device_name() if ON_GPU else f"{torch.get_num_threads()} threads"
-    size = f" of a short side of {given.short_side}" if given.short_side else ""
-    shape = f"{given.model}, {given.images} images{size} to {given.image_size} pixels, batch {given.batch_size}"
+    shape = f"{given.model}, {given.images} images to {given.image_size} pixels, batch {given.batch_size}"
     set_up = f"{on}{', compiled' if given.compile else ''}. {shape}; {given.rounds} rounds in turn."
     record(title, set_up, table(found, "its / the first's"), installed_versions())
 
@@ -246,12 +255,10 @@ def main() -> None:
     flags.add_argument("--image_size", type=int, default=224)
     flags.add_argument("--batch_size", type=int, default=256)
     flags.add_argument("--images", type=int, help=f"in an epoch; {PHOTOGRAPHS}, or {CIFAR_IMAGES} with --cifar")
-    flags.add_argument(
-        "--short_side", type=int, help="reduce the photographs to so many pixels, as a cache may keep them"
-    )
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--compile", action="store_true")
-    flags.add_argument("--scaling", type=int, nargs="+", metavar="PROCESSES")
+    flags.add_argument("--alone", action="store_true", help="time the loader alone, without training")
+    flags.add_argument("--workers", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], metavar="PROCESSES")
     flags.add_argument("--cifar", action="store_true")
     given = flags.parse_args()
     given.images = given.images or (CIFAR_IMAGES if given.cifar else PHOTOGRAPHS)
@@ -259,11 +266,9 @@ def main() -> None:
         given.model, given.image_size = "resnet18", 32
         return cifar(given)
     folder = Path(HOME.name)
-    make_set(folder, given.images, given.short_side)
-    if given.scaling:
-        return scaling(given, folder)
+    make_set(folder, given.images)
     with hub(folder):
-        feed(given, folder)
+        (alone if given.alone else feed)(given, folder)
 
 
 if __name__ == "__main__":
