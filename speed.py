@@ -17,6 +17,7 @@ from preprocess import train_transform
 from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import decode_into
 from stream.retry import first_line
+from stream.shared import in_memory
 from training.state import snapshot_bytes
 from training.step import Training, build_training, train_step
 
@@ -85,14 +86,15 @@ def decoding_rate(config: Config) -> float:
     ready = threading.Barrier(threads)
 
     def decode_some(number: int, rounds: int) -> None:
-        out = np.empty((TASK, size, size, 3), np.uint8)
+        shape = (TASK, size, size, 3)
+        out = np.empty(shape, np.uint8) if pool is None else pool.memory.array(shape)
         chosen = [photographs[(number + rounds + place) % PHOTOGRAPHS] for place in range(TASK)]
         jobs = [Job(image, (number, rounds, place), sound=True) for place, image in enumerate(chosen)]
         if pool is not None:
             pool.run(packed, jobs, out)
             return
         for row, job in zip(out, jobs, strict=True):
-            decode_into(row, job.image, transform, job.seed, job.sound)
+            decode_into(row, in_memory(job.image), transform, job.seed, job.sound)
 
     def decode(number: int) -> float:
         try:

@@ -18,6 +18,7 @@ from preprocess import eval_transform
 from results.formats import PROGRAMS, Loaded, Order, channels_of
 from stream.formats import UnreadableImage
 from stream.images import Transform
+from stream.shared import in_memory
 from stream.transforms import AlbumentationsAdapter
 from training.predictor import Predictor, normalize_of
 from training.sources import Source
@@ -143,7 +144,7 @@ def _validation_images(source: Source) -> list[bytes]:
     transform = eval_transform(settings_of(source))
     for place in np.linspace(0, len(val) - 1, min(2 * IMAGES, len(val))).astype(int).tolist():
         try:
-            image, _ = val.reader(np.array([place])).read(place)
+            image = in_memory(val.reader(np.array([place])).read(place)[0])
             encoded = _png(image) if isinstance(image, np.ndarray) else bytes(image)
             _picture(encoded)
             _transformed(transform, encoded)

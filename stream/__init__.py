@@ -47,6 +47,8 @@ How it becomes a batch
     loader       StreamingDataLoader: batches in the order of an epoch
     resident     ResidentLoader: a small dataset in the device's memory
     decode_pool  processes that decode and transform
+    shared       memory that they share with the loader: batches, and files of a cache
+    transfer     batches on their way to the device
     images       encoded images -> resized and transformed pixels
     transforms   pipelines of albumentations: what is done to each image
     pictures     encoded images -> pixels, by one rule for all formats

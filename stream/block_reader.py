@@ -6,15 +6,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from stream.blocks import BlockData
 from stream.cache import FileStore
-from stream.images import UnreadableImage
 from stream.loader import POLL_SECONDS, Cancelled
 from stream.retry import say
+from stream.shared import InFile
 
 if TYPE_CHECKING:
     from stream.parquet import Block
@@ -89,13 +89,10 @@ class BlockReader:
         for thread in self._threads:
             thread.start()
 
-    def read(self, sample_id: int) -> tuple[Any, int]:
+    def read(self, sample_id: int) -> tuple[memoryview | InFile, int]:
         blocks, rows = self._dataset.locate(np.array([sample_id]))
         data, row = self._block(int(blocks[0])), int(rows[0])
-        image = data.images[row].as_buffer()
-        if not image:
-            raise UnreadableImage("the dataset has no image here")
-        return image, int(data.labels[row])
+        return data.image(row), int(data.labels[row])
 
     def release(self, ids: np.ndarray) -> None:
         blocks, counts = np.unique(self._dataset.locate(ids)[0], return_counts=True)

@@ -8,16 +8,57 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from stream.images import UnreadableImage
+from stream.shared import DIGEST, InFile
+
+NO_IMAGE = "the dataset has no image here"
 LARGE = 2**21  # bytes: from here on pages of 2 MiB, which are ten times as quick to fill
 ROOM = 2**16  # bytes: more than the schema and the first offsets take
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockData:
     """Encoded images (binary) and their labels (int64)."""
 
     images: pa.ChunkedArray
     labels: np.ndarray
+
+    def image(self, row: int) -> "memoryview | InFile":
+        """Raises UnreadableImage where there is none."""
+        image = self.images[row].as_buffer()
+        if not image:
+            raise UnreadableImage(NO_IMAGE)
+        return memoryview(image)
+
+
+class KeptBlock(BlockData):
+    """A block in a file of a cache, of which `kept` is mapped: a decoding process can read it there itself."""
+
+    def __init__(self, images: pa.ChunkedArray, labels: np.ndarray, path: str, kept: memoryview) -> None:
+        super().__init__(images, labels)
+        file = memoryview(kept.obj)  # from its digest on
+        first = np.frombuffer(file, np.uint8).__array_interface__["data"][0]
+        parts = [_places(chunk) for chunk in images.chunks]
+        starts, ends = (np.concatenate(part) - first for part in zip(*parts, strict=True))
+        self._places = [*zip(starts.tolist(), ends.tolist(), strict=True)]
+        self._file = path, bytes(file[:DIGEST]), file
+
+    def image(self, row: int) -> InFile:
+        """Raises UnreadableImage where there is none."""
+        start, end = self._places[row]
+        if start == end:
+            raise UnreadableImage(NO_IMAGE)
+        path, digest, file = self._file
+        return InFile(path, digest, start, end - start, file[start:end])
+
+
+def _places(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Where each value of binary data begins and ends in memory; the same where there is none."""
+    _, offsets, values = chunk.buffers()
+    width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+    ends = np.frombuffer(offsets, width)[chunk.offset : chunk.offset + len(chunk) + 1].astype(np.int64)
+    begin = values.address if values else 0
+    return begin + ends[:-1], begin + np.where(np.asarray(chunk.is_valid()), ends[1:], ends[:-1])
 
 
 def to_bytes(batches: Iterator[pa.RecordBatch], expected: int) -> memoryview:

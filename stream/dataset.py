@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from errors import DataError
 from stream.block_reader import BlockReader
-from stream.blocks import BlockData, to_bytes
+from stream.blocks import BlockData, KeptBlock, to_bytes
 from stream.cache import Bytes, FileStore
 from stream.data_files import in_blocks, is_tar
 from stream.explain import one_line_errors
@@ -220,11 +220,10 @@ class HuggingFaceImageNetDataset:
 
     def find_block(self, number: int) -> BlockData | None:
         """A block in the cache, memory-mapped from disk, or None."""
-        kept = self.cache.find(self.cache_name(number)) if self.cache else None
-        if kept is None:
+        if self.cache is None or (kept := self.cache.find(name := self.cache_name(number))) is None:
             return None
-        table = pa.ipc.open_stream(kept).read_all()
-        return BlockData(table["image"], self._numbered(table["label"].to_numpy()))
+        table, path = pa.ipc.open_stream(kept).read_all(), str(self.cache.folder / name)
+        return KeptBlock(table["image"], self._numbered(table["label"].to_numpy()), path, kept)
 
     def estimated_labels(self) -> np.ndarray | None:
         """A label for each sample, estimated from the smallest and largest label of its row group; None if unknown.

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +27,10 @@ if __name__ == "__main__":
 
 from errors import SIGNALS, UsageError
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
+from stream.shared import InFile, MappedFiles, Region, SharedMemory, anonymous_file
 
 PROCESS_BYTES = 60 * 2**20  # memory that a decoding process does not share, as measured on Linux
-ARENA_BYTES = 4 * 2**20  # shared memory for the images of one task and their results; a large image gets more
+ARENA_BYTES = 4 * 2**20  # shared memory for the encoded images of one task; a large image gets more
 ANSWER_SECONDS = 300.0  # for one task, which takes less than a second
 GIVEN_UP_SECONDS = 2.0
 POLL_SECONDS = 0.2
@@ -48,7 +49,7 @@ def pack(transform: Transform) -> bytes:
 class Job(NamedTuple):
     """An image to be decoded, and what its transform is given, see `stream.images.Transform`."""
 
-    image: EncodedImage
+    image: EncodedImage | InFile
     seed: tuple[int, ...]
     sound: bool = False
 
@@ -59,6 +60,10 @@ class WorkerDied(Exception):
 
 class EndsProcess(UnreadableImage):
     """An image that twice ended the process that was to decode it, or got no answer from it."""
+
+
+class Moved(Exception):
+    """The file of an InFile is gone, or another one by now."""
 
 
 class _NoAnswer(Exception):
@@ -74,6 +79,7 @@ class DecodingPool:
 
     def __init__(self, processes: int) -> None:
         allow_files(processes)
+        self.memory = SharedMemory()
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._in_vain = 0  # processes that were replaced since the last answer
         control = _start_nursery()
@@ -83,11 +89,29 @@ class DecodingPool:
     def run(
         self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool] = lambda: False
     ) -> list[Exception | None]:
-        """Decode images and apply a packed transform, into `out`, uint8 (N, H, W, 3).
+        """Decode images and apply a packed transform, into `out`, uint8 (N, H, W, 3), which `memory` made or a copy is
+        made to.
 
-        Returns for each image None, or the reason it cannot be read; its row of `out` is then unchanged. Of images that
-        get no answer together each is tried alone, once. Raises WorkerDied, also GIVEN_UP_SECONDS after `given_up()`.
+        Returns for each image None, or the reason it cannot be read; its row of `out` then holds anything. Of images
+        that get no answer together each is tried alone, once. Raises WorkerDied, also GIVEN_UP_SECONDS after
+        `given_up()`.
         """
+        if self.memory.find(out) is None:
+            shared = self.memory.array(out.shape)
+            shared[:] = out
+            found = self.run(transform, jobs, shared, given_up)
+            out[:] = shared
+            return found
+        found = self._run(transform, jobs, out, given_up)
+        for number, reason in enumerate(found):
+            if isinstance(reason, Moved) and isinstance(image := jobs[number].image, InFile):
+                again = jobs[number]._replace(image=image.data)
+                found[number : number + 1] = self._run(transform, [again], out[number : number + 1], given_up)
+        return found
+
+    def _run(
+        self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool]
+    ) -> list[Exception | None]:
         worker = self._idle.get()
         found: list[Exception | None] = []
         alone = False
@@ -95,12 +119,13 @@ class DecodingPool:
             while len(found) < len(jobs):
                 part = slice(len(found), len(found) + 1 if alone else None)
                 try:
-                    found += worker.run(transform, jobs[part], out[part], given_up)
+                    found += worker.run(transform, jobs[part], out[part], self.memory, given_up)
                     self._in_vain = 0
                 except _NoAnswer as error:
                     worker.restart()
                     self._in_vain += not given_up()
                     if self._in_vain >= MOST_IN_VAIN or given_up():
+                        self.memory.discard(out)
                         raise WorkerDied from error
                     found += [EndsProcess(*error.args)] if alone else []
                     alone = True
@@ -140,14 +165,6 @@ def _pool_of(processes: int, pid: int) -> DecodingPool:
     return DecodingPool(processes)
 
 
-def _anonymous_file() -> int:
-    """The descriptor of an empty file that no other process can open: in memory on Linux."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("decoding")
-    with TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
 def _start_nursery() -> socket.socket:
     """Start the process that forks the decoding ones; returns the socket at which it is asked to, see `main`."""
     ours, theirs = socket.socketpair()
@@ -163,7 +180,7 @@ def _start_nursery() -> socket.socket:
 
 
 class _Worker:
-    """A decoding process, seen from its user. The arena holds the transformed images, then the encoded ones."""
+    """A decoding process, seen from its user. The arena holds the encoded images of a task."""
 
     def __init__(self, control: socket.socket, number: int) -> None:
         self._control = control
@@ -174,8 +191,8 @@ class _Worker:
     def restart(self) -> None:
         """Have the process killed, if there is one, and another one forked. Raises OSError."""
         ours, theirs = socket.socketpair()
-        arena = _anonymous_file()
-        os.ftruncate(arena, ARENA_BYTES)
+        arena = anonymous_file(ARENA_BYTES)
+        self._known: set[int] = set()  # the regions of memory that it has
         self._connection = Connection(ours.detach())
         self._arena = open(arena, "r+b", buffering=0)  # noqa: SIM115 (closed with this object)
         self._memory = mmap.mmap(arena, 0)
@@ -183,33 +200,42 @@ class _Worker:
             socket.send_fds(self._control, [self._number.to_bytes(NUMBER_BYTES, "big")], [theirs.fileno(), arena])
 
     def run(
-        self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool]
+        self,
+        transform: bytes,
+        jobs: Sequence[Job],
+        out: np.ndarray,
+        memory: SharedMemory,
+        given_up: Callable[[], bool],
     ) -> list[Exception | None]:
         """As `DecodingPool.run`, for the first images that fit into ARENA_BYTES, and at least one. Raises _NoAnswer."""
-        parts = [_bytes(job.image) for job in jobs]
-        ends = np.cumsum([len(part) for part in parts]) + out[0].nbytes * np.arange(1, len(jobs) + 1)
+        parts = [b"" if isinstance(job.image, InFile) else _bytes(job.image) for job in jobs]
+        ends = np.cumsum([len(part) for part in parts])
         count = max(1, int(np.searchsorted(ends, ARENA_BYTES, side="right")))
         self._make_room(int(ends[count - 1]))
-        at, places = out[:count].nbytes, []
-        for (image, *given), part in zip(jobs[:count], parts, strict=False):
-            self._memory[at : at + len(part)] = part
-            places.append((at, len(part), image.shape if isinstance(image, np.ndarray) else None, *given))
-            at += len(part)
+        arena, places = np.frombuffer(self._memory, np.uint8), []
+        for (image, *given), part, end in zip(jobs[:count], parts, ends.tolist(), strict=False):
+            at = end - len(part)
+            arena[at:end] = np.frombuffer(part, np.uint8)  # which lets other threads run
+            shape = image.shape if isinstance(image, np.ndarray) else None
+            places.append((image[:-1] if isinstance(image, InFile) else (at, len(part), shape), *given))
+        region, offset = memory.find(out) or (None, 0)
+        assert region is not None
         try:
-            self._connection.send((transform, out.shape[1:], places))
+            self._share(region)
+            self._connection.send((memory.numbers(), transform, (region.number, offset, out[:count].shape), places))
             self._await_answer(given_up)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise _NoAnswer("it ended the decoding process") from error
         if isinstance(answer, str):
             raise RuntimeError(f"a decoding process failed:\n{answer}")
-        found = np.frombuffer(self._memory, np.uint8, out[:count].nbytes).reshape(out[:count].shape)
-        readable = [problem is None for problem in answer]
-        if all(readable):
-            out[:count] = found
-        else:
-            out[:count][readable] = found[readable]
         return list(answer)
+
+    def _share(self, region: Region) -> None:
+        if region.number not in self._known:
+            self._connection.send((region.number, region.size))
+            reduction.send_handle(self._connection, region.descriptor, None)
+            self._known.add(region.number)
 
     def _await_answer(self, given_up: Callable[[], bool]) -> None:
         left = ANSWER_SECONDS  # counted in polls, so that the time of a stopped job is not
@@ -266,19 +292,30 @@ def _end_with(parent: int) -> None:
 def serve(connection: Connection, arena: int) -> None:
     """The loop of a decoding process."""
     memory = memoryview(mmap.mmap(arena, 0))
+    regions: dict[int, mmap.mmap] = {}
     transforms: dict[bytes, Transform] = {}
+    files = MappedFiles()
     while True:
-        pickled, shape, jobs = connection.recv()
+        message = connection.recv()
+        if len(message) == 2:
+            number, size = message
+            regions[number] = mmap.mmap(descriptor := reduction.recv_handle(connection), size)
+            os.close(descriptor)
+            continue
+        live, pickled, (number, offset, shape), jobs = message
+        regions = {known: regions[known] for known in live if known in regions}
         if os.fstat(arena).st_size > len(memory):
             memory = memoryview(mmap.mmap(arena, 0))
         try:
             if pickled not in transforms:
                 transforms[pickled] = pickle.loads(pickled)
-            out = np.frombuffer(memory, np.uint8, len(jobs) * int(np.prod(shape))).reshape(len(jobs), *shape)
+            out = np.frombuffer(regions[number], np.uint8, int(np.prod(shape)), offset).reshape(shape)
+            images = (files.find(*at) if isinstance(at[0], str) else _image(memory, *at) for at, *_ in jobs)
             answer: Any = [
-                decode_into(row, _image(memory[at : at + size], pixels), transforms[pickled], *given)
-                for row, (at, size, pixels, *given) in zip(out, jobs, strict=True)
+                Moved() if image is None else decode_into(row, image, transforms[pickled], *given)
+                for row, image, (_, *given) in zip(out, images, jobs, strict=True)
             ]
+            del out  # which would keep memory that is given up
         except Exception:
             answer = traceback.format_exc()
         connection.send(answer)
@@ -288,8 +325,9 @@ def _bytes(image: EncodedImage) -> memoryview:
     return np.ascontiguousarray(image).data.cast("B") if isinstance(image, np.ndarray) else memoryview(image).cast("B")
 
 
-def _image(data: memoryview, shape: tuple[int, ...] | None) -> EncodedImage:
+def _image(memory: memoryview, at: int, size: int, shape: tuple[int, ...] | None) -> EncodedImage:
     """An image in the arena: encoded, or pixels of this shape."""
+    data = memory[at : at + size]
     return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
 

@@ -18,12 +18,14 @@ from errors import DataError, printable
 from stream.augment import BatchAugment
 from stream.decode_pool import EndsProcess, Job, WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
+from stream.shared import InFile, in_memory
 from stream.source import ImageDataset
+from stream.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
-SAMPLES_PER_TASK = 8
+SAMPLES_PER_TASK = 32  # at most
 UNREADABLE = -1
 FEW_BAD = 10  # images that cannot be read end no run, however small the set is
 POLL_SECONDS = 0.2
@@ -75,7 +77,7 @@ class Loader(ABC):
         self.of_epoch: Callable[[int], tuple[int, Transform]] | None = None  # size and transform, where these change
         self.epoch = 0
         self.start = 0
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.transfer = Transfer(device)
         self._steps = len(dataset) // (batch_size * ranks) if train else -(-sum(map(len, order(0))) // batch_size)
 
     def __len__(self) -> int:
@@ -103,17 +105,10 @@ class Loader(ABC):
         ]
 
     def _on_device(self, batch: Batch, epoch: int) -> Batch:
-        with torch.cuda.stream(self._copies):  # no stream at all on a CPU
-            images = batch.images.to(self.device, non_blocking=True)
-            labels = batch.labels.to(self.device, non_blocking=True)
-            if self.augment is not None:
-                images = self.augment(images, batch.ids, epoch)
-        if self._copies is not None:
-            user = torch.cuda.current_stream(self.device)
-            user.wait_stream(self._copies)
-            images.record_stream(user)
-            labels.record_stream(user)
-        return Batch(images, labels, batch.ids)
+        def augmented(images: torch.Tensor) -> torch.Tensor:
+            return images if self.augment is None else self.augment(images, batch.ids, epoch)
+
+        return Batch(*self.transfer(batch.images, batch.labels, augmented), batch.ids)
 
 
 def ids_of(streams: list[np.ndarray], spans: list[tuple[int, int]]) -> np.ndarray:
@@ -221,15 +216,17 @@ class _EpochReader:
     def _begin(self, parts: list[tuple[int, int]]) -> _Begun:
         """Start filling a batch; without threads, fill it at once."""
         places = [(stream, position) for stream, span in enumerate(parts) for position in range(*span)]
-        size, pin = self._loader.image_size, self._loader.device.type == "cuda"  # PyTorch keeps pinned memory for reuse
-        batch = Batch(
-            torch.empty((len(places), size, size, 3), dtype=torch.uint8, pin_memory=pin),
-            torch.empty(len(places), dtype=torch.int64, pin_memory=pin),
-            torch.empty(len(places), dtype=torch.int64),
-        )
-        tasks = []
-        for first in range(0, len(places), SAMPLES_PER_TASK):
-            rows = slice(first, first + SAMPLES_PER_TASK)
+        size, pin = self._loader.image_size, self._loader.transfer.pin is not None
+        shape, tasks, each = (len(places), size, size, 3), [], len(places)
+        if self._loader.pool is None:
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        else:
+            pixels = torch.from_numpy(self._loader.pool.memory.array(shape, self._loader.transfer.pin))
+            each = min(SAMPLES_PER_TASK, -(-len(places) // self._loader.num_workers))
+        numbers = (torch.empty(len(places), dtype=torch.int64, pin_memory=pinned) for pinned in (pin, False))
+        batch = Batch(pixels, *numbers)
+        for first in range(0, len(places), each):
+            rows = slice(first, first + each)
             images, labels, ids = (tensor[rows].numpy() for tensor in batch)
             fill = partial(self._fill, images, labels, ids, places[rows])
             if self._threads is None:
@@ -253,11 +250,13 @@ class _EpochReader:
         """Fill these rows of a batch with the samples at these places."""
         if self._closed:
             return
-        encoded = []
+        encoded, asked = [], perf_counter()
         for row, (stream, position) in enumerate(places):
             ids[row] = self._streams[stream][position]
             image, labels[row] = self._read(int(ids[row]))
             encoded.append(image)
+        with self._lock:
+            self._loader.read_seconds += perf_counter() - asked
         for row, error in enumerate(self._decode(encoded, ids, images)):
             if error is None:
                 continue
@@ -286,24 +285,22 @@ class _EpochReader:
             yield from order[position + (number == 0) :].tolist()
             yield from order[:position].tolist()
 
-    def _read(self, sample_id: int) -> tuple[EncodedImage | UnreadableImage, int]:
+    def _read(self, sample_id: int) -> tuple[EncodedImage | InFile | UnreadableImage, int]:
         """A sample, or the reason why it cannot be read, with a label of no use."""
-        asked, sample_id = perf_counter(), self._loader.real(sample_id)
+        sample_id = self._loader.real(sample_id)
         if sample_id in self._loader.ends_process:
             return self._loader.ends_process[sample_id], 0
         try:
             image, label = self._reader.read(sample_id)
         except UnreadableImage as error:
             return error, 0
-        with self._lock:
-            self._loader.read_seconds += perf_counter() - asked
         dataset = self._loader.dataset
         if not 0 <= label < len(dataset.classes):
             raise DataError(f"{dataset.name(sample_id)} has the label {label}, which is no class; mend the dataset")
         return image, label
 
     def _decode(
-        self, found: list[EncodedImage | UnreadableImage], ids: np.ndarray, out: np.ndarray
+        self, found: list[EncodedImage | InFile | UnreadableImage], ids: np.ndarray, out: np.ndarray
     ) -> list[Exception | None]:
         loader = self._loader
         encoded = [b"" if isinstance(image, UnreadableImage) else image for image in found]
@@ -313,7 +310,7 @@ class _EpochReader:
         try:
             if loader.pool is None:
                 reasons = [
-                    decode_into(row, job.image, loader.transform, job.seed, job.sound)
+                    decode_into(row, in_memory(job.image), loader.transform, job.seed, job.sound)
                     for row, job in zip(out, jobs, strict=True)
                 ]
             else:

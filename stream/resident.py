@@ -32,7 +32,7 @@ class ResidentLoader(Loader):
             yield self._on_device(self._pick(torch.from_numpy(ids_of(streams, parts))), epoch)
 
     def _pick(self, ids: torch.Tensor) -> Batch:
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self.transfer.stream):
             places = self.real(ids).to(self.device, non_blocking=True)
             return Batch(_resize(self._images[places], self.image_size), self._labels[places], ids)
 

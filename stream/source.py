@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from stream.images import EncodedImage
+from stream.shared import InFile
 
 
 class Reader(Protocol):
@@ -16,7 +17,7 @@ class Reader(Protocol):
 
     should_stop: Callable[[], bool]
 
-    def read(self, sample_id: int) -> tuple[EncodedImage, int]:
+    def read(self, sample_id: int) -> tuple[EncodedImage | InFile, int]:
         """One image, encoded or as uint8 (H, W, 3), and its label; blocks until it is available. Thread-safe.
 
         Raises UnreadableImage for one that is not there.

@@ -154,7 +154,7 @@ def test_an_image_that_ends_or_holds_up_its_process_costs_no_other(
     monkeypatch.setattr(decoding, "ANSWER_SECONDS", 2.0)
     images = [np.full((4, 4, 3), number, np.uint8) for number in range(20)]
     before, out = decoders(os.getpid()), np.full((20, 4, 4, 3), 99, np.uint8)
-    monkeypatch.setattr(decoding, "ARENA_BYTES", 8 * 2 * images[0].nbytes)  # tasks of 8, 8 and 4
+    monkeypatch.setattr(decoding, "ARENA_BYTES", 8 * images[0].nbytes)  # tasks of 8, 8 and 4
     pool = DecodingPool(1)
     told = pool.run(pack(Deadly(how)), [Job(image, (0, 0, 0)) for image in images], out)
     assert [number for number, error in enumerate(told) if error] == [13]

@@ -19,6 +19,7 @@ from stream.footers import TAIL_BYTES
 from stream.formats import UnreadableImage
 from stream.parquet import Block, ParquetShards
 from stream.ranges import Check, LocalFiles, trust
+from stream.shared import in_memory
 
 CLASSES = 1000
 FEATURES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": class_names(CLASSES)}}
@@ -407,7 +408,7 @@ def test_an_image_that_is_null_or_without_bytes_is_unreadable_and_its_neighbours
             with pytest.raises(UnreadableImage, match="no image here"):
                 reader.read(number)
         else:
-            assert (bytes(reader.read(number)[0]), reader.read(number)[1]) == (image, number)
+            assert (bytes(in_memory(reader.read(number)[0])), reader.read(number)[1]) == (image, number)
     reader.close()
 
 

@@ -22,6 +22,7 @@ from stream.dataset import Cache, HuggingFaceImageNetDataset
 from stream.images import UnreadableImage
 from stream.outside import USUAL_BYTES
 from stream.retry import Network
+from stream.shared import in_memory
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -76,7 +77,7 @@ def read(source: object, **options: Any) -> tuple[list[bytes], list[int]]:
     images = []
     for number in range(len(dataset)):
         try:
-            images.append(bytes(reader.read(number)[0]))
+            images.append(bytes(in_memory(reader.read(number)[0])))
         except UnreadableImage:
             images.append(b"")
     reader.close()
