@@ -98,6 +98,7 @@ CASES: dict[str, tuple[object, ...]] = {
     "adamw": ("--optimizer", "adamw", "--lr", 1e-3),
     "all": (*FP16, "--max_grad_norm", 1, "--accumulate_steps", 2, "--optimizer", "adamw", "--lr", 1e-3),
     "cosine": ("--scheduler", "cosine", "--cutout", 2),
+    "averaged": ("--ema_decay", 0.9, "--warmup_epochs", 1),  # copied, then averaged
 }
 
 
@@ -106,6 +107,7 @@ def test_neither_a_step_nor_an_evaluation_pass_asks_the_device_for_a_number(case
     with watched() as guard:
         run_main(*SMALL, *CASES[case], "--run_dir", tmp_path / "run")
     evaluated = 2 * 4 * (2 if "--accumulate_steps" in CASES[case] else 1)  # in batches of what a pass trains on
+    evaluated *= 2 if case == "averaged" else 1
     assert guard.batches == STEPS + evaluated
     assert guard.seen == []
 

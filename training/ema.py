@@ -1,9 +1,10 @@
 """An exponential moving average of a model, which is evaluated beside it."""
 
-from typing import Any
+import copy
 
+import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
@@ -18,13 +19,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float, every: int, steps_per_epoch: int, warmup: int = 0) -> None:
         self.decay, self.every, self.steps_per_epoch, self.warmup = decay, every, steps_per_epoch, warmup
-        self._decay = 0.0  # of the update at hand
-        self._average = AveragedModel(model, multi_avg_fn=self._update, use_buffers=True)
-
-    @property
-    def module(self) -> nn.Module:
-        """The averaged model."""
-        return self._average.module
+        self.module = copy.deepcopy(model)  # the averaged model
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after this step, 0 while it copies."""
@@ -33,17 +28,25 @@ class EMA:
             return self.decay if updates > 1 else 0.0
         return min(self.decay, (1 + updates) / (10 + updates))
 
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the model after `step` steps, if its turn has come. Nothing waits for the device."""
-        if (step - 1) % self.steps_per_epoch % self.every == 0:
-            self._decay = self.decay_at(step)
-            self._average.n_averaged.fill_(int(self._decay > 0))  # on the host; with 0 the model is copied
-            self._average.update_parameters(model)
+        """Take in the model after `step` steps, if its turn has come.
+
+        Nothing waits for the device; an update of torch's AveragedModel does.
+        """
+        if (step - 1) % self.steps_per_epoch % self.every:
+            return
+        decay = self.decay_at(step)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        tensors = [[*module.parameters(), *module.buffers()] for module in (self.module, model)]
+        for dtype in {tensor.dtype for tensor in tensors[0]}:
+            averaged, current = ([tensor for tensor in part if tensor.dtype is dtype] for part in tensors)
+            if decay:
+                average(averaged, current, None)
+            else:
+                torch._foreach_copy_(averaged, current)
 
     def _updates(self, step: int) -> int:
         """The number of updates after so many steps."""
         epochs, rest = divmod(step - 1, self.steps_per_epoch)
         return epochs * -(-self.steps_per_epoch // self.every) + rest // self.every + 1
-
-    def _update(self, average: Any, model: Any, updates: Any) -> None:
-        get_ema_multi_avg_fn(self._decay)(average, model, updates)  # type: ignore[no-untyped-call]
