@@ -37,18 +37,22 @@ sweep() {
 }
 
 feed() {
-    part 160 feed "$python" benchmarks/train.py --compile --images 9216 --rounds 2 --workers 16 4
+    part 190 feed "$python" benchmarks/train.py --compile --images 9216 --rounds 3 --workers 16 4 \
+        --sources "local files" "a cache of JPEGs" "a cache of planes"
 }
 
 cifar() {
-    part 50 cifar "$python" benchmarks/train.py --cifar --rounds 3
+    part 45 cifar "$python" benchmarks/train.py --cifar --rounds 3
+}
+
+cifar_compiled() {
     part 60 cifar-compiled "$python" benchmarks/train.py --cifar --rounds 3 --compile
 }
 
 accuracy() {
     part 100 accuracy "$python" main.py --dataset fashion_mnist --data_dir "${FASHION:-/usr/share/fashion-mnist}" \
-        --model resnet18 --epochs 30 --batch_size 256 --lr 0.2 --scheduler onecycle --weight_decay 5e-4 \
-        --random_erasing 0.5 --amp --compile --run_dir "$runs/accuracy"
+        --model resnet18 --epochs 16 --batch_size 512 --lr 0.3 --scheduler onecycle --weight_decay 5e-4 \
+        --random_erasing 0.5 --amp --run_dir "$runs/accuracy"
 }
 
 start() { # the second time from Inductor's cache

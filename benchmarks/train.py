@@ -152,7 +152,7 @@ def table(found: dict[str, list[float]], title: str) -> str:
 def loaders_of(given: argparse.Namespace, folder: Path) -> dict[str, Loader]:
     """A loader for each source of images and number of processes."""
     local = {"dataset": "hf", "dataset_name": str(folder / "datasets" / REPO_ID)}
-    sources = {"local files": local} | {
+    sources: dict[str, dict[str, Any]] = {"local files": local} | {
         name: {"dataset": "imagenet1k", **form, **({"cache_dir": str(folder / name)} if form else {})}
         for name, form in FORMS.items()
     }
@@ -160,6 +160,7 @@ def loaders_of(given: argparse.Namespace, folder: Path) -> dict[str, Loader]:
         f"{name}, {workers} processes": get_data_loaders(settings(given, num_workers=workers, **source), DEVICE).train
         for workers in given.workers
         for name, source in sources.items()
+        if given.sources is None or name in given.sources
     }
 
 
@@ -258,6 +259,7 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--compile", action="store_true")
     flags.add_argument("--alone", action="store_true", help="time the loader alone, without training")
+    flags.add_argument("--sources", nargs="+", choices=["local files", *FORMS])
     flags.add_argument("--workers", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], metavar="PROCESSES")
     flags.add_argument("--cifar", action="store_true")
     given = flags.parse_args()

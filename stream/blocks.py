@@ -82,19 +82,23 @@ class Pages:
     closed = False
 
     def __init__(self, capacity: int, data: bytes | memoryview = b"") -> None:
-        self._pages = _map(capacity)
-        self._pages.write(data)
+        self._pages, self._end = _map(capacity), 0
+        self.write(data)
 
     def write(self, data: bytes | memoryview) -> int:
-        pages, end = self._pages, self._pages.tell()
-        if end + len(data) > len(pages):
-            self._pages = _map(2 * (end + len(data)))
-            with memoryview(pages) as old:
-                self._pages.write(old[:end])
-        return self._pages.write(data)
+        begin, self._end = self._end, self._end + len(data)
+        if self._end > len(self._pages):
+            old, self._pages = self._pages, _map(2 * self._end)
+            self._copy(0, memoryview(old)[:begin])
+        self._copy(begin, data)
+        return len(data)
+
+    def _copy(self, begin: int, data: bytes | memoryview) -> None:
+        """Copies with numpy, which lets other threads run."""
+        np.frombuffer(self._pages, np.uint8)[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
 
     def tell(self) -> int:
-        return self._pages.tell()
+        return self._end
 
     def flush(self) -> None:
         pass
@@ -104,10 +108,10 @@ class Pages:
 
     def cut(self, length: int) -> None:
         """Forget what follows the first `length` bytes."""
-        self._pages.seek(length)
+        self._end = length
 
     def written(self) -> memoryview:
-        return memoryview(self._pages)[: self._pages.tell()]
+        return memoryview(self._pages)[: self._end]
 
 
 def _map(size: int) -> mmap.mmap:

@@ -225,9 +225,10 @@ class _EpochReader:
             each = min(SAMPLES_PER_TASK, -(-len(places) // self._loader.num_workers))
         numbers = (torch.empty(len(places), dtype=torch.int64, pin_memory=pinned) for pinned in (pin, False))
         batch = Batch(pixels, *numbers)
+        arrays = [tensor.numpy() for tensor in batch]
         for first in range(0, len(places), each):
             rows = slice(first, first + each)
-            images, labels, ids = (tensor[rows].numpy() for tensor in batch)
+            images, labels, ids = (array[rows] for array in arrays)
             fill = partial(self._fill, images, labels, ids, places[rows])
             if self._threads is None:
                 fill()
