@@ -125,7 +125,7 @@ class Config:
     max_grad_norm: float | None = flag("training", "clip the gradient to this global L2 norm", None, short="no clipping", above=0)
     amp: bool = flag("training", "mixed precision", False)
     amp_dtype: str = flag("training", "bf16, or fp16 with a gradient scaler", "auto", choices=("auto", "bf16", "fp16"), short="bf16 where the device has instructions for it; a CPU without them takes float32, an older GPU fp16", needs=checks.MIXED_PRECISION)
-    compile: bool = flag("training", "compile the model with torch.compile: about a minute at the start, then faster steps on a GPU", False)
+    compile: bool | None = flag("training", "compile the model with torch.compile: about a minute at the start, seconds from the second run on, then faster steps on a GPU", None, short="on where it pays: on a GPU, for datasets of files, without --deterministic; --no_compile turns it off")
     device: str = flag("training", "cpu, cuda or mps", "auto", short="the best there is", on_resume="kept", type=device_name, metavar="NAME", offers=DEVICES)
     seed: int = flag("training", "decides weights, order and augmentation", 0, least=0)
     deterministic: bool = flag("training", "GPU kernels that give the same result each time, where PyTorch has one; it warns where not (slower)", False)
@@ -342,7 +342,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     hint = typing.get_type_hints(Config)[name]
     if value == "none" and type(None) in typing.get_args(hint):
         return name, None
-    if hint is bool:
+    if bool in (hint, *typing.get_args(hint)):
         if value.lower() not in ("true", "false"):
             raise UsageError(f"--override {text}: {name} is either true or false")
         return name, value.lower() == "true"

@@ -28,6 +28,7 @@ from stream.cache import FileStore
 from stream.decode_pool import FILES_OF_A_PROCESS, PROCESS_BYTES
 from stream.reach import Reach
 from tracking.clients import describe
+from training.compiling import wants_compile
 from units import as_rate, as_size, duration
 
 OK, NOTE, WARNING = "ok", "note", "warning"
@@ -341,4 +342,5 @@ def of_packages(facts: Facts, config: Config) -> Iterator[Line]:
     if facts.no_compiler is None:
         yield Line(OK, "compiler", "there is one, for --compile")
     else:
-        yield Line(WARNING if config.compile else NOTE, "compiler", f"--compile cannot be used: {facts.no_compiler}")
+        mark = WARNING if wants_compile(config, facts.device) else NOTE
+        yield Line(mark, "compiler", f"--compile cannot be used: {facts.no_compiler}")

@@ -5,6 +5,7 @@ No run folder is made, and nothing else is written than what opening the data wr
 
 import resource
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from preflight import free_bytes, most_snapshots
 from preprocess import Data
 from stream.loader import BATCHES_AHEAD, Loader, StreamingDataLoader
 from train import evaluate
+from training.compiling import COMPILES
 from training.freezing import set_frozen
 from training.layers import layer_table
 from training.optim import build_schedule, default_lr, describe_schedule, schedule_at
@@ -97,13 +99,15 @@ def _take_steps(
     for batch in islice(batches, STEPS):
         first = first or perf_counter() - began
         start, step = perf_counter(), progress.step + len(steps)
-        numbers = train_step(training, batch.images, batch.labels, training.mix(step, batch.images))
+        compiles = training.compiled and not steps
+        with distributed.announced(f"for the first step, {COMPILES}") if compiles else nullcontext():
+            numbers = train_step(training, batch.images, batch.labels, training.mix(step, batch.images))
         if training.ema is not None:
             training.ema.update(training.model, step + 1)
         loss = loss if steps else float(distributed.mean_over_ranks(numbers.loss))
         _finish(training.device)
         steps.append(perf_counter() - start)
-        if _on_any_rank(sum(steps) > STEP_SECONDS):
+        if _on_any_rank(sum(steps[1:] if training.compiled else steps) > STEP_SECONDS):
             break
     came = [perf_counter()]
     for _ in islice(batches, BATCHES_AHEAD + DATA_BATCHES):

@@ -11,7 +11,7 @@ restored afterwards. The finder writes to lr_finder/ in the run folder: lr_finde
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> None:
     distributed.require_agreement(config.fixed())
     with distributed.announced(f"for the index or the files of {config.dataset_id}"):
         data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
-    config = data.config
+    config = replace(data.config, compile=bool(data.config.compile))  # by itself it would not pay in so few steps
     header([*notes, *describe_data(config, data)], config)
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, labels=labels, source=source)

@@ -176,8 +176,10 @@ def test_decoding_that_is_slower_than_the_gpu_is_told_with_the_share_of_time_los
 def test_what_is_missing_is_told_with_what_it_is_for() -> None:
     bare = replace(FACTS, jpeg_library=None, no_compiler="no g++", packages={})
     assert "turbojpeg" in told(bare, "jpeg").text
-    assert told(bare, "compiler").mark == NOTE
-    assert told(bare, "compiler", "--compile").mark == WARNING
+    assert told(bare, "compiler").mark == WARNING  # on a GPU it would be used
+    assert told(bare, "compiler", "--no_compile").mark == NOTE
+    assert told(replace(bare, device="cpu"), "compiler").mark == NOTE
+    assert told(replace(bare, device="cpu"), "compiler", "--compile").mark == WARNING
     (line,) = [line for line in lines(bare) if line.topic == "package"]
     assert (line.mark, "timm (--model timm:NAME" in line.text) == (NOTE, True)
 

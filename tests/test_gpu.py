@@ -132,3 +132,13 @@ def test_a_compiled_run_learns_as_an_eager_one(tmp_path: Path) -> None:
         train("--epochs", 6, "--amp", *more, "--run_dir", tmp_path / name)
     for name in ("eager", "compiled"):
         assert float(results(tmp_path / name)[-1]["val_top1"]) > 0.96
+
+
+def test_a_run_on_files_is_compiled_by_default_and_so_again_on_a_resume(image_set: Path, tmp_path: Path) -> None:
+    data = ("--dataset", "hf", "--dataset_name", image_set, "--image_size", 64, "--model", "resnet18", "--amp")
+    done = train(*data, "--max_samples", 64, "--batch_size", 32, "--epochs", 1, "--run_dir", tmp_path / "run")
+    assert "bfloat16, compiled\n" in done.out
+    assert "torch.compile fails" not in done.err
+    assert "bfloat16, compiled\n" in train("--resume_from", tmp_path / "run", "--override", "epochs=2").out
+    on_cpu = train("--resume_from", tmp_path / "run", "--override", "epochs=3", "--device", "cpu")
+    assert "compiled" not in on_cpu.out

@@ -187,6 +187,12 @@ def test_flags_are_named_only_where_they_would_help(
     assert ("pictures and logs take longest" in text) == ("other" in shares)
 
 
+def test_compiling_is_not_named_where_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, loader = streaming(monkeypatch)
+    loader.device = torch.device("cuda")
+    assert flags_in(describe_time(LONGEST, config, loader, 10.0)) == ["--amp"]
+
+
 # ---- runs that wait --------------------------------------------------------------------------------------------------
 
 

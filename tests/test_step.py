@@ -1,7 +1,6 @@
-"""A step never waits for its device, and a compiled one is the eager one."""
+"""A step never waits for its device."""
 
 import os
-import shutil
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,22 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from program import metrics, results, snapshot_path, tensors
 from program import train as run_main
 from purity import shrink
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from config import resolve
-from preprocess import get_data_loaders
 from training import step
-from training.signals import StopRequest
 from training.step import build_training
 
 CPU = torch.device("cpu")
 SMALL = ("--max_samples", 64, "--batch_size", 16, "--epochs", 2, "--log_steps", 1000, "--model", "resnet18")
 STEPS = 8
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 
 # ---- no waiting for the device ---------------------------------------------------------------------------------------
 
@@ -141,59 +136,6 @@ def test_the_guard_notices_that_fetching_the_numbers_waits(tmp_path: Path) -> No
     with watched(may_wait=()) as guard:
         run_main(*SMALL, "--epochs", 1, "--run_dir", tmp_path / "run")
     assert any(what.startswith("tolist at") for what in guard.seen)
-
-
-# ---- torch.compile ---------------------------------------------------------------------------------------------------
-
-
-def plain(*arguments: Any) -> Any:
-    """A model without dropout, whose random numbers a compiled model draws in another way."""
-    model = shrink(REAL_BUILD(*arguments))
-    model.avgpool = model.avgpool[0]
-    return model
-
-
-def small_training(**given: Any) -> step.Training:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "build_model", plain)
-        return step.build_training(resolve({"batch_size": 16} | given), 10, CPU)
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "build_model", plain)
-    flags = ("--max_samples", 56, "--batch_size", 16, "--epochs", 1)
-    for name, more in (("eager", ()), ("compiled", ("--compile",))):
-        done = run_main(*flags, *more, "--run_dir", tmp_path / name)
-        (device,) = (line for line in done.out.splitlines() if line.startswith("device"))
-        assert ("compiled" in device) == bool(more)
-    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    losses = [[row["loss"] for row in metrics(folder)] for folder in (eager, compiled)]
-    assert len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    one, other = (tensors(snapshot_path(folder, 3)) for folder in (eager, compiled))
-    assert list(one) == list(other)
-    assert float(results(compiled)[0]["val_loss"]) == pytest.approx(float(results(eager)[0]["val_loss"]), rel=1e-3)
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for() -> None:
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    batches = list(get_data_loaders(resolve({"batch_size": 16, "max_samples": 40}), CPU).val)
-    assert [len(batch.ids) for batch in batches] == [16, 16, 8]
-    training = small_training(compile=True)
-    train.evaluate(training, batches[:1], StopRequest())
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs > 0
-    result = train.evaluate(training, batches, StopRequest())
-    assert counters["stats"]["unique_graphs"] == graphs
-    assert result["images"] == 40
-    expected = train.evaluate(small_training(), batches, StopRequest())
-    assert result["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
 
 
 # ---- deterministic ---------------------------------------------------------------------------------------------------

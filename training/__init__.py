@@ -6,6 +6,7 @@ The step
     preprocessing the preprocessing that published weights ask for
     weight_files files of weights, .safetensors and .pth
     freezing     a backbone that waits while the classifier learns
+    compiling    what of a run torch.compile compiles, where, and where that is kept
     predictor    a model as what comes after a step sees it
     ema          an average of the weights, evaluated beside them
     optim        parameter groups, optimisers, and schedules that count in steps

@@ -16,6 +16,7 @@ from distributed import print0
 from errors import DivergedError
 from stream.loader import Batch, Loader
 from tracking.runner import Trackers
+from training.compiling import COMPILES
 from training.console import Console, header, resume_command
 from training.logs import RunLogs, Stopwatch
 from training.optim import cooldown_start, momentum_of
@@ -107,8 +108,7 @@ class Journal:
             with self.spent.part("other"):
                 self.pictures.samples(batch)
         if self._is_first:
-            compiles = ", which compiles the model: about a minute" if self.config.compile else ""
-            self.console.waits_for(f"for the first step{compiles}")
+            self.console.waits_for(f"for the first step{f', {COMPILES}' if self.training.compiled else ''}")
         with self.spent.step():
             yield
         if self._is_first:

@@ -8,12 +8,12 @@ from torch import nn
 import distributed
 import machine
 from config import Config
-from errors import UsageError, complain
+from errors import complain
 from flags import channel_values
 from stream.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from training.compiling import keep_compiled, require_compiler
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
-WITHOUT_COMPILE = "or leave it out, which is --override compile=false where a run is resumed"
 
 
 def normalize_of(config: Config) -> Normalize:
@@ -58,12 +58,6 @@ def precision(dtype: torch.dtype | None) -> str:
     return next(name for name, named in DTYPES.items() if named is dtype)
 
 
-def require_compiler(config: Config, device: torch.device) -> None:
-    """Refuse a --compile that cannot work here."""
-    if config.compile and (missing := machine.missing_for_compile(device.type)):
-        raise UsageError(f"--compile cannot be used here: {missing}; {WITHOUT_COMPILE}")
-
-
 @dataclass(kw_only=True)
 class Predictor:
     """A model on a device, with the normalisation that its images get; `mirrored` averages over their mirror images."""
@@ -95,6 +89,7 @@ def build_predictor(model: nn.Module, config: Config, device: torch.device) -> P
     model = model.to(device).to(memory_format=torch.channels_last)
     normalize = normalize_of(config).to(device)
     if config.compile:
+        keep_compiled()
         model.compile()
         normalize.compile()
     return Predictor(

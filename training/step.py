@@ -21,11 +21,12 @@ from errors import UsageError, UserError
 from flags import size_points
 from model_resnet50 import build_model, describe, load_weights
 from model_zoo import try_out
+from training.compiling import WITHOUT_COMPILE, can_compile, compile_for_training
 from training.ema import EMA
 from training.losses import build_loss, class_weights
 from training.mixing import Mix, Mixing, partners
 from training.optim import build_optimizer, build_scaler, restart
-from training.predictor import WITHOUT_COMPILE, Predictor, amp_dtype_of, normalize_of, precision, require_compiler
+from training.predictor import Predictor, amp_dtype_of, normalize_of, precision
 from training.snapshot import copy_to_host
 from training.sources import OPTIONS, Source
 from training.state import rng_state, seed_everything, set_rng_state
@@ -48,6 +49,16 @@ class Training(Predictor):
     max_grad_norm: float | None
     ema: EMA | None = None
     mixing: Mixing | None = None
+    compiled: bool = False
+
+    def eagerly(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which nothing is compiled."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """As a Predictor's, and never compiled: that would take longer than it saves in an evaluation."""
+        with self.eagerly():
+            return super().logits(images)
 
     @property
     def average(self) -> nn.Module | None:
@@ -84,7 +95,7 @@ def build_training(
     `Training.kept` told of a run that is resumed. Raises UsageError for an unknown model and for settings or weights
     that do not fit together, DataError for weights that are incomplete.
     """
-    require_compiler(config, device)
+    compiled = can_compile(config, device)
     mixing, began = _mixing(config), began or {}
     weights = _weights_of_classes(config, classes, labels, began.get("class_weights") or [])
     criterion = build_loss(config.loss, classes, config.label_smoothing, config.bce_threshold, weights)
@@ -103,15 +114,14 @@ def build_training(
     if config.ema_decay:
         warmup = round(config.warmup_epochs * steps_per_epoch)
         ema = EMA(model, config.ema_decay, config.ema_every, steps_per_epoch, warmup)
-    if config.compile:
-        for module in (model, normalize, *([ema.module] if ema else [])):
-            module.compile(dynamic=False if config.progressive_size else None, **COMPILE_OPTIONS)
+    if compiled:
+        compile_for_training(config, model, normalize, **COMPILE_OPTIONS)
     given = {
         name: getattr(config, name) for name in ("head_lr_scale", "nesterov", "norm_weight_decay", "bias_weight_decay")
     }
     optimizer = build_optimizer(model, 0.1, config.momentum, config.weight_decay, config.optimizer, **given)
-    compiled = ", compiled" if config.compile else ""
-    print0(f"device    {_device_name(device)}, {str(dtype or torch.float32).removeprefix('torch.')}{compiled}")
+    told = f"{str(dtype or torch.float32).removeprefix('torch.')}{', compiled' if compiled else ''}"
+    print0(f"device    {_device_name(device)}, {told}")
     seed_everything(config.seed)
     return Training(
         model=model,
@@ -127,6 +137,7 @@ def build_training(
         ema=ema,
         mixing=mixing,
         mirrored=config.tta == "flip",
+        compiled=compiled,
     )
 
 
@@ -317,7 +328,8 @@ def _fits(training: Training, share: int, parts: int, size: int) -> bool:
     try:
         images = torch.zeros((share, size, size, 3), dtype=torch.uint8, device=training.device)
         labels = torch.zeros(share, dtype=torch.int64, device=training.device)
-        train_step(alone, images, labels, training.mix(0, images))
+        with training.eagerly():  # which needs no less memory
+            train_step(alone, images, labels, training.mix(0, images))
     except RuntimeError as error:
         _explain(error)
         return False

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from config import Config
 from distributed import print0
 from stream.loader import Loader, StreamingDataLoader
+from training.compiling import wants_compile
 
 WARMUP_STEPS = 3
 ROWS = 10
@@ -86,7 +87,8 @@ def describe_time(shares: dict[str, float], config: Config, loader: Loader, trai
     largest = max(shares, key=lambda name: shares[name])
     if largest != "step":
         return f"{shown}; {'pictures and logs take' if largest == 'other' else f'{largest} takes'} longest"
-    missing = [f"--{name}" for name in ("amp", "compile") if not getattr(config, name)]
+    used = {"--amp": config.amp, "--compile": wants_compile(config, loader.device.type)}
+    missing = [name for name, is_used in used.items() if not is_used]
     helpful = f"; {' and '.join(missing)} would help" if missing and loader.device.type == "cuda" else ""
     return f"{shown}; the step takes longest{helpful}"
 
