@@ -116,7 +116,7 @@ def build(given: argparse.Namespace, what: dict[str, Any], device: torch.device)
     step.COMPILE_OPTIONS = what.get("options", {})
     size, batch = given.image_size * what.get("size", 224) // 224, given.batch_size * what.get("scale", 1)
     flags = {"dataset": "imagenet1k", "model": given.model, "image_size": size, "batch_size": batch, "streams": 1}
-    flags["amp"] = True
+    flags |= {"amp": True, "compile": False}
     flags |= {name: what[name] for name in ("amp", "amp_dtype", "compile") if name in what}
     with contextlib.redirect_stdout(sys.stderr):
         training = build_training(resolve(flags), CLASSES, device)

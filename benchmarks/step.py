@@ -77,7 +77,9 @@ def ours(setting: Setting, options: dict[str, Any] | None = None, **flags: Any) 
     """The step of main.py; with `options` for torch.compile, those in place of step.COMPILE_OPTIONS."""
     given = {"model": setting.model, "image_size": setting.image_size, "batch_size": setting.batch_size}
     usual, step.COMPILE_OPTIONS = step.COMPILE_OPTIONS, step.COMPILE_OPTIONS if options is None else options
-    training = build_training(resolve({"dataset": "imagenet1k", **given, **flags}), CLASSES, setting.device)
+    training = build_training(
+        resolve({"dataset": "imagenet1k", "compile": False, **given, **flags}), CLASSES, setting.device
+    )
     step.COMPILE_OPTIONS = usual
     images, labels = setting.uint8_batch()
     training.model.train()
