@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from errors import SIGNALS, UsageError
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
-from stream.shared import InFile, MappedFiles, Region, SharedMemory, anonymous_file
+from stream.shared import InFile, MappedFiles, Moved, Region, SharedMemory, anonymous_file
 
 PROCESS_BYTES = 60 * 2**20  # memory that a decoding process does not share, as measured on Linux
 ARENA_BYTES = 4 * 2**20  # shared memory for the encoded images of one task; a large image gets more
@@ -60,10 +60,6 @@ class WorkerDied(Exception):
 
 class EndsProcess(UnreadableImage):
     """An image that twice ended the process that was to decode it, or got no answer from it."""
-
-
-class Moved(Exception):
-    """The file of an InFile is gone, or another one by now."""
 
 
 class _NoAnswer(Exception):

@@ -25,7 +25,8 @@ from stream.transfer import Transfer
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
-SAMPLES_PER_TASK = 32  # at most
+SAMPLES_PER_TASK = 32  # at most: each task costs this process the interpreter lock for a while
+TASKS_PER_WORKER = 2  # in flight at least, where there are so many samples
 UNREADABLE = -1
 FEW_BAD = 10  # images that cannot be read end no run, however small the set is
 POLL_SECONDS = 0.2
@@ -222,7 +223,8 @@ class _EpochReader:
             pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         else:
             pixels = torch.from_numpy(self._loader.pool.memory.array(shape, self._loader.transfer.pin))
-            each = min(SAMPLES_PER_TASK, -(-len(places) // self._loader.num_workers))
+            in_flight = BATCHES_AHEAD * len(places)
+            each = min(SAMPLES_PER_TASK, -(-in_flight // (TASKS_PER_WORKER * self._loader.num_workers)))
         numbers = (torch.empty(len(places), dtype=torch.int64, pin_memory=pinned) for pinned in (pin, False))
         batch = Batch(pixels, *numbers)
         arrays = [tensor.numpy() for tensor in batch]

@@ -105,6 +105,10 @@ class InFile(NamedTuple):
     data: memoryview
 
 
+class Moved(Exception):
+    """The file of an InFile is gone, or another one by now."""
+
+
 def in_memory(image: bytes | memoryview | np.ndarray | InFile) -> bytes | memoryview | np.ndarray:
     """The image itself."""
     return image.data if isinstance(image, InFile) else image

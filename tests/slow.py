@@ -57,3 +57,8 @@ def out_of_memory(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np
     """Decodes, and has no memory for it."""
     with mock.patch.object(TgaImageFile, "load", side_effect=MemoryError):
         return decode(image)
+
+
+def mean_byte(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
+    """The mean of an image's bytes as its only pixel, (1, 1, 3)."""
+    return np.full((1, 1, 3), np.frombuffer(image, np.uint8).mean().astype(np.uint8))
