@@ -48,7 +48,8 @@ How it becomes a batch
     resident     ResidentLoader: a small dataset in the device's memory
     decode_pool  processes that decode and transform
     images       encoded images -> resized and transformed pixels
-    transforms   pipelines of albumentations: what is done to each image
+    pipelines    what is done to each image, by name: built where images are
+    transforms   steps of albumentations, and how a pipeline of them is seeded
     pictures     encoded images -> pixels, by one rule for all formats
     formats      which files are images, and how large they may be
     kept         what a cache keeps of an image: a smaller one

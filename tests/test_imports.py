@@ -4,10 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from program import ROOT, TIMEOUT, environment
+from shards import draw, encode
 
-NEEDED_LATER = {"matplotlib", "onnx", "onnxruntime", "sklearn", "tensorboard", "timm", "torchvision", "transformers"}
-OF_STREAMS = {"datasets", "pandas", "albumentations", "scipy"}
+OF_STREAMS = {"datasets", "pandas", "scipy"}  # datasets imports the others
+HEAVY = OF_STREAMS | {"albumentations", "matplotlib", "onnx", "onnxruntime", "sklearn", "tensorboard", "timm"}
+HEAVY |= {"torchinfo", "torchvision", "transformers"}
 PROGRAM = """
 import sys
 import train
@@ -26,17 +30,26 @@ main(arguments)
 
 def there(*arguments: str) -> set[str]:
     """The heavy packages that main.py has imported when its first batch is there."""
-    heavy = ",".join(NEEDED_LATER | OF_STREAMS)
-    command = [sys.executable, "-c", PROGRAM, heavy, *arguments, "--model", "resnet18", "--batch_size", "16"]
+    command = [sys.executable, "-c", PROGRAM, ",".join(HEAVY), *arguments, "--model", "resnet18", "--batch_size", "16"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("there:"))
     return set(line.split()[1:])
 
 
-def test_a_run_on_digits_imports_no_library_but_its_own(tmp_path: Path) -> None:
+def test_a_run_on_digits_has_imported_nothing_heavy_but_torch(tmp_path: Path) -> None:
     assert there("--max_samples", "64", "--run_dir", str(tmp_path / "run")) == set()
 
 
-def test_a_streamed_run_imports_no_library_that_later_moments_need(image_set: Path, tmp_path: Path) -> None:
-    data = ("--dataset", "hf", "--dataset_name", str(image_set), "--image_size", "32", "--max_samples", "64")
-    assert there(*data, "--num_workers", "1", "--run_dir", str(tmp_path / "run")) & NEEDED_LATER == set()
+@pytest.mark.parametrize("kind", ["stream", "folder"])
+def test_a_run_on_image_files_leaves_to_the_decoding_processes_what_only_they_need(
+    kind: str, image_set: Path, tmp_path: Path
+) -> None:
+    data = ["--dataset", "hf", "--dataset_name", str(image_set)]
+    if kind == "folder":
+        for number in range(20):
+            path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(draw(number, 10, (40, 50), np.random.default_rng(number))))
+        data = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "photos")]
+    found = there(*data, "--image_size", "32", "--num_workers", "1", "--run_dir", str(tmp_path / "run"))
+    assert found == (OF_STREAMS if kind == "stream" else set())

@@ -27,6 +27,7 @@ from stream.image_folders import open_image_folder
 from stream.images import resize
 from stream.local import LocalDataset, load_cifar, load_digits
 from stream.picks import fair_sample
+from stream.pipelines import Pipeline
 
 DATASETS = ["digits", "cifar10", "cifar100", "imagenet1k", "imagefolder", "hf"]
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def test_evaluation_is_the_same_whatever_the_seed() -> None:
 
 @pytest.mark.parametrize("make", [eval_transform, train_transform])
 @pytest.mark.parametrize("crop", ["resized", "fixed"])
-def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], AlbumentationsAdapter], crop: str) -> None:
+def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], Pipeline], crop: str) -> None:
     """A checkerboard of single pixels is even grey from afar; without antialiasing it becomes stripes."""
     image = np.zeros((2048, 2048, 3), np.uint8)
     image[::2, ::2] = image[1::2, 1::2] = 255
