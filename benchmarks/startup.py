@@ -81,8 +81,8 @@ class Row:
 
 
 def seconds_to(text: str, *arguments: str, options: tuple[str, ...] = ("-u",), errors: Path | None = None) -> float:
-    """Until main.py, run by Python with `options`, prints a line with this text; then it is killed."""
-    command = [sys.executable, *options, str(ROOT / "main.py"), *arguments]
+    """Until main.py, run by Python with `options`, prints a line with this text, of every step; then it is killed."""
+    command = [sys.executable, *options, str(ROOT / "main.py"), "--verbose", *arguments]
     with open(errors or os.devnull, "w") as file:
         started = perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process:
