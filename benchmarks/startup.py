@@ -159,7 +159,7 @@ def time_starts(rounds: int, folder: Path) -> None:
     streamed = make_imagenet_like(folder, train=320, validation=32)
     sets = {
         "digits": (),
-        "a streamed set": ("--dataset", "hf", "--dataset_name", str(streamed), "--image_size", "64"),
+        "a streamed set": ("--dataset", "hf", "--dataset_name", str(streamed), "--image_size", "32"),
     }
     help_row = Row("--help", TARGET_HELP)
     table = [help_row]
