@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
 
@@ -30,12 +29,11 @@ from stream.jitter import ColorJitter
 from stream.labels import first_difference
 from stream.loader import Loader, StreamingDataLoader
 from stream.order import epoch_order, repeated
+from stream.pipelines import Pipeline, centre_crop, fixed_crop, resized_crop
 from stream.resident import ResidentLoader
 from stream.source import ImageDataset
 
 if TYPE_CHECKING:
-    import albumentations as A
-
     from stream.dataset import HuggingFaceImageNetDataset
     from stream.transforms import AlbumentationsAdapter
 
@@ -58,35 +56,22 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-def train_transform(config: Config, size: int | None = None) -> "AlbumentationsAdapter":
+def train_transform(config: Config, size: int | None = None) -> Pipeline:
     """A random crop to a square of `size` pixels, image_size by default; `batch_augment` does the rest."""
-    import albumentations as A
-
-    from stream.transforms import AlbumentationsAdapter, RandomResizedCropAdapter, SquareOfStrip
-
     size = size or config.image_size
     if config.crop == "fixed":
-        short = round(size * RESIZE_RATIO)
-        return AlbumentationsAdapter(SquareOfStrip(at_random=True), _resize_short_side(short), A.RandomCrop(size, size))
-    crop = A.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-    return RandomResizedCropAdapter(crop, config.train_interpolation)
+        return Pipeline(fixed_crop, round(size * RESIZE_RATIO), size)
+    return Pipeline(resized_crop, size, config.train_interpolation)
 
 
-def eval_transform(config: Config) -> "AlbumentationsAdapter":
+def eval_transform(config: Config) -> Pipeline:
     """Resize the short side to 256/224 of eval_size (or as eval_crop_pct says), with antialiasing, then cut the centre.
 
     With Pillow's interpolations the sides and the place are torchvision's.
     """
-    import albumentations as A
-
-    from stream.transforms import AlbumentationsAdapter, ResizedCentre, SquareOfStrip
-
     size, share = config.eval_size, config.eval_crop_pct
     short = int(size / share) if share else round(size * RESIZE_RATIO)
-    strip = SquareOfStrip(at_random=False)
-    if config.eval_interpolation == "fast":
-        return AlbumentationsAdapter(strip, _resize_short_side(short), A.CenterCrop(size, size))
-    return AlbumentationsAdapter(strip, ResizedCentre(short, size, config.eval_interpolation))
+    return Pipeline(centre_crop, short, size, config.eval_interpolation)
 
 
 def batch_augment(config: Config) -> Chain:
@@ -142,12 +127,6 @@ CHAIN: tuple[Callable[[Config], list[BatchAugment]], ...] = (
     _registered,  # --augment
     _erasing,  # --random_erasing
 )
-
-
-def _resize_short_side(short: int) -> "A.SmallestMaxSize":
-    import albumentations as A
-
-    return A.SmallestMaxSize(short, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
 
 
 @dataclass(frozen=True)
@@ -269,7 +248,7 @@ def evaluation_loader(
 
 
 def _loader(
-    config: Config, device: torch.device, dataset: Any, transform: "Callable[[], AlbumentationsAdapter]", **options: Any
+    config: Config, device: torch.device, dataset: Any, transform: Callable[[], Pipeline], **options: Any
 ) -> Loader:
     if config.is_small:
         return ResidentLoader(dataset, device=device, **options)
@@ -292,7 +271,7 @@ def _too_large(config: Config, is_derived: bool, images: int) -> str:
     return f"{batch} is larger than the training set of {images} images; use less"
 
 
-def _of_epoch(config: Config, epoch: int) -> tuple[int, "AlbumentationsAdapter"]:
+def _of_epoch(config: Config, epoch: int) -> tuple[int, Pipeline]:
     """The size and the transform of an epoch's training images."""
     size = config.size_at(epoch)
     return size, train_transform(config, size)

@@ -4,15 +4,19 @@
     uv run python benchmarks/startup.py --only refusals
 
 Each in a process of its own, in turn, once each in every round. The resumed run goes on from the middle of its second
-epoch. The set that is streamed lies on this machine, in the form of ImageNet-1K, and is decoded by processes. Refusals
-are of what flags and folders can tell; the last ones need PyTorch or the data, and have no target.
+epoch. The set that is streamed lies on this machine, in the form of ImageNet-1K, and is decoded by processes. What is
+imported before a first step is told by Python's `-X importtime`, which slows all of it alike; what torch imports, then
+or later, is torch's own. Refusals are of what flags and folders can tell; the last ones need PyTorch or the data, and
+have no target.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,7 +27,9 @@ from shards import make_imagenet_like
 
 from benchmarks.common import ROOT, installed_versions, record, spread_of
 
-TARGET_HELP, TARGET_RESUME, TARGET_REFUSAL = 0.5, 1.1, 3.0  # seconds; over a fresh start; seconds
+TARGET_HELP, TARGET_RESUME, TARGET_REFUSAL = 0.1, 1.1, 3.0  # seconds; over a fresh start; seconds
+TARGET_IMPORTS = 1.0  # over the import of torch
+IMPORTED = re.compile(r"import time: +(\d+) \| +(\d+) \| (\s*)(\S+)")  # microseconds alone, with what it imports; name
 REFUSALS = {  # NONE is a path that is not there, RUN a run of digits
     "a value out of bounds": "main.py --epochs 0",
     "an unknown flag": "main.py --batch-size 64",
@@ -54,18 +60,53 @@ LATER = {  # what only PyTorch or the data can tell
 SMALL = ("--max_samples", "320", "--batch_size", "32", "--epochs", "2", "--log_steps", "1", "--model", "resnet18")
 
 
-def seconds_to(text: str, *arguments: str) -> float:
-    """Until main.py prints a line with this text; then it is killed."""
-    started = perf_counter()
-    command = [sys.executable, "-u", str(ROOT / "main.py"), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if text in line:
-                found = perf_counter() - started
-                process.kill()
-                return found
+@dataclass
+class Row:
+    """Seconds of each round; the target is of these, or of their ratio to the seconds of another row."""
+
+    title: str
+    target: float | None = None
+    over: "Row | None" = None
+    seconds: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        ratio = target = ""
+        judged = self.seconds
+        if self.over is not None:
+            judged = [a / b for a, b in zip(self.seconds, self.over.seconds, strict=True)]
+            ratio = f"{spread_of(judged)} of: {self.over.title}"
+        if self.target is not None:
+            target = f"{self.target:g}: {'met' if median(judged) <= self.target else 'missed'}"
+        return f"| {self.title} | {spread_of(self.seconds)} | {ratio} | {target} |"
+
+
+def seconds_to(text: str, *arguments: str, options: tuple[str, ...] = ("-u",), errors: Path | None = None) -> float:
+    """Until main.py, run by Python with `options`, prints a line with this text, of every step; then it is killed."""
+    command = [sys.executable, *options, str(ROOT / "main.py"), "--verbose", *arguments]
+    with open(errors or os.devnull, "w") as file:
+        started = perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if text in line:
+                    found = perf_counter() - started
+                    process.kill()
+                    return found
     raise SystemExit(f"main.py {' '.join(arguments)} never printed {text!r}")
+
+
+def seconds_of_imports(told: str) -> tuple[float, float]:
+    """Of what `-X importtime` told: the import of torch, and all that neither it nor another part of torch imports."""
+    own = beyond = 0.0
+    parents: list[str] = []  # the modules that import the one that a line is about, which lines behind it name
+    for alone, together, indent, name in reversed(IMPORTED.findall(told)):
+        del parents[len(indent) // 2 :]
+        parents.append(name.partition(".")[0])
+        if name == "torch":
+            own = int(together) / 1e6
+        if "torch" not in parents:
+            beyond += int(alone) / 1e6
+    return own, beyond
 
 
 def seconds_to_refusal(line: str, none: Path, run: Path) -> float:
@@ -118,43 +159,32 @@ def time_starts(rounds: int, folder: Path) -> None:
     streamed = make_imagenet_like(folder, train=320, validation=32)
     sets = {
         "digits": (),
-        "a streamed set": ("--dataset", "hf", "--dataset_name", str(streamed), "--image_size", "64"),
+        "a streamed set": ("--dataset", "hf", "--dataset_name", str(streamed), "--image_size", "32"),
     }
-    found: dict[str, list[float]] = {"--help": []}
+    help_row = Row("--help", TARGET_HELP)
+    table = [help_row]
     for title, data in sets.items():
         run(*data, *SMALL, "--snapshot_steps", "15", "--keep_snapshots", "9", "--run_dir", str(folder / title))
-        found |= {f"{title}: first step": [], f"{title}: first step after a resume": []}
+        fresh, torch = Row(f"{title}: first step"), Row(f"{title}: import of torch")
+        resumed = Row(f"{title}: first step after a resume", TARGET_RESUME, fresh)
+        table += [fresh, resumed, torch, Row(f"{title}: other imports before a step", TARGET_IMPORTS, torch)]
     for number in range(rounds):
-        found["--help"].append(seconds_to("usage", "--help"))
-        for title, data in sets.items():
-            fresh = seconds_to("  step ", *data, *SMALL, "--run_dir", str(folder / f"{title} {number}"))
+        help_row.seconds.append(seconds_to("usage", "--help"))
+        for place, (title, data) in enumerate(sets.items()):
+            fresh, resumed, torch, others = table[4 * place + 1 :][:4]
+            new, told = folder / f"{title} {number}", folder / "importtime"
+            fresh.seconds.append(seconds_to("  step ", *data, *SMALL, "--run_dir", f"{new}"))
             middle = folder / title / "snapshots" / "step-000000015.safetensors"
-            copy = folder / f"{title} {number} again" / "snapshots" / middle.name
+            copy = Path(f"{new} again") / "snapshots" / middle.name
             copy.parent.mkdir(parents=True)
             copy.write_bytes(middle.read_bytes())
-            resumed = seconds_to("  step ", "--resume_from", str(copy))
-            found[f"{title}: first step"].append(fresh)
-            found[f"{title}: first step after a resume"].append(resumed)
-    record("Start-up", f"{rounds} rounds in turn.", rows(found), installed_versions())
-
-
-def rows(found: dict[str, list[float]]) -> str:
-    lines = ["| what | seconds | over a fresh start: median (min to max) | target |", "| --- | --- | --- | --- |"]
-    fresh: list[float] = []
-    for title, seconds in found.items():
-        ratio = target = ""
-        if title == "--help":
-            target = f"{TARGET_HELP:g} s: {'met' if median(seconds) < TARGET_HELP else 'missed'}"
-        elif title.endswith("resume"):
-            ratios = [a / b for a, b in zip(seconds, fresh, strict=True)]
-            ratio, target = (
-                spread_of(ratios),
-                f"{TARGET_RESUME:g}: {'met' if median(ratios) <= TARGET_RESUME else 'missed'}",
-            )
-        else:
-            fresh = seconds
-        lines.append(f"| {title} | {spread_of(seconds)} | {ratio} | {target} |")
-    return "\n".join(lines)
+            resumed.seconds.append(seconds_to("  step ", "--resume_from", str(copy)))
+            timed = (*data, *SMALL, "--run_dir", f"{new} timed")
+            seconds_to("  step ", *timed, options=("-u", "-X", "importtime"), errors=told)
+            for row, seconds in zip((torch, others), seconds_of_imports(told.read_text()), strict=True):
+                row.seconds.append(seconds)
+    lines = ["| what | seconds | ratio: median (min to max) | target |", "| --- | --- | --- | --- |", *map(str, table)]
+    record("Start-up", f"{rounds} rounds in turn.", "\n".join(lines), installed_versions())
 
 
 if __name__ == "__main__":

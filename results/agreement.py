@@ -18,8 +18,8 @@ from preprocess import eval_transform
 from results.formats import PROGRAMS, Loaded, Order, channels_of
 from stream.formats import UnreadableImage
 from stream.images import Transform
+from stream.pipelines import Pipeline
 from stream.shared import in_memory
-from stream.transforms import AlbumentationsAdapter
 from training.predictor import Predictor, normalize_of
 from training.sources import Source
 
@@ -56,7 +56,7 @@ class Agreement:
         )
 
 
-def pipeline_of(source: Source) -> tuple[AlbumentationsAdapter, Predictor]:
+def pipeline_of(source: Source) -> tuple[Pipeline, Predictor]:
     """The evaluation of a source on the CPU: encoded images to pixels, and pixels to logits."""
     config = settings_of(source)
     return eval_transform(config), Predictor(

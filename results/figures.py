@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 from results.scores import Scores
 
@@ -128,6 +126,8 @@ class Temperature:
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> Temperature:
     """The temperature (Guo et al. 2017) of logits (images, classes) with these labels (int64)."""
+    from scipy.optimize import minimize_scalar  # takes half a second, for one flag
+    from scipy.special import log_softmax
 
     def judged(temperature: float) -> tuple[float, float]:
         logs = log_softmax(logits.astype(np.float64) / temperature, axis=1)

@@ -50,7 +50,8 @@ How it becomes a batch
     shared       memory that they share with the loader: batches, and files of a cache
     transfer     batches on their way to the device
     images       encoded images -> resized and transformed pixels
-    transforms   pipelines of albumentations: what is done to each image
+    pipelines    what is done to each image, by name: built where images are
+    transforms   steps of albumentations, and how a pipeline of them is seeded
     pictures     encoded images -> pixels, by one rule for all formats
     formats      which files are images, and how large they may be
     kept         what a cache keeps of an image: a smaller one

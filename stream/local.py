@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +146,48 @@ def from_files(
 
 
 def load_digits() -> tuple[LocalDataset, LocalDataset]:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth is for validation, stratified by class."""
-    import sklearn.datasets
-    from sklearn.model_selection import train_test_split
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth is for validation, stratified by class.
 
-    digits = sklearn.datasets.load_digits()
-    images = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
-    labels = digits.target
-    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    classes = [str(name) for name in digits.target_names]
-    return tuple(LocalDataset(images[part], labels[part], classes) for part in (train, val))  # type: ignore[return-value]
+    The images and the split are those of its `load_digits` and `train_test_split(random_state=0)`, without their
+    import, which takes nearly as long as PyTorch's. Raises DataError.
+    """
+    try:
+        package = find_spec("sklearn")
+        folder = Path(package.origin).parent if package and package.origin else Path()
+        table = np.loadtxt(folder / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=",")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"the digits that come with scikit-learn cannot be read ({error}); install it again") from error
+    labels, grey = table[:, -1], table[:, :-1].reshape(-1, 8, 8, 1)
+    images = np.repeat((grey * (255 / 16)).round().astype(np.uint8), 3, axis=-1)
+    classes = [str(label) for label in np.unique(labels)]
+    train, val = _split_by_class(labels, -(-len(labels) // 5), np.random.RandomState(0))
+    return LocalDataset(images[train], labels[train], classes), LocalDataset(images[val], labels[val], classes)
+
+
+def _split_by_class(labels: np.ndarray, held_out: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that scikit-learn's StratifiedShuffleSplit draws for training, and those that it holds out."""
+    counts = np.bincount(labels)
+    kept = _shares(counts, len(labels) - held_out, random)
+    held = _shares(counts - kept, held_out, random)
+    train, val = [], []
+    for label, count in enumerate(counts):
+        ids = np.flatnonzero(labels == label)[random.permutation(count)]
+        train.append(ids[: kept[label]])
+        val.append(ids[kept[label] :][: held[label]])
+    return random.permutation(np.concatenate(train)), random.permutation(np.concatenate(val))
+
+
+def _shares(counts: np.ndarray, wanted: int, random: np.random.RandomState) -> np.ndarray:
+    """How many to take of each class: its share of `wanted` rounded down, and one more of those that lose the most."""
+    exact = counts / counts.sum() * wanted
+    taken = np.floor(exact)
+    lost = exact - taken
+    for loss in np.unique(lost)[::-1]:
+        missing = int(wanted - taken.sum())
+        if missing > 0:
+            tied = np.flatnonzero(lost == loss)
+            taken[random.choice(tied, min(missing, len(tied)), replace=False)] += 1
+    return taken.astype(int)
 
 
 def load_cifar(name: str, folder: Path) -> tuple[LocalDataset, LocalDataset]:

@@ -14,7 +14,7 @@ from PIL import Image
 from config import resolve
 from preprocess import eval_transform
 from results.sampling import ResizedCrop
-from stream.transforms import AlbumentationsAdapter
+from stream.pipelines import Pipeline
 from training.predictor import normalize_of
 from training.preprocessing import of_processor, share_of
 
@@ -29,7 +29,7 @@ def noisy(height: int, width: int) -> np.ndarray:
     return (smooth + generator.integers(-20, 20, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def evaluated(**settings: Any) -> AlbumentationsAdapter:
+def evaluated(**settings: Any) -> Pipeline:
     return eval_transform(resolve({"image_size": 64, **settings}))
 
 

@@ -1,5 +1,7 @@
 """Augmentation depends on image and seed alone, images keep what they show, and each dataset is split as promised."""
 
+import gzip
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,10 +11,12 @@ import albumentations as A
 import cv2
 import numpy as np
 import pytest
+import sklearn.datasets
 import tiny_cifar
 import torch
 from PIL import Image
 from shards import draw, encode, make_imagenet_like, photographs
+from sklearn.model_selection import train_test_split
 
 from config import Config, resolve
 from errors import DataError, UsageError
@@ -23,6 +27,7 @@ from stream.image_folders import open_image_folder
 from stream.images import resize
 from stream.local import LocalDataset, load_cifar, load_digits
 from stream.picks import fair_sample
+from stream.pipelines import Pipeline
 
 DATASETS = ["digits", "cifar10", "cifar100", "imagenet1k", "imagefolder", "hf"]
 CPU = torch.device("cpu")
@@ -156,7 +161,7 @@ def test_evaluation_is_the_same_whatever_the_seed() -> None:
 
 @pytest.mark.parametrize("make", [eval_transform, train_transform])
 @pytest.mark.parametrize("crop", ["resized", "fixed"])
-def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], AlbumentationsAdapter], crop: str) -> None:
+def test_shrinking_averages_and_does_not_alias(make: Callable[[Config], Pipeline], crop: str) -> None:
     """A checkerboard of single pixels is even grey from afar; without antialiasing it becomes stripes."""
     image = np.zeros((2048, 2048, 3), np.uint8)
     image[::2, ::2] = image[1::2, 1::2] = 255
@@ -268,6 +273,27 @@ def test_the_digits_are_split_1437_to_360_disjoint_and_even_by_class() -> None:
     assert np.abs(shares - 0.2).max() < 0.005
     again = load_digits()[1]
     assert np.array_equal(np.asarray(again.images), val.images)
+
+
+def test_the_digits_and_their_split_are_those_of_scikit_learn() -> None:
+    theirs = sklearn.datasets.load_digits()
+    images = np.repeat((theirs.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+    ids = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=theirs.target)
+    for part, there in zip(load_digits(), ids, strict=True):
+        assert np.array_equal(np.asarray(part.images), images[there])
+        assert np.array_equal(part.all_labels(), theirs.target[there])
+
+
+def test_digits_that_are_damaged_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sklearn" / "datasets" / "data").mkdir(parents=True)
+    (tmp_path / "sklearn" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="install it again"):
+        load_digits()
+    (tmp_path / "sklearn" / "datasets" / "data" / "digits.csv.gz").write_bytes(gzip.compress(b"0,0,7,15")[:-9])
+    with pytest.raises(DataError, match="install it again"):
+        load_digits()
 
 
 @pytest.fixture

@@ -104,9 +104,6 @@ class Journal:
     def timed_step(self, batch: Batch) -> Iterator[None]:
         """A context around the training step on this batch."""
         self.console.over()
-        if self.progress.step == 0 and self.pictures is not None:
-            with self.spent.part("other"):
-                self.pictures.samples(batch)
         if self._is_first:
             self.console.waits_for(f"for the first step{f', {COMPILES}' if self.training.compiled else ''}")
         with self.spent.step():
@@ -114,6 +111,9 @@ class Journal:
         if self._is_first:
             self.console.over()
             self._is_first = False
+        if self.progress.step == 0 and self.pictures is not None:  # not before: the first one imports matplotlib
+            with self.spent.part("other"):
+                self.pictures.samples(batch)
 
     def is_log_step(self) -> bool:
         """Whether the step that begins is one after which numbers are fetched."""
