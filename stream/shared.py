@@ -30,12 +30,16 @@ class Region:
         self.descriptor = anonymous_file(size)
         self.array = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
         self.address = self.array.__array_interface__["data"][0]
-        self._unpin = pin(self.address, size) if pin else lambda: None
+        self.reusable = True
+        self.close = weakref.finalize(self, _close, self.descriptor, pin(self.address, size) if pin else None)
+        self.close.atexit = False
 
-    def close(self) -> None:
-        """Give up the descriptor. The memory goes when nothing refers to it."""
-        self._unpin()
-        os.close(self.descriptor)
+
+def _close(descriptor: int, unpin: Callable[[], None] | None) -> None:
+    """Give up the descriptor of a region. The memory goes when nothing refers to it."""
+    if unpin is not None:
+        unpin()
+    os.close(descriptor)
 
 
 class SharedMemory:
@@ -65,20 +69,25 @@ class SharedMemory:
 
     def numbers(self) -> tuple[int, ...]:
         """Of the regions that there are."""
-        return tuple(self._live)
+        return (*self._live,)  # at once: other threads may run while a tuple is made of a dictionary
 
     def discard(self, array: np.ndarray) -> None:
-        """Never use the memory of this array again: a process that was given up may still write to it."""
+        """Use the memory of this array for no other: a process that was given up may still write to it.
+
+        It goes with the array, as other threads may still have parts of it filled.
+        """
         if found := self.find(array):
-            self._give_up(found[0])
+            found[0].reusable = False
 
     def _give_up(self, region: Region) -> None:
         if self._live.pop(region.number, None):
             region.close()
 
     def _put_back(self, region: Region) -> None:
-        if region.number in self._live:
+        if region.reusable:
             self._free.append(region)
+        else:
+            self._give_up(region)
 
     def _take(self, size: int) -> Region | None:
         """A free region that is large enough; those that are not are given up, for a larger one takes their place."""
