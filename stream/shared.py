@@ -127,23 +127,35 @@ class MappedFiles:
     """Files of a cache, which this process reads by mapping them."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, memoryview] = OrderedDict()
+        self._open: OrderedDict[str, tuple[int, memoryview]] = OrderedDict()
 
     def find(self, path: str, digest: bytes, start: int, size: int) -> memoryview | None:
         """These bytes of a file; None where it is gone, or is another one by now."""
-        found = self._open.get(path)
+        inode, found = self._open.get(path, (0, None))
         if found is None or found[:DIGEST] != digest:
             try:
                 with open(path, "rb") as file:
+                    inode = os.fstat(file.fileno()).st_ino
                     found = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except (OSError, ValueError):
                 return None
             if found[:DIGEST] != digest:
                 return None
-            self._open[path] = found
+            self._close_removed()
+            self._open[path] = inode, found
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return found[start : start + size]
+
+    def _close_removed(self) -> None:
+        """Files that a cache has removed to make room take that room until nobody maps them."""
+        for path, (inode, _) in [*self._open.items()]:
+            try:
+                if os.stat(path).st_ino == inode:
+                    continue
+            except OSError:
+                pass
+            del self._open[path]
 
 
 def anonymous_file(size: int) -> int:

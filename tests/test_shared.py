@@ -132,6 +132,19 @@ def test_a_file_that_was_made_anew_is_opened_anew(tmp_path: Path) -> None:
         assert bytes(found) == contents
 
 
+def test_files_that_a_cache_has_removed_take_no_room(tmp_path: Path) -> None:
+    files = MappedFiles()
+    for name in "abc":
+        image = kept(tmp_path / name, b"any", DIGEST * name.encode())
+        assert files.find(*image[:-1]) is not None
+        if name != "c":
+            os.unlink(image.path)
+        if name == "b":
+            kept(tmp_path / name, b"any", image.digest)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert [line.split("/")[-1] for line in mapped] == ["c"]
+
+
 def test_decoding_processes_forget_memory_that_was_given_up() -> None:
     before, pool = decoders(os.getpid()), DecodingPool(1)
     jobs = [Job(b"any", (0, 0, 0))]
