@@ -127,6 +127,7 @@ class DecodingPool:
                     alone = True
         except OSError as error:  # of the process that forks them
             _pool_of.cache_clear()
+            self.memory.discard(out)
             raise WorkerDied from error
         finally:
             self._idle.put(worker)

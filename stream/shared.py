@@ -30,12 +30,16 @@ class Region:
         self.descriptor = anonymous_file(size)
         self.array = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
         self.address = self.array.__array_interface__["data"][0]
-        self._unpin = pin(self.address, size) if pin else lambda: None
+        self.reusable = True
+        self.close = weakref.finalize(self, _close, self.descriptor, pin(self.address, size) if pin else None)
+        self.close.atexit = False
 
-    def close(self) -> None:
-        """Give up the descriptor. The memory goes when nothing refers to it."""
-        self._unpin()
-        os.close(self.descriptor)
+
+def _close(descriptor: int, unpin: Callable[[], None] | None) -> None:
+    """Give up the descriptor of a region. The memory goes when nothing refers to it."""
+    if unpin is not None:
+        unpin()
+    os.close(descriptor)
 
 
 class SharedMemory:
@@ -65,20 +69,25 @@ class SharedMemory:
 
     def numbers(self) -> tuple[int, ...]:
         """Of the regions that there are."""
-        return tuple(self._live)
+        return (*self._live,)  # at once: other threads may run while a tuple is made of a dictionary
 
     def discard(self, array: np.ndarray) -> None:
-        """Never use the memory of this array again: a process that was given up may still write to it."""
+        """Use the memory of this array for no other: a process that was given up may still write to it.
+
+        It goes with the array, as other threads may still have parts of it filled.
+        """
         if found := self.find(array):
-            self._give_up(found[0])
+            found[0].reusable = False
 
     def _give_up(self, region: Region) -> None:
         if self._live.pop(region.number, None):
             region.close()
 
     def _put_back(self, region: Region) -> None:
-        if region.number in self._live:
+        if region.reusable:
             self._free.append(region)
+        else:
+            self._give_up(region)
 
     def _take(self, size: int) -> Region | None:
         """A free region that is large enough; those that are not are given up, for a larger one takes their place."""
@@ -118,23 +127,35 @@ class MappedFiles:
     """Files of a cache, which this process reads by mapping them."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, memoryview] = OrderedDict()
+        self._open: OrderedDict[str, tuple[int, memoryview]] = OrderedDict()
 
     def find(self, path: str, digest: bytes, start: int, size: int) -> memoryview | None:
         """These bytes of a file; None where it is gone, or is another one by now."""
-        found = self._open.get(path)
+        inode, found = self._open.get(path, (0, None))
         if found is None or found[:DIGEST] != digest:
             try:
                 with open(path, "rb") as file:
+                    inode = os.fstat(file.fileno()).st_ino
                     found = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except (OSError, ValueError):
                 return None
             if found[:DIGEST] != digest:
                 return None
-            self._open[path] = found
+            self._close_removed()
+            self._open[path] = inode, found
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return found[start : start + size]
+
+    def _close_removed(self) -> None:
+        """Files that a cache has removed to make room take that room until nobody maps them."""
+        for path, (inode, _) in [*self._open.items()]:
+            try:
+                if os.stat(path).st_ino == inode:
+                    continue
+            except OSError:
+                pass
+            del self._open[path]
 
 
 def anonymous_file(size: int) -> int:

@@ -1,15 +1,16 @@
 """Memory that is shared with decoding processes: used again, given up, and files of a cache that change."""
 
+import gc
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from slow import mean_byte
+from slow import Deadly, mean_byte
 from test_decoding import decoders
 
-from stream.decode_pool import DecodingPool, Job, pack
+from stream.decode_pool import DecodingPool, EndsProcess, Job, WorkerDied, _Worker, pack
 from stream.shared import DIGEST, PAGE, InFile, MappedFiles, SharedMemory
 
 ROOM = (PAGE // 8, 8)
@@ -49,8 +50,42 @@ def test_memory_that_is_too_small_is_given_up_for_larger_and_unpinned() -> None:
     smaller = memory.array((PAGE,), pin)  # type: ignore[arg-type]
     assert memory.find(smaller[1:]) == (memory.find(smaller)[0], 1)  # type: ignore[index]
     memory.discard(smaller)
+    assert memory.find(smaller) is not None  # for other threads that have it filled
+    del smaller
     assert not pinned
-    assert memory.find(smaller) is None
+    assert not memory.numbers()
+
+
+def test_memory_goes_with_its_owner() -> None:
+    pinned: list[int] = []
+
+    def pin(address: int, size: int) -> object:
+        pinned.append(address)
+        return pinned.clear
+
+    memory, before = SharedMemory(), len(os.listdir("/proc/self/fd"))
+    array = memory.array(ROOM, pin)  # type: ignore[arg-type]
+    del memory, array
+    assert not pinned
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_other_threads_may_make_memory_while_it_is_listed() -> None:
+    memory = SharedMemory()
+    arrays = [memory.array((1,)) for _ in range(40)]
+
+    def collecting(*_: object) -> None:
+        arrays.append(memory.array((1,)))
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(collecting)
+    gc.set_threshold(1)
+    try:
+        listed = [len(memory.numbers()) for _ in range(3)]
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(collecting)
+    assert min(listed) >= 40
 
 
 def test_other_memory_is_not_taken_for_shared() -> None:
@@ -97,6 +132,19 @@ def test_a_file_that_was_made_anew_is_opened_anew(tmp_path: Path) -> None:
         assert bytes(found) == contents
 
 
+def test_files_that_a_cache_has_removed_take_no_room(tmp_path: Path) -> None:
+    files = MappedFiles()
+    for name in "abc":
+        image = kept(tmp_path / name, b"any", DIGEST * name.encode())
+        assert files.find(*image[:-1]) is not None
+        if name != "c":
+            os.unlink(image.path)
+        if name == "b":
+            kept(tmp_path / name, b"any", image.digest)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert [line.split("/")[-1] for line in mapped] == ["c"]
+
+
 def test_decoding_processes_forget_memory_that_was_given_up() -> None:
     before, pool = decoders(os.getpid()), DecodingPool(1)
     jobs = [Job(b"any", (0, 0, 0))]
@@ -107,3 +155,30 @@ def test_decoding_processes_forget_memory_that_was_given_up() -> None:
     (process,) = decoders(os.getpid()) - before
     mapped = [line for line in Path(f"/proc/{process}/maps").read_text().splitlines() if "memfd:decoding" in line]
     assert len(mapped) == 2  # the arena, and the memory of the last
+
+
+def test_memory_that_another_thread_gives_up_is_filled_to_the_end() -> None:
+    pool, images = DecodingPool(1), [np.full((1, 1, 3), value, np.uint8) for value in (13, 7)]
+    out = pool.memory.array((2, 1, 1, 3))
+
+    def another_thread_gives_up() -> bool:
+        pool.memory.discard(out)
+        return False
+
+    told = pool.run(pack(Deadly("kill")), [Job(image, (0, 0, 0)) for image in images], out, another_thread_gives_up)
+    assert isinstance(told[0], EndsProcess)
+    assert told[1] is None
+    assert out[1].tolist() == [[[7] * 3]]
+
+
+def test_memory_is_not_used_again_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError
+
+    pool = DecodingPool(1)
+    out = pool.memory.array((1, 1, 1, 3))
+    monkeypatch.setattr(_Worker, "restart", lambda worker: refuse())
+    with pytest.raises(WorkerDied):
+        pool.run(pack(Deadly("kill")), [Job(np.full((1, 1, 3), 13, np.uint8), (0, 0, 0))], out)
+    del out
+    assert not pool.memory.numbers()
