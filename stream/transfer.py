@@ -25,6 +25,10 @@ class Transfer:
         self.stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._copying: deque[tuple[Any, torch.Tensor]] = deque()  # what the GPU may still read
 
+    def __del__(self) -> None:
+        if self.stream is not None:  # the memory of a batch must outlast its copy
+            self.stream.synchronize()
+
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
