@@ -35,7 +35,6 @@ FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
 LISTED = 10  # classes
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
-FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
 DECODED_OVER_ENCODED = 15  # a photograph of 24 megapixels is 5 MB, or 72 MB of pixels
 
@@ -219,7 +218,7 @@ def memory_bytes(config: Config, data: Data) -> int:
     copies = TRANSFER_COPIES + bool(train.cache)  # what is received, and what is written
     in_transfer = int(min(fetch_threads(largest) * copies * largest, 2 * total))
     decoding = int(image * (DECODED_OVER_ENCODED * max(1, config.num_workers) + config.num_workers))
-    footers = int(FOOTER_OBJECTS * (train.index_bytes + getattr(val, "index_bytes", 0)))
+    footers = train.index_bytes + getattr(val, "index_bytes", 0)
     blocks = windows_bytes(config, data) + in_transfer
     return CLIENT_BYTES + footers + blocks + (BATCHES_AHEAD + 2) * batch + decoding + config.num_workers * PROCESS_BYTES
 
