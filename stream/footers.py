@@ -1,4 +1,4 @@
-"""The footers of parquet files: which row groups they have, and where."""
+"""The footers of parquet files, read in parallel and parsed when they are asked for."""
 
 import threading
 from collections import OrderedDict

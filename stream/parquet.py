@@ -75,6 +75,9 @@ class ParquetShards:
         leaves = self.row_groups.files["leaves"].tolist()
         self._images = [ImageLeaves(*(None if leaf == ABSENT else leaf for leaf in found[:LABEL])) for found in leaves]
         self._parts = [self._find_parts(number) for number in range(len(files.names))]
+        groups, numbers = self.row_groups.groups, self.row_groups.files["numbers"][self.row_groups.file_of]
+        ranges = (groups["ranged"] & numbers, groups["rows"], groups["low"], groups["high"])
+        self._ranges: list[list[int]] = [of.tolist() for of in ranges]  # whether told, rows, lowest and highest label
 
     def blocks(self, most_bytes: int) -> list[Block]:
         """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group.
@@ -108,18 +111,21 @@ class ParquetShards:
         """How many requests a block costs, those for images that lie outside its file included."""
         if not self._files.by_request:
             return 0
-        outside = self.row_groups.outside[self.row_groups.places(block.file, block.groups)].clip(max=block.rows)
+        parts, outside = self._parts[block.file], 0
+        if PATHS in parts:
+            counts = self.row_groups.outside[self.row_groups.places(block.file, block.groups)]
+            outside = int(counts.clip(max=block.rows).sum())
         at_hand = block.file in self._chunks.whole
-        ranges = 0 if at_hand else len(self._chunks.ranges(block.file, block.groups, self._parts[block.file]))
-        return int(outside.sum()) + ranges
+        return outside + (0 if at_hand else len(self._chunks.ranges(block.file, block.groups, parts)))
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None if the footer does not tell."""
-        naming, groups = self._labels.namings[block.file], self.row_groups.at(block.file, block.groups)
-        if naming.stored is not None or not self.row_groups.files["numbers"][block.file] or not groups["ranged"].all():
+        naming, first = self._labels.namings[block.file], self.row_groups.of(block.file).start
+        told, rows, low, high = self._ranges
+        places = [first + group for group in block.groups]
+        if naming.stored is not None or not all(told[place] for place in places):
             return None
-        columns = (groups["rows"].clip(max=block.rows), groups["low"] - naming.first, groups["high"] - naming.first)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        return [(min(block.rows, rows[at]), low[at] - naming.first, high[at] - naming.first) for at in places]
 
     def labels(self, block: Block) -> np.ndarray:
         """The labels of a block (int64). Of a file, the labels alone are fetched, once.
