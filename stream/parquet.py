@@ -195,16 +195,18 @@ class ParquetShards:
             return Block(name, file, tuple(groups), rows, size)
 
         groups: list[int] = []
+        total = 0  # bytes of these
         for group, size in enumerate(sizes):
             if not counts[group]:
                 continue
-            if groups and sum(sizes[g] for g in groups) + size > most_bytes:
+            if groups and total + size > most_bytes:
                 yield block(groups)
-                groups = []
+                groups, total = [], 0
             if outside[group] > most_bytes:
                 yield from _cut(block([group]), most_bytes)
             else:
                 groups.append(group)
+                total += size
         if groups:
             yield block(groups)
 

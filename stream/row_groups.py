@@ -2,17 +2,19 @@
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from stream.cache import Bytes
-from stream.footers import Footers
+from stream.footers import Footers, Told
 from stream.outside import find_leaves
 
 DATA, PATHS, LABEL = range(3)  # the stored columns that may be read: encoded images, their paths, labels
 ABSENT = UNKNOWN = -1  # a column that is not there; a count that the footer does not tell
+MOST = 2**63 - 1  # for a label
 FORM = 1  # of what is kept; a number for each change of these types
 FILE = np.dtype(
     [
@@ -87,7 +89,7 @@ def from_bytes(data: Bytes) -> RowGroups:
 
 def read_row_groups(footers: Footers, image: str, label: str) -> RowGroups:
     """The row groups of all files with these columns of images and labels. Raises DataError."""
-    found = list(footers.each(lambda footer: _of_footer(footer, image, label)))
+    found = list(footers.each(partial(_of_footer, image, label)))
     first: dict[bytes, int] = {}
     likes = [first.setdefault(digest, number) for number, (_, digest, _) in enumerate(found)]
     files = np.concatenate([file for file, _, _ in found])
@@ -95,14 +97,14 @@ def read_row_groups(footers: Footers, image: str, label: str) -> RowGroups:
     return RowGroups(files, np.concatenate([groups for _, _, groups in found]))
 
 
-def _of_footer(footer: Any, image: str, label: str) -> tuple[np.ndarray, bytes, np.ndarray]:
-    """The file, a digest of what tells its features, and its row groups."""
+def _of_footer(image: str, label: str, footer: Any, told: Told, size: int) -> tuple[np.ndarray, bytes, np.ndarray]:
+    """The file, whose footer has so many bytes; a digest of what tells its features; and its row groups."""
     images, labels = find_leaves(footer.schema, image), _find_label(footer.schema, label)
     leaves = [ABSENT if leaf is None else leaf for leaf in (images.data, images.paths, labels)]
     numbers = labels is not None and footer.schema.column(labels).physical_type in ("INT32", "INT64")
     groups = [_of_group(footer.row_group(group), leaves, numbers) for group in range(footer.num_row_groups)]
-    digest = xxhash.xxh3_128_digest((footer.metadata or {}).get(b"huggingface", b""))
-    file = (leaves, numbers, 0, footer.serialized_size, len(groups))
+    digest = xxhash.xxh3_128_digest(told.get(b"huggingface", b""))
+    file = (leaves, numbers, 0, size, len(groups))
     return np.array([file], FILE), digest, np.array(groups, GROUP)
 
 
@@ -122,7 +124,7 @@ def _of_group(group: Any, leaves: list[int], numbers: bool) -> tuple[Any, ...]:
     statistics = labels.statistics if labels is not None else None
     ranged = statistics is not None and statistics.has_min_max
     ends = (statistics.min, statistics.max) if statistics is not None and ranged and numbers else (0, 0)
-    low, high = (min(end, np.iinfo(np.int64).max) for end in ends)
+    low, high = (min(end, MOST) for end in ends)
     unpacked = 0 if data is None else data.total_uncompressed_size
     return group.num_rows, begin, size, values, nulls, unpacked, ranged, low, high
 
