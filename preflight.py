@@ -35,7 +35,6 @@ FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
 LISTED = 10  # classes
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
-FOOTER_OBJECTS = 2.4  # bytes of memory for a byte of a footer, as measured
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
 DECODED_OVER_ENCODED = 15  # a photograph of 24 megapixels is 5 MB, or 72 MB of pixels
 
@@ -68,16 +67,17 @@ def describe_data(config: Config, data: Data) -> list[str]:
         return lines
     sizes = np.array([block.size for block in train.blocks])
     val_bytes = sum(block.size for block in val.blocks)
-    ranks = distributed.world_size()
+    ranks, order = distributed.world_size(), data.train.order(0)
     return [
         f"revision  {train.revision or 'a local folder'}",
         *lines,
         f"blocks    {len(sizes):,} for training, {len(val.blocks):,} for validation, of {as_size(sizes.max())} at most",
         f"bytes     {as_size(sizes.sum())} for training, {as_size(val_bytes)} for validation, in each epoch",
         f"streams   {config.streams}, {config.streams // ranks} for each of {ranks} ranks",
-        *([f"mixing    {_mixing_line(config, train)}"] if len(data.train) else []),
-        f"memory    about {as_size(memory_bytes(config, data))} a rank (and {as_size(LARGEST_PICTURE)} while one of "
-        f"{LARGEST_PIXELS / 1e6:.0f} megapixels, the largest that are read, is decoded) for {_holders(config, data)}",
+        *([f"mixing    {_mixing_line(config, train, order)}"] if len(data.train) else []),
+        f"memory    about {as_size(memory_bytes(config, data, order))} a rank (and {as_size(LARGEST_PICTURE)} while "
+        f"one of {LARGEST_PIXELS / 1e6:.0f} megapixels, the largest that are read, is decoded) for "
+        f"{_holders(config, data, order)}",
         f"cache     {_cache_line(train)}",
         *_request_lines(train, val),
     ]
@@ -85,10 +85,10 @@ def describe_data(config: Config, data: Data) -> list[str]:
 
 def _class_line(data: Data) -> str:
     """The classes if they are few, with their training images if labels are at hand; else the first and the last."""
-    names, train = [short(name) for name in data.classes], data.train.dataset
-    start = f"classes   {len(names):,}: "
-    if len(names) > LISTED:
-        return f"{start}{names[0]} ... {names[-1]}"
+    train, start = data.train.dataset, f"classes   {len(data.classes):,}: "
+    if len(data.classes) > LISTED:
+        return f"{start}{short(data.classes[0])} ... {short(data.classes[-1])}"
+    names = [short(name) for name in data.classes]
     if _is_streamed(train):  # whose labels would have to be fetched
         return start + ", ".join(names)
     counts = np.bincount(train.all_labels(), minlength=len(names)).tolist()
@@ -160,7 +160,7 @@ def _device_of(folder: Path) -> int:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists()).stat().st_dev
 
 
-def _holders(config: Config, data: Data) -> str:
+def _holders(config: Config, data: Data, order: list[np.ndarray]) -> str:
     """What the memory is for."""
     train = data.train.dataset
     assert _is_streamed(train)
@@ -168,17 +168,20 @@ def _holders(config: Config, data: Data) -> str:
     rest = rest if config.num_workers else "blocks ahead, batches"
     if train.cache is None:
         return f"windows, {rest}"
-    beyond = windows_bytes(config, data)
+    beyond = windows_bytes(config, data, order)
     if beyond:
         return f"{as_size(beyond)} of windows beyond --cache_limit_gb, {rest}; other windows are mapped from the cache"
     return f"{rest}; windows are mapped from the cache"
 
 
-def _mixing_line(config: Config, train: "HuggingFaceImageNetDataset") -> str:
+def _mixing_line(config: Config, train: "HuggingFaceImageNetDataset", order: list[np.ndarray]) -> str:
+    """What the order of an epoch mixes; `order` has this rank's streams."""
+    if len(order) < config.streams or config.repeats > 1:
+        order = epoch_order(train.block_rows, 0, config.seed, config.streams, config.shuffle_window)
     labels = train.estimated_labels()
     if labels is None:
         return "unknown: the files do not tell their labels"
-    share = mixing(labels, _order(config, train), config.batch_size // config.streams)
+    share = mixing(labels, order, config.batch_size // config.streams)
     line = f"a batch has {share:.0%} of the classes that a uniform shuffle would give it"
     if share >= POOR_MIXING:
         return line
@@ -208,8 +211,11 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
     return min(1.0, float(np.mean(distinct) / uniform))
 
 
-def memory_bytes(config: Config, data: Data) -> int:
-    """The most bytes that this rank's loader holds in its first two epochs, its decoding processes included."""
+def memory_bytes(config: Config, data: Data, order: list[np.ndarray] | None = None) -> int:
+    """The most bytes that this rank's loader holds in its first two epochs, its decoding processes included.
+
+    `order` is that of the first epoch, if it is at hand.
+    """
     train, val = data.train.dataset, data.val.dataset
     assert _is_streamed(train)
     largest = max(block.size for block in train.blocks)
@@ -219,16 +225,17 @@ def memory_bytes(config: Config, data: Data) -> int:
     copies = TRANSFER_COPIES + bool(train.cache)  # what is received, and what is written
     in_transfer = int(min(fetch_threads(largest) * copies * largest, 2 * total))
     decoding = int(image * (DECODED_OVER_ENCODED * max(1, config.num_workers) + config.num_workers))
-    footers = int(FOOTER_OBJECTS * (train.index_bytes + getattr(val, "index_bytes", 0)))
-    blocks = windows_bytes(config, data) + in_transfer
+    footers = train.index_bytes + getattr(val, "index_bytes", 0)
+    blocks = windows_bytes(config, data, order) + in_transfer
     return CLIENT_BYTES + footers + blocks + (BATCHES_AHEAD + 2) * batch + decoding + config.num_workers * PROCESS_BYTES
 
 
-def windows_bytes(config: Config, data: Data) -> int:
+def windows_bytes(config: Config, data: Data, order: list[np.ndarray] | None = None) -> int:
     """The most bytes of blocks, from their arrival to their last use, that are in memory and not in the cache.
 
     Without a cache that is all of them. A cache with a limit is followed for two epochs: the second finds what the
-    first left, and none of that makes room before it is used. Ranks are taken to share the room equally.
+    first left, and none of that makes room before it is used. Ranks are taken to share the room equally. `order` is
+    that of the first epoch, if it is at hand.
     """
     train = data.train.dataset
     assert _is_streamed(train)
@@ -246,7 +253,8 @@ def windows_bytes(config: Config, data: Data) -> int:
     sizes = np.array([block.size for block in train.blocks])
     share, ahead, most = config.batch_size // config.streams, BATCHES_AHEAD if config.num_workers else 0, 0
     for epoch in range(min(config.epochs, 2) if room else 1):
-        spans = _spans(train, data.train.order(epoch), sizes, share, ahead)
+        streams = data.train.order(epoch) if epoch or order is None else order
+        spans = _spans(train, streams, sizes, share, ahead)
         blocks = spans[0]
         on_disk = _kept(sizes, kept, room, *spans)
         most = max(most, _fullest(np.where(on_disk, 0, sizes[blocks]), *spans[1:]))
@@ -262,7 +270,7 @@ def _spans(
     """
     first, last = np.full(len(sizes), np.iinfo(np.int64).max), np.full(len(sizes), -1)
     for stream in order:
-        blocks, at = train.locate(stream % len(train))[0], np.arange(len(stream)) // share
+        blocks, at = train.block_of(stream % len(train)), np.arange(len(stream)) // share
         np.minimum.at(first, blocks, at)
         np.maximum.at(last, blocks, at)
     queue = np.argsort(first, kind="stable")[: int((last >= 0).sum())]
@@ -295,10 +303,6 @@ def _fullest(sizes: np.ndarray, asked: np.ndarray, last: np.ndarray) -> int:
     np.add.at(change, asked, sizes)
     np.add.at(change, last + 1, -sizes)
     return int(np.cumsum(change).max())
-
-
-def _order(config: Config, train: "HuggingFaceImageNetDataset") -> list[np.ndarray]:
-    return epoch_order(train.block_rows, 0, config.seed, config.streams, config.shuffle_window)
 
 
 def _request_lines(train: "HuggingFaceImageNetDataset", val: "HuggingFaceImageNetDataset") -> list[str]:

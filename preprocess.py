@@ -280,7 +280,7 @@ def _of_epoch(config: Config, epoch: int) -> tuple[int, Pipeline]:
 def _rank_order(block_rows: np.ndarray, config: Config, window: int, epoch: int) -> list[np.ndarray]:
     share = config.streams // distributed.world_size()
     first, images = distributed.rank() * share, int(block_rows.sum())
-    streams = epoch_order(block_rows, epoch, config.seed, config.streams, window)[first : first + share]
+    streams = epoch_order(block_rows, epoch, config.seed, config.streams, window, range(first, first + share))
     if config.repeats == 1:
         return streams
     apart = max(2, config.batch_size // config.streams // config.repeats)  # that images are not mixed with themselves

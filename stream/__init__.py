@@ -5,7 +5,8 @@ What is read
     block_reader BlockReader: the blocks of an epoch, fetched some way ahead of use
     parquet      files of images and labels, read in blocks of row groups
     chunks       column chunks of parquet files, read in ranges
-    footers      which row groups the files have, and where
+    footers      the footers of parquet files, read in parallel and parsed when they are asked for
+    row_groups   what is held of all footers: where row groups lie, and what is told of their labels
     outside      images that a parquet file tells only the paths of
     webdataset   tar shards of images and labels
     samples      which members of a tar shard make a sample

@@ -36,6 +36,9 @@ class BlockDataset(Protocol):
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The block of each sample, and its row in that block."""
 
+    def block_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The block of each sample."""
+
     def cache_name(self, number: int) -> str:
         """The name of a block in the cache."""
 
@@ -68,9 +71,12 @@ class BlockReader:
 
     def __init__(self, dataset: BlockDataset, ids: np.ndarray) -> None:
         self._dataset = dataset
-        blocks, first_use, counts = np.unique(dataset.locate(ids)[0], return_index=True, return_counts=True)
-        self._left = dict(zip(blocks.tolist(), counts.tolist(), strict=True))
-        self._queue = blocks[np.argsort(first_use)].tolist()
+        blocks = dataset.block_of(ids)
+        counts, first_use = np.bincount(blocks), np.full(len(dataset.blocks), len(ids))
+        np.minimum.at(first_use, blocks, np.arange(len(ids)))
+        used = np.argsort(first_use)[: np.count_nonzero(counts)]
+        self._left = dict(zip(used.tolist(), counts[used].tolist(), strict=True))
+        self._queue = [*self._left]
         self._place = {block: place for place, block in enumerate(self._queue)}
         largest = max(dataset.blocks[block].size for block in self._queue)
         self._ahead = blocks_ahead(largest)
@@ -95,7 +101,7 @@ class BlockReader:
         return data.image(row), int(data.labels[row])
 
     def release(self, ids: np.ndarray) -> None:
-        blocks, counts = np.unique(self._dataset.locate(ids)[0], return_counts=True)
+        blocks, counts = np.unique(self._dataset.block_of(ids), return_counts=True)
         with self._lock:
             for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
                 self._left[block] -= count

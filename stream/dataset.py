@@ -25,6 +25,7 @@ from stream.parquet import Block, ParquetShards
 from stream.picks import classes_within, fair_sample, places, spread
 from stream.ranges import Files, HubFiles
 from stream.retry import Network, in_threads
+from stream.row_groups import from_bytes, index_name
 from stream.webdataset import TarShards, require_used
 
 LABEL_THREADS = 8
@@ -63,7 +64,7 @@ class HuggingFaceImageNetDataset:
         self.revision = revision
         self.classes = shards.classes
         self.notes = shards.notes
-        self.index_bytes = shards.index_bytes  # as the files store it
+        self.index_bytes = shards.index_bytes  # of memory, for what tells where the blocks are
         self.blocks = blocks
         self.block_rows = np.array([block.rows for block in blocks], np.int64)
         self.cache = cache
@@ -120,7 +121,13 @@ class HuggingFaceImageNetDataset:
         if is_tar(files.names[0]):
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
-            shards = ParquetShards(source, files, keep_by_commit, columns, listing.features)
+            kept_as = f"{listing.commit}/{index_name(files.names, columns, listing.features)}"
+            kept = store.find(kept_as) if listing.commit else None
+            with one_line_errors(source, kept_as):
+                row_groups = from_bytes(kept) if kept else None
+            shards = ParquetShards(source, files, keep_by_commit, columns, listing.features, row_groups)
+            if listing.commit and kept is None:
+                store.put(kept_as, shards.row_groups.to_bytes())
         kept_in, form = (store, cache) if cache and isinstance(files, HubFiles) else (None, None)
         dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, form)
         if not len(dataset):
@@ -139,10 +146,16 @@ class HuggingFaceImageNetDataset:
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The block of each sample, and its row in that block."""
-        blocks = np.searchsorted(self._ends, sample_ids, side="right")
+        blocks = self.block_of(sample_ids)
         if self._rows is not None:
             return blocks, self._rows[sample_ids]
         return blocks, sample_ids - (self._ends - self.block_rows)[blocks]
+
+    def block_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The block of each sample."""
+        if len(sample_ids) < len(self) // 8:
+            return np.searchsorted(self._ends, sample_ids, side="right")
+        return np.repeat(np.arange(len(self.blocks), dtype=np.int32), self.block_rows)[sample_ids]
 
     def name(self, sample_id: int) -> str:
         """Where a sample lies: its file and row, or its shard and key."""
@@ -226,7 +239,7 @@ class HuggingFaceImageNetDataset:
         return KeptBlock(table["image"], self._numbered(table["label"].to_numpy()), path, kept)
 
     def estimated_labels(self) -> np.ndarray | None:
-        """A label for each sample, estimated from the smallest and largest label of its row group; None if unknown.
+        """A label (int32) for each sample, estimated from the range of those of its row group; None if unknown.
 
         Groups that share at most one class with their neighbours are taken to be sorted, the others to be shuffled.
         """
@@ -236,13 +249,18 @@ class HuggingFaceImageNetDataset:
         rows, low, high = np.array([group for ranges in known for group in ranges or ()], np.int64).T
         shared = np.minimum(high[1:], high[:-1]) - np.maximum(low[1:], low[:-1]) + 1
         apart = np.concatenate([[len(rows) > 1], shared <= 1, [True]])
-        rng, groups = np.random.default_rng(0), []
-        for count, first, last, is_sorted in zip(rows, low, high, apart[1:] & apart[:-1], strict=True):
-            spread = np.linspace(first, last + 1, count, endpoint=False).astype(np.int64)
-            groups.append(spread if is_sorted else rng.integers(first, last + 1, count))
+        share = np.random.default_rng(0).random(rows.sum(), np.float32)  # of the way from the smallest to the largest
+        ends = np.cumsum(rows)
+        for group in np.flatnonzero(apart[1:] & apart[:-1]).tolist():
+            share[ends[group] - rows[group] : ends[group]] = np.arange(rows[group]) / rows[group]
+        share *= np.repeat((high - low + 1).astype(np.float32), rows)
+        labels = np.repeat(low.astype(np.int32), rows)
+        labels += share.astype(np.int32)
+        if self._rows is None:
+            return labels
         blocks, within = self.locate(np.arange(len(self)))
         starts = np.cumsum([0, *(block.rows for block in self.blocks[:-1])])
-        return np.concatenate(groups)[starts[blocks] + within]
+        return labels[starts[blocks] + within]
 
     def fingerprint(self) -> str:
         """A digest of the number of rows and bytes of each block, and of the rows used."""

@@ -3,6 +3,7 @@
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Features
@@ -24,6 +25,7 @@ from stream.labels import (
     unwrapped,
 )
 from stream.retry import in_threads
+from stream.row_groups import ABSENT, LABEL
 
 
 def features_of(footer: Any) -> Features:
@@ -36,8 +38,7 @@ def features_of(footer: Any) -> Features:
 
 
 class LabelColumn:
-    """The column of labels in the files of a split. `leaves` has its number in each file. Raises DataError for a file
-    that lacks it.
+    """The column of labels in the files of a split. Raises DataError for a file that lacks it.
 
     `chosen` tells whether the user named it.
     """
@@ -50,7 +51,10 @@ class LabelColumn:
         self._name = name
         self._chosen = chosen
         self._held: dict[int, Any] = {}
-        self.leaves = [self._find_leaf(file) for file in range(len(chunks.footers))]
+        self._index = chunks.row_groups
+        lacking = self._index.files["leaves"][:, LABEL] == ABSENT
+        if lacking.any():
+            raise DataError(f"{chunks.files.names[lacking.argmax()]} has no column {name}; mend or remove the file")
 
     def name_classes(self, known: Features, from_card: bool) -> None:
         """Find out the classes: from the set's features, which its card or first file tells, or else from the labels.
@@ -63,15 +67,15 @@ class LabelColumn:
             self.namings = self._compared(list(feature.names), from_card)
             return
         naming = self._counted() or self._collected()
-        self.namings = [naming] * len(self._chunks.footers)
+        self.namings = [naming] * len(self._index.files)
 
     def stored(self, file: int) -> Any:
         """The labels of a file as they are stored, unwrapped. They are read and kept apart from the images."""
         chunks, name = self._chunks, self._chunks.files.names[file]
-        groups = [group for group in range(chunks.footers[file].num_row_groups) if self._rows(file, group)]
+        groups = np.flatnonzero(self._index.groups["rows"][self._index.of(file)]).tolist()
 
         def make() -> memoryview:
-            column = chunks.read(file, groups, [self.leaves[file]])[self._name]
+            column = chunks.read(file, groups, [LABEL])[self._name]
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, pa.schema([("label", column.type)])) as writer:
                 writer.write_table(pa.table({"label": column}))
@@ -86,58 +90,31 @@ class LabelColumn:
                     self._held[file] = pa.chunked_array([], pa.int64())
         return self._held[file]
 
-    def _rows(self, file: int, group: int) -> int:
-        return int(self._chunks.footers[file].row_group(group).num_rows)
-
-    def _find_leaf(self, file: int) -> int:
-        schema = self._chunks.footers[file].schema
-        paths = [schema.column(number).path for number in range(len(schema.names))]
-        found = [number for number, path in enumerate(paths) if path == self._name] or [
-            number
-            for number, path in enumerate(paths)
-            if path.startswith(f"{self._name}.")  # of a list
-        ]
-        if len(found) != 1:
-            raise DataError(f"{self._chunks.files.names[file]} has no column {self._name}; mend or remove the file")
-        return found[0]
-
     def _check_footers(self) -> None:
         """Refuse the labels of no class that the footers tell of: numbers below 0, and none at all beside others."""
-        for file, footer in enumerate(self._chunks.footers):
-            name, leaf = self._chunks.files.names[file], self.leaves[file]
-            numbers = footer.schema.column(leaf).physical_type in ("INT32", "INT64")
-            for group in range(footer.num_row_groups):
-                statistics = self._chunks.column(file, group, leaf).statistics
-                if statistics is None or not statistics.has_min_max:
-                    continue
-                if numbers:
-                    check_range(name, statistics.min)
-                if statistics.has_null_count and statistics.null_count:
-                    raise no_class(name, None)
+        groups = self._index.groups
+        wrong = groups["ranged"] & ((groups["low"] < 0) | (groups["nulls"][:, LABEL] > 0))
+        if wrong.any():
+            group = int(wrong.argmax())
+            name = self._chunks.files.names[self._index.file_of[group]]
+            check_range(name, int(groups["low"][group]))
+            raise no_class(name, None)
 
     def _counted(self) -> Naming | None:
         """Classes for whole numbers that count from 0 or 1, if the footers tell that these do."""
-        low, high, rows = [], [], 0
-        for file, footer in enumerate(self._chunks.footers):
-            if footer.schema.column(self.leaves[file]).physical_type not in ("INT32", "INT64"):
-                return None
-            for group in filter(lambda group: self._rows(file, group), range(footer.num_row_groups)):
-                column = self._chunks.column(file, group, self.leaves[file])
-                rows += column.num_values
-                statistics = column.statistics
-                if statistics is None or not statistics.has_min_max:
-                    return None
-                low.append(statistics.min)
-                high.append(statistics.max)
-        return consecutive(min(low), max(high), rows, f"column {self._name}") if low else None
+        groups = self._index.groups[self._index.groups["rows"] > 0]
+        if not self._index.files["numbers"].all() or not groups["ranged"].all() or not len(groups):
+            return None
+        low, high, rows = groups["low"].min(), groups["high"].max(), groups["values"][:, LABEL].sum()
+        return consecutive(int(low), int(high), int(rows), f"column {self._name}")
 
     def _collected(self) -> Naming:
         """Classes for the distinct labels of all files. Raises DataError for one that is no class."""
-        footers, what = self._chunks.footers, f"column {self._name}"
-        parts = list(in_threads(self.stored, range(len(footers)), FOOTER_THREADS))
+        what = f"column {self._name}"
+        parts = list(in_threads(self.stored, range(len(self._index.files)), FOOTER_THREADS))
         values = [pc.unique(part).to_pylist() for part in parts]
         found = {value for part in values for value in part if value is not None}
-        rows = sum(footer.num_rows for footer in footers)
+        rows = int(self._index.groups["rows"].sum())
         if rows and not found:
             raise DataError(f"{self._source} has no labels in {what}, as the Hub's test splits; give another split")
         for name, part in zip(self._chunks.files.names, values, strict=True):
@@ -154,14 +131,9 @@ class LabelColumn:
 
         Only the dataset's card may rename classes.
         """
-        told: dict[bytes, Naming] = {}  # most sets have only one distinct metadata
-        namings = []
-        for file, footer in enumerate(self._chunks.footers):
-            metadata = (footer.metadata or {}).get(b"huggingface", b"")
-            if metadata not in told:
-                told[metadata] = self._naming_of(file, classes, from_card)
-            namings.append(told[metadata])
-        return namings
+        likes = self._index.files["like"].tolist()  # in most sets, all are like the first
+        told = {file: self._naming_of(file, classes, from_card) for file in sorted({*likes})}
+        return [told[file] for file in likes]
 
     def _naming_of(self, file: int, classes: list[str], from_card: bool) -> Naming:
         name = self._chunks.files.names[file]

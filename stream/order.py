@@ -19,13 +19,15 @@ def repeated(ids: np.ndarray, repeats: int, window: int, images: int) -> np.ndar
     return np.concatenate([first[:0], *parts])[: len(ids)]
 
 
-def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, window: int) -> list[np.ndarray]:
-    """The sample ids (int64) of each stream in one epoch: a pure function of its arguments.
+def epoch_order(
+    block_rows: np.ndarray, epoch: int, seed: int, streams: int, window: int, wanted: range | None = None
+) -> list[np.ndarray]:
+    """The sample ids (int64) of each stream in one epoch, or of the `wanted` streams: a pure function of its arguments.
 
     The blocks are permuted, their samples cut into `streams` equal spans, and each span shuffled in a rolling window:
     samples are sorted by i + uniform(0, window / streams), where i is their position, so none moves further than its
     share of `window`, and a reader holds no more than that. A window over everything gives a uniform permutation. Only
-    raw bits of Philox and stable sorts are used, so no release of numpy changes the order.
+    raw bits of Philox and sorts that leave no choice are used, so no release of numpy changes the order.
     """
 
     def noise(count: int, use: Use, *stream: int) -> np.ndarray:
@@ -35,11 +37,34 @@ def epoch_order(block_rows: np.ndarray, epoch: int, seed: int, streams: int, win
     rows = block_rows[permuted]
     first_ids = (np.cumsum(block_rows) - block_rows)[permuted]
     total = int(rows.sum())
-    ids = np.repeat(first_ids - (np.cumsum(rows) - rows), rows) + np.arange(total)
+    ids = np.repeat(first_ids - (np.cumsum(rows) - rows), rows)
+    ids += np.arange(total)
     result = []
-    for stream in range(streams):
+    for stream in range(streams) if wanted is None else wanted:
         span = ids[total * stream // streams : total * (stream + 1) // streams]
         bits = noise(len(span), Use.WINDOW, stream)
-        keys = bits if window >= total else np.arange(len(span)) + bits * (window / streams / 2**64)
-        result.append(span[np.argsort(keys, kind="stable")])
+        if window >= total:
+            result.append(span[_sorted(bits, bits)])
+        else:
+            keys = np.arange(len(span)) + bits * (window / streams / 2**64)
+            most = len(span) + window // streams + 1
+            result.append(span[_sorted(keys, (keys * 2.0 ** (64 - most.bit_length())).astype(np.uint64))])
     return result
+
+
+def _sorted(keys: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+    """What a stable argsort of `keys` gives, in a third of its time; `coarse` (uint64) must not sort them otherwise.
+
+    The first bits of each coarse key and its place make one number, and these are sorted. Where the first bits are the
+    same, which is rare, the keys decide.
+    """
+    width = max(1, (len(keys) - 1).bit_length())
+    place, low = np.arange(len(keys), dtype=np.uint64), np.uint64(2**width - 1)
+    both = np.sort((coarse & ~low) | place)
+    order = (both & low).astype(np.int64)
+    same = (both[1:] ^ both[:-1]) <= low
+    ends = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
+    for first, last in ends.reshape(-1, 2):  # of runs of the same first bits
+        run = order[first : last + 1]
+        order[first : last + 1] = run[np.argsort(keys[run], kind="stable")]
+    return order

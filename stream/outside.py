@@ -46,31 +46,6 @@ def find_leaves(schema: Any, column: str) -> ImageLeaves:
     return ImageLeaves(data, paths)
 
 
-def rows_outside(group: Any, leaves: ImageLeaves) -> int:
-    """At least how many images of a row group, a `RowGroupMetaData`, lie outside: those with a path and no bytes."""
-    if leaves.paths is None:
-        return 0
-    rows = group.num_rows
-    named = rows - (_nulls(group.column(leaves.paths)) or 0)
-    if leaves.data is None:
-        return int(named)
-    data = group.column(leaves.data)
-    empty = _nulls(data)
-    if empty is None:  # the footer has no statistics, but it tells that there is no byte a row
-        empty = rows if data.total_uncompressed_size < rows else 0
-    return int(max(0, named + empty - rows))
-
-
-def _nulls(column: Any) -> int | None:
-    statistics = column.statistics
-    return int(statistics.null_count) if statistics is not None and statistics.has_null_count else None
-
-
-def may_lie_outside(group: Any, leaves: ImageLeaves) -> bool:
-    """Whether the footer of a row group, a `RowGroupMetaData`, leaves it open that images of it lie outside."""
-    return leaves.paths is not None and (leaves.data is None or _nulls(group.column(leaves.data)) != 0)
-
-
 def part(column: Any, field: str, leaves: ImageLeaves) -> Any:
     """The `bytes` or the `path` of each row of an image column as it was read, or None if that was not read."""
     if not pa.types.is_struct(column.type):

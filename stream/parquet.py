@@ -15,11 +15,12 @@ from errors import DataError
 from stream.chunks import Chunks
 from stream.columns import find_image_column, find_label_column
 from stream.explain import one_line_errors
-from stream.footers import Keep
+from stream.footers import HELD_BYTES, Keep
 from stream.label_column import LabelColumn, features_of
 from stream.labels import no_class, unwrapped
-from stream.outside import USUAL_BYTES, OutsideImages, as_binary, find_leaves, may_lie_outside, part, rows_outside
+from stream.outside import USUAL_BYTES, ImageLeaves, OutsideImages, as_binary, part
 from stream.ranges import Files
+from stream.row_groups import ABSENT, DATA, LABEL, PATHS, RowGroups
 
 BATCH_BYTES = 2**20  # of images that are decoded at once
 USUAL_COLUMNS = ["image", "label"]  # the names of blocks tell others, which a cache must not mix up with them
@@ -39,7 +40,7 @@ class Block:
 
 class ParquetShards:
     """The files of one split. Labels are the places of their classes in `classes`, which has the names; `notes` are
-    lines for the user about what was derived.
+    lines for the user about what was derived. `kept` is what was kept of the `row_groups`, instead of reading footers.
 
     Raises DataError for a file that is not parquet, lacks an image or label column, or has other classes than the rest.
     """
@@ -47,32 +48,43 @@ class ParquetShards:
     tells_labels = True  # without reading images
 
     def __init__(
-        self, source: str, files: Files, keep: Keep, columns: tuple[str | None, str | None], features: Any
+        self,
+        source: str,
+        files: Files,
+        keep: Keep,
+        columns: tuple[str | None, str | None],
+        features: Any,
+        kept: RowGroups | None = None,
     ) -> None:
         self._source = source
         self._files = files
         self._chunks = Chunks(source, files, keep)
-        self._footers = self._chunks.footers
         with one_line_errors(source, files.names[0]):
-            known = Features.from_dict(features) if features else features_of(self._footers[0])
+            known = Features.from_dict(features) if features else features_of(self._chunks.footers[0])
         self.image_column = find_image_column(known, columns[0], source)
         self.label_column = find_label_column(known, columns[1], self.image_column, source)
+        self._chunks.index(kept, self.image_column, self.label_column)
+        self.row_groups = self._chunks.row_groups
         self._labels = LabelColumn(source, self._chunks, self.label_column, columns[1] is not None)
         self._labels.name_classes(known, from_card=bool(features))
         self.classes: list[str] = self._labels.namings[0].names
         self.notes = [naming.note for naming in self._labels.namings[:1] if naming.note]
         self._suffix = self._block_suffix()
-        self.index_bytes = sum(footer.serialized_size for footer in self._footers)
+        self.index_bytes = min(int(self.row_groups.files["footer"].sum()), HELD_BYTES) + self.row_groups.groups.nbytes
         self._outside = OutsideImages(source, files, self.image_column)
-        self._images = [find_leaves(footer.schema, self.image_column) for footer in self._footers]
-        self._leaves = [self._find_leaves(number) for number in range(len(files.names))]
+        leaves = self.row_groups.files["leaves"].tolist()
+        self._images = [ImageLeaves(*(None if leaf == ABSENT else leaf for leaf in found[:LABEL])) for found in leaves]
+        self._parts = [self._find_parts(number) for number in range(len(files.names))]
+        groups, numbers = self.row_groups.groups, self.row_groups.files["numbers"][self.row_groups.file_of]
+        ranges = (groups["ranged"] & numbers, groups["rows"], groups["low"], groups["high"])
+        self._ranges: list[list[int]] = [of.tolist() for of in ranges]  # whether told, rows, lowest and highest label
 
     def blocks(self, most_bytes: int) -> list[Block]:
         """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group.
 
         A group is cut up only if the images that lie outside the file would exceed this. Their bytes are estimated.
         """
-        files = range(len(self._footers))
+        files = range(len(self._parts))
         return [block for file in files for block in self._blocks_of(file, most_bytes)]
 
     def read(self, block: Block) -> pa.Table:
@@ -81,18 +93,17 @@ class ParquetShards:
 
     def batches(self, block: Block) -> Iterator[pa.RecordBatch]:
         """The columns `image`, encoded, and `label` (int64) of a block, a few rows at a time. Raises DataError."""
-        footer, leaves, places = self._footers[block.file], self._leaves[block.file], self._images[block.file]
-        naming = self._labels.namings[block.file]
+        parts, leaves, naming = self._parts[block.file], self._images[block.file], self._labels.namings[block.file]
         with one_line_errors(self._source, self._files.names[block.file]):
-            if any(may_lie_outside(footer.row_group(group), places) for group in block.groups):
-                table = self._read_leaves(block, leaves)
+            if self.row_groups.may_lie_outside[self.row_groups.places(block.file, block.groups)].any():
+                table = self._read_parts(block, parts)
                 images, labels = self._images_of(block, table[self.image_column]), unwrapped(table[self.label_column])
                 yield from pa.table({"image": images, "label": naming.numbers(labels)}).to_batches()
                 return
             rows = max(1, block.rows * BATCH_BYTES // max(1, block.size))
-            file, names = self._chunks.open(block.file, block.groups, leaves)
+            file, names = self._chunks.open(block.file, block.groups, parts)
             for batch in file.iter_batches(rows, list(block.groups), names, use_threads=False):
-                images = as_binary(part(batch[self.image_column], "bytes", places))
+                images = as_binary(part(batch[self.image_column], "bytes", leaves))
                 labels = naming.numbers(unwrapped(batch[self.label_column]))
                 yield pa.record_batch({"image": images, "label": labels})
 
@@ -100,23 +111,21 @@ class ParquetShards:
         """How many requests a block costs, those for images that lie outside its file included."""
         if not self._files.by_request:
             return 0
-        footer, images, leaves = self._footers[block.file], self._images[block.file], self._leaves[block.file]
-        outside = sum(min(block.rows, rows_outside(footer.row_group(group), images)) for group in block.groups)
+        parts, outside = self._parts[block.file], 0
+        if PATHS in parts:
+            counts = self.row_groups.outside[self.row_groups.places(block.file, block.groups)]
+            outside = int(counts.clip(max=block.rows).sum())
         at_hand = block.file in self._chunks.whole
-        return outside + (0 if at_hand else len(self._chunks.ranges(block.file, block.groups, leaves)))
+        return outside + (0 if at_hand else len(self._chunks.ranges(block.file, block.groups, parts)))
 
     def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
         """Rows, smallest and largest label of each row group, or None if the footer does not tell."""
-        naming, found = self._labels.namings[block.file], []
-        if naming.stored is not None:
+        naming, first = self._labels.namings[block.file], self.row_groups.of(block.file).start
+        told, rows, low, high = self._ranges
+        places = [first + group for group in block.groups]
+        if naming.stored is not None or not all(told[place] for place in places):
             return None
-        for group in block.groups:
-            statistics = self._chunks.column(block.file, group, self._leaves[block.file][-1]).statistics
-            if statistics is None or not statistics.has_min_max:
-                return None
-            rows = min(block.rows, self._footers[block.file].row_group(group).num_rows)
-            found.append((rows, statistics.min - naming.first, statistics.max - naming.first))
-        return found
+        return [(min(block.rows, rows[at]), low[at] - naming.first, high[at] - naming.first) for at in places]
 
     def labels(self, block: Block) -> np.ndarray:
         """The labels of a block (int64). Of a file, the labels alone are fetched, once.
@@ -136,8 +145,8 @@ class ParquetShards:
 
     def _first_row(self, block: Block) -> int:
         """How many rows of its file precede a block."""
-        footer = self._footers[block.file]
-        return block.first + sum(footer.row_group(group).num_rows for group in range(block.groups[0]))
+        rows = self.row_groups.groups["rows"][self.row_groups.of(block.file)]
+        return block.first + int(rows[: block.groups[0]].sum())
 
     def _block_suffix(self) -> str:
         """What the names of blocks tell of columns and of the numbers of classes, where these are not the usual."""
@@ -147,62 +156,59 @@ class ParquetShards:
             return suffix
         return f"{suffix}.{xxhash.xxh3_64_hexdigest(repr(self.classes).encode())}"
 
-    def _read_leaves(self, block: Block, leaves: Sequence[int]) -> pa.Table:
-        """These stored columns of a block."""
-        return self._chunks.read(block.file, block.groups, leaves).slice(block.first, block.rows)
+    def _read_parts(self, block: Block, parts: Sequence[int]) -> pa.Table:
+        """These parts of a block."""
+        return self._chunks.read(block.file, block.groups, parts).slice(block.first, block.rows)
 
     def _images_of(self, block: Block, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """The encoded images of a block; those that only have a path are read from where it leads."""
         leaves = self._images[block.file]
         data, paths = part(column, "bytes", leaves), part(column, "path", leaves)
         if data is not None and paths is None and leaves.paths is not None and data.null_count > column.null_count:
-            column = self._read_leaves(block, [leaves.paths])[self.image_column]  # the footer did not tell of paths
+            column = self._read_parts(block, [PATHS])[self.image_column]  # the footer did not tell of paths
             paths = part(column, "path", leaves)
         if paths is not None and (data is None or data.null_count):
             return self._outside.fill_in(block.file, data, paths)
         return as_binary(data)
 
-    def _find_leaves(self, file: int) -> list[int]:
-        """The numbers of the stored columns that are read, the labels' last: paths only where images lie outside.
+    def _find_parts(self, file: int) -> list[int]:
+        """The parts that are read: paths only where images lie outside.
 
         Raises DataError, naming a file that lacks images.
         """
-        footer, images = self._footers[file], self._images[file]
+        images = self._images[file]
         if images.data is None and images.paths is None:
             wanted = f"{self.image_column}.bytes"
             raise DataError(f"{self._files.names[file]} has no column {wanted}; mend or remove the file")
-        groups = range(footer.num_row_groups)
-        outside = images.data is None or any(rows_outside(footer.row_group(group), images) for group in groups)
-        used = (images.data, images.paths if outside else None, self._labels.leaves[file])
-        return [leaf for leaf in used if leaf is not None]
+        data = [] if images.data is None else [DATA]
+        is_outside = images.data is None or self.row_groups.outside[self.row_groups.of(file)].any()
+        return [*data, PATHS, LABEL] if is_outside else [*data, LABEL]
 
     def _blocks_of(self, file: int, most_bytes: int) -> Iterator[Block]:
-        footer = self._footers[file]
-        every = range(footer.num_row_groups)
-        outside = [USUAL_BYTES * rows_outside(footer.row_group(group), self._images[file]) for group in every]
-        sizes = [
-            sum(self._chunks.column(file, group, leaf).total_compressed_size for leaf in self._leaves[file])
-            + outside[group]
-            for group in every
-        ]
+        there = self.row_groups.of(file)
+        every, outside = self.row_groups.groups[there], USUAL_BYTES * self.row_groups.outside[there]
+        counts, sizes = every["rows"].tolist(), (every["size"][:, self._parts[file]].sum(1) + outside).tolist()
+
+        def block(groups: list[int]) -> Block:
+            name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}{self._suffix}"
+            rows, size = (sum(of[group] for group in groups) for of in (counts, sizes))
+            return Block(name, file, tuple(groups), rows, size)
+
         groups: list[int] = []
+        total = 0  # bytes of these
         for group, size in enumerate(sizes):
-            if not footer.row_group(group).num_rows:
+            if not counts[group]:
                 continue
-            if groups and sum(sizes[g] for g in groups) + size > most_bytes:
-                yield self._block(file, groups, sizes)
-                groups = []
+            if groups and total + size > most_bytes:
+                yield block(groups)
+                groups, total = [], 0
             if outside[group] > most_bytes:
-                yield from _cut(self._block(file, [group], sizes), most_bytes)
+                yield from _cut(block([group]), most_bytes)
             else:
                 groups.append(group)
+                total += size
         if groups:
-            yield self._block(file, groups, sizes)
-
-    def _block(self, file: int, groups: list[int], sizes: list[int]) -> Block:
-        rows = sum(self._footers[file].row_group(group).num_rows for group in groups)
-        name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}{self._suffix}"
-        return Block(name, file, tuple(groups), rows, sum(sizes[group] for group in groups))
+            yield block(groups)
 
 
 def _cut(block: Block, most_bytes: int) -> Iterator[Block]:

@@ -60,6 +60,25 @@ def sound(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         path.unlink()
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_set_is_opened_again_from_what_was_kept_of_its_footers(
+    hub_root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub_port}")
+    with Hub(hub_root, port=hub_port) as hub:
+        first = HuggingFaceImageNetDataset.open(REPO_ID, split=["train"], cache=Cache(tmp_path))
+        for path in tmp_path.rglob("*.footer"):
+            path.unlink()
+        (index,) = tmp_path.rglob("*.index")
+        if damaged:
+            index.write_bytes(index.read_bytes()[:-1] + b"?")
+        since = len(hub.requests)
+        again = HuggingFaceImageNetDataset.open(REPO_ID, split=["train"], cache=Cache(tmp_path))
+        asked = {request.path for request in hub.requests[since:] if request.at_end}
+    assert len(asked) == (len(first._files.names) if damaged else 1)  # one file tells the classes
+    assert (again.blocks, again.classes, again.fingerprint()) == (first.blocks, first.classes, first.fingerprint())
+
+
 @pytest.mark.slow
 def test_each_block_is_fetched_once_in_two_epochs_and_never_by_a_later_run(
     hub_root: Path, hub_port: int, sound: Path, tmp_path: Path

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from stream.order import epoch_order
+from stream.order import _sorted, epoch_order
 
 ROWS = np.random.default_rng(0).integers(1, 40, 60)
 TOTAL = int(ROWS.sum())
@@ -55,6 +55,20 @@ def test_epochs_and_seeds_and_streams_have_orders_of_their_own() -> None:
 def test_the_order_of_an_old_snapshot_is_still_the_order(window: int, digest: str) -> None:
     parts = epoch_order(np.array([5, 17, 1, 30, 8, 22]), 2, 7, 4, window)
     assert hashlib.sha256(np.concatenate(parts).astype("<i8").tobytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+@pytest.mark.parametrize("kinds", [1, 2, 50, 2**40])
+def test_keys_that_begin_alike_or_are_the_same_are_sorted_as_by_a_stable_sort(kinds: int, count: int) -> None:
+    keys = np.random.default_rng(0).integers(0, kinds, count).astype(np.uint64)
+    for shift in (0, 8, 23):
+        assert np.array_equal(_sorted(keys, keys << np.uint64(shift)), np.argsort(keys, kind="stable"))
+
+
+@pytest.mark.parametrize("window", [64, TOTAL])
+def test_the_streams_of_a_rank_are_those_of_all(window: int) -> None:
+    some = epoch_order(ROWS, 1, 2, STREAMS, window, range(2, 4))
+    assert [part.tolist() for part in some] == [part.tolist() for part in order(1, 2, window=window)[2:4]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

@@ -1,5 +1,6 @@
 """Blocks hold the rows that pyarrow reads, cost the bytes they need, and a file of no use is named in one line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stream.footers import TAIL_BYTES
 from stream.formats import UnreadableImage
 from stream.parquet import Block, ParquetShards
 from stream.ranges import Check, LocalFiles, trust
+from stream.row_groups import from_bytes
 from stream.shared import in_memory
 
 CLASSES = 1000
@@ -295,6 +297,52 @@ def test_kept_footers_are_never_read_again(tmp_path: Path) -> None:
     assert sorted(kept) == [f"{path}.footer" for path in paths]
     assert first.blocks(1) == second.blocks(1)
     assert first.classes == second.classes
+
+
+def test_what_is_kept_of_the_row_groups_opens_the_same_set_without_their_footers(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.parquet" for name in "abc"]
+    for number, path in enumerate(paths):
+        write(path, 10 + number, 5)
+    first, _ = open_shards(*paths)
+    files = RecordedFiles([str(path) for path in paths])
+    kept = from_bytes(first.row_groups.to_bytes())
+    again = ParquetShards("a set", files, keep_nothing, (None, None), FEATURES, kept)
+    assert [number for number, _ in files.tails] == [0]  # which tells the classes
+    assert again.blocks(1) == first.blocks(1)
+    assert (again.classes, again.index_bytes) == (first.classes, first.index_bytes)
+    for block in again.blocks(10**9):
+        assert again.label_ranges(block) == first.label_ranges(block)
+        assert again.read(block) == first.read(block)
+    assert sorted(number for number, _ in files.tails) == [0, 1, 2]
+
+
+def test_no_more_footers_are_held_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{name}.parquet" for name in "abc"]
+    sizes = [write(path, 10, 5).serialized_size + 8 for path in paths]
+    monkeypatch.setattr(footers, "HELD_BYTES", sum(sizes) - 1)
+    shards, files = open_shards(*paths)
+    files.tails.clear()
+    for block in [*shards.blocks(10**9), *shards.blocks(10**9)[::-1]]:
+        shards.read(block)
+    held = shards._chunks.footers
+    assert sum(map(len, held._held.values())) == held._held_bytes <= sum(sizes[:2])
+    assert 1 <= len(files.tails) <= 4
+
+
+def test_names_that_all_files_repeat_are_found_where_a_file_has_others(tmp_path: Path) -> None:
+    """Long metadata are cut out before a footer is parsed, but only those that the first file has too."""
+    names = [f"class number {number} of many" for number in range(CLASSES)]
+    for number, some in enumerate((names, names, [*names[1:], names[0]])):
+        table = make_table(9)
+        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": some}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{number}.parquet")
+    files = LocalFiles([str(tmp_path / f"{number}.parquet") for number in range(3)])
+    shards = ParquetShards("a set", files, keep_nothing, (None, None), None)
+    assert shards.row_groups.files["like"].tolist() == [0, 0, 2]
+    assert shards.classes == names
+    labels = [shards.labels(block).tolist() for block in shards.blocks(10**9)]
+    assert labels == [[*range(9)], [*range(9)], [*range(1, 10)]]
 
 
 # ---- files of no use -------------------------------------------------------------------------------------------------

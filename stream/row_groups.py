@@ -1,0 +1,153 @@
+"""What is held of the footers of all files of a split: where row groups and their columns lie, and their statistics."""
+
+import io
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from stream.cache import Bytes
+from stream.footers import Footers, Told
+from stream.outside import find_leaves
+
+DATA, PATHS, LABEL = range(3)  # the stored columns that may be read: encoded images, their paths, labels
+ABSENT = UNKNOWN = -1  # a column that is not there; a count that the footer does not tell
+MOST = 2**63 - 1  # for a label
+FORM = 1  # of what is kept; a number for each change of these types
+FILE = np.dtype(
+    [
+        ("leaves", "<i8", 3),  # the numbers of the stored columns
+        ("numbers", "?"),  # whether labels are stored as whole numbers
+        ("like", "<i8"),  # the first file whose features are told by the same bytes
+        ("footer", "<i8"),  # bytes
+        ("groups", "<i8"),  # how many
+    ]
+)
+GROUP = np.dtype(
+    [
+        ("rows", "<i8"),
+        ("begin", "<i8", 3),  # of each column, its place in the file
+        ("size", "<i8", 3),  # in bytes
+        ("values", "<i8", 3),
+        ("nulls", "<i8", 3),
+        ("unpacked", "<i8"),  # bytes of the encoded images when decompressed
+        ("ranged", "?"),  # whether the smallest and the largest label are told
+        ("low", "<i8"),  # these, of whole numbers, and 0 of others
+        ("high", "<i8"),
+    ]
+)
+
+
+class RowGroups:
+    """`files` has a FILE for each file, `groups` a GROUP for each row group of all files.
+
+    Of each row group `outside` has at least how many images lie outside the file, and `may_lie_outside` whether the
+    footer leaves it open that some do.
+    """
+
+    def __init__(self, files: np.ndarray, groups: np.ndarray) -> None:
+        self.files = files
+        self.groups = groups
+        self.file_of = np.repeat(np.arange(len(files)), files["groups"])
+        self.outside, self.may_lie_outside = _outside(files[self.file_of], groups)
+        self._ends = np.cumsum(files["groups"])
+
+    def of(self, file: int) -> slice:
+        """Where the row groups of a file are among all."""
+        end = int(self._ends[file])
+        return slice(end - int(self.files["groups"][file]), end)
+
+    def places(self, file: int, groups: Sequence[int]) -> np.ndarray:
+        """Where these row groups of a file are among all (int64)."""
+        return self.of(file).start + np.array(groups, np.int64)
+
+    def at(self, file: int, groups: Sequence[int]) -> np.ndarray:
+        """The GROUP of each of these row groups of a file."""
+        return self.groups[self.places(file, groups)]
+
+    def to_bytes(self) -> bytes:
+        sink = io.BytesIO()
+        np.savez(sink, files=self.files, groups=self.groups)
+        return sink.getvalue()
+
+
+def index_name(*decides: object) -> str:
+    """The name to keep the row groups under: a digest of what decides them, but for the commit."""
+    return f"{xxhash.xxh3_128_hexdigest(repr((FORM, *decides)).encode(errors='surrogateescape'))}.index"
+
+
+def from_bytes(data: Bytes) -> RowGroups:
+    """What `to_bytes` gave. Raises ValueError for anything else."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        groups = RowGroups(found["files"], found["groups"])
+    if groups.files.dtype != FILE or groups.groups.dtype != GROUP:
+        raise ValueError("it has other columns")
+    return groups
+
+
+def read_row_groups(footers: Footers, image: str, label: str) -> RowGroups:
+    """The row groups of all files with these columns of images and labels. Raises DataError."""
+    found = list(footers.each(partial(_of_footer, image, label)))
+    first: dict[bytes, int] = {}
+    likes = [first.setdefault(digest, number) for number, (_, digest, _) in enumerate(found)]
+    files = np.concatenate([file for file, _, _ in found])
+    files["like"] = likes
+    return RowGroups(files, np.concatenate([groups for _, _, groups in found]))
+
+
+def _of_footer(image: str, label: str, footer: Any, told: Told, size: int) -> tuple[np.ndarray, bytes, np.ndarray]:
+    """The file, whose footer has so many bytes; a digest of what tells its features; and its row groups."""
+    images, labels = find_leaves(footer.schema, image), _find_label(footer.schema, label)
+    leaves = [ABSENT if leaf is None else leaf for leaf in (images.data, images.paths, labels)]
+    numbers = labels is not None and footer.schema.column(labels).physical_type in ("INT32", "INT64")
+    groups = [_of_group(footer.row_group(group), leaves, numbers) for group in range(footer.num_row_groups)]
+    digest = xxhash.xxh3_128_digest(told.get(b"huggingface", b""))
+    file = (leaves, numbers, 0, size, len(groups))
+    return np.array([file], FILE), digest, np.array(groups, GROUP)
+
+
+def _find_label(schema: Any, name: str) -> int | None:
+    """The number of the stored column of labels, which may be lists of one; None unless there is just one."""
+    paths = [schema.column(number).path for number in range(len(schema.names))]
+    found = [number for number, path in enumerate(paths) if path == name] or [
+        number for number, path in enumerate(paths) if path.startswith(f"{name}.")
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _of_group(group: Any, leaves: list[int], numbers: bool) -> tuple[Any, ...]:
+    columns = [None if leaf == ABSENT else group.column(leaf) for leaf in leaves]
+    begin, size, values, nulls = zip(*map(_of_column, columns), strict=True)
+    data, labels = columns[DATA], columns[LABEL]
+    statistics = labels.statistics if labels is not None else None
+    ranged = statistics is not None and statistics.has_min_max
+    ends = (statistics.min, statistics.max) if statistics is not None and ranged and numbers else (0, 0)
+    low, high = (min(end, MOST) for end in ends)
+    unpacked = 0 if data is None else data.total_uncompressed_size
+    return group.num_rows, begin, size, values, nulls, unpacked, ranged, low, high
+
+
+def _of_column(column: Any) -> tuple[int, int, int, int]:
+    """Where a column chunk begins in its file, its bytes, values and nulls."""
+    if column is None:
+        return 0, 0, 0, UNKNOWN
+    begin = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    statistics = column.statistics
+    nulls = statistics.null_count if statistics is not None and statistics.has_null_count else UNKNOWN
+    return begin, column.total_compressed_size, column.num_values, nulls
+
+
+def _outside(files: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row group, at least how many images lie outside the file, those with a path and no bytes; and whether
+    the footer leaves it open that some do.
+    """
+    rows, nulls = groups["rows"], groups["nulls"]
+    has_data, has_paths = (files["leaves"][:, part] != ABSENT for part in (DATA, PATHS))
+    named = rows - nulls[:, PATHS].clip(0)
+    # without statistics, the footer tells that there is no byte a row
+    guessed = np.where(groups["unpacked"] < rows, rows, 0)
+    empty = np.where(nulls[:, DATA] == UNKNOWN, guessed, nulls[:, DATA])
+    count = np.where(has_data, (named + empty - rows).clip(0), named)
+    return np.where(has_paths, count, 0), has_paths & (~has_data | (nulls[:, DATA] != 0))
