@@ -16,6 +16,7 @@ from errors import UserError
 from preprocess import train_transform
 from stream.decode_pool import Job, WorkerDied, pack, shared_pool
 from stream.images import decode_into
+from stream.loader import SAMPLES_PER_TASK
 from stream.retry import first_line
 from stream.shared import in_memory
 from training.state import snapshot_bytes
@@ -29,7 +30,6 @@ PHOTOGRAPHS = 16
 WIDTH, HEIGHT = 500, 375  # pixels, the most common size in ImageNet
 JPEG_QUALITY = 90
 OCTAVES = 9
-TASK = 8  # images, as a loader gives to a process at once
 BATCH = {"cpu": 2}  # images of a step, as slow ones take seconds for each
 USUAL_BATCH = 64
 
@@ -86,9 +86,9 @@ def decoding_rate(config: Config) -> float:
     ready = threading.Barrier(threads)
 
     def decode_some(number: int, rounds: int) -> None:
-        shape = (TASK, size, size, 3)
+        shape = (SAMPLES_PER_TASK, size, size, 3)
         out = np.empty(shape, np.uint8) if pool is None else pool.memory.array(shape)
-        chosen = [photographs[(number + rounds + place) % PHOTOGRAPHS] for place in range(TASK)]
+        chosen = [photographs[(number + rounds + place) % PHOTOGRAPHS] for place in range(SAMPLES_PER_TASK)]
         jobs = [Job(image, (number, rounds, place), sound=True) for place, image in enumerate(chosen)]
         if pool is not None:
             pool.run(packed, jobs, out)
@@ -107,7 +107,7 @@ def decoding_rate(config: Config) -> float:
         while not rounds or perf_counter() < began + DECODE_SECONDS:
             rounds += 1
             decode_some(number, rounds)
-        return rounds * TASK / (perf_counter() - began)
+        return rounds * SAMPLES_PER_TASK / (perf_counter() - began)
 
     with ThreadPoolExecutor(threads) as executor:
         return sum(executor.map(decode, range(threads)))
