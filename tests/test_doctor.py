@@ -19,6 +19,7 @@ from speed import Speed
 from stream import reach
 from stream.decode_pool import Job, WorkerDied
 from stream.reach import Answer, Reach
+from stream.shared import SharedMemory
 
 MIB, GIB = 2**20, 2**30
 TOKEN = "hf_" + "x" * 34
@@ -367,6 +368,8 @@ def test_a_step_that_fails_costs_its_line_only(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("brief")
 def test_a_decoding_process_that_dies_costs_its_line_only(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dying:
+        memory = SharedMemory()
+
         def run(self, packed: bytes, jobs: list[Job], out: object) -> None:
             if jobs[0].seed[0]:  # all but the first, which waits for the others
                 raise WorkerDied
