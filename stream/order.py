@@ -44,27 +44,30 @@ def epoch_order(
         span = ids[total * stream // streams : total * (stream + 1) // streams]
         bits = noise(len(span), Use.WINDOW, stream)
         if window >= total:
-            result.append(span[_sorted(bits, bits)])
+            result.append(span[_sorted(bits, bits.copy())])
         else:
-            keys = np.arange(len(span)) + bits * (window / streams / 2**64)
+            keys = bits * (window / streams / 2**64)
+            keys += np.arange(len(span))
             most = len(span) + window // streams + 1
-            result.append(span[_sorted(keys, (keys * 2.0 ** (64 - most.bit_length())).astype(np.uint64))])
+            np.multiply(keys, 2.0 ** (64 - most.bit_length()), out=bits, casting="unsafe")
+            result.append(span[_sorted(keys, bits)])
     return result
 
 
 def _sorted(keys: np.ndarray, coarse: np.ndarray) -> np.ndarray:
-    """What a stable argsort of `keys` gives, in a third of its time; `coarse` (uint64) must not sort them otherwise.
+    """What a stable argsort of `keys` gives, in less time; `coarse` (uint64) must not sort them otherwise, and is lost.
 
     The first bits of each coarse key and its place make one number, and these are sorted. Where the first bits are the
     same, which is rare, the keys decide.
     """
-    width = max(1, (len(keys) - 1).bit_length())
-    place, low = np.arange(len(keys), dtype=np.uint64), np.uint64(2**width - 1)
-    both = np.sort((coarse & ~low) | place)
-    order = (both & low).astype(np.int64)
-    same = (both[1:] ^ both[:-1]) <= low
-    ends = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
-    for first, last in ends.reshape(-1, 2):  # of runs of the same first bits
-        run = order[first : last + 1]
-        order[first : last + 1] = run[np.argsort(keys[run], kind="stable")]
+    low = np.uint64(2 ** max(1, (len(keys) - 1).bit_length()) - 1)
+    coarse &= ~low
+    coarse |= np.arange(len(keys), dtype=np.uint64)
+    coarse.sort()
+    same = np.flatnonzero((coarse[1:] ^ coarse[:-1]) <= low)  # as the next
+    coarse &= low
+    order = coarse.view(np.int64)
+    for run in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1):
+        places = order[run[0] : run[-1] + 2] if len(run) else order[:0]
+        places[:] = places[np.argsort(keys[places], kind="stable")]
     return order

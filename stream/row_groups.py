@@ -119,22 +119,20 @@ def _find_label(schema: Any, name: str) -> int | None:
 
 def _of_group(group: Any, leaves: list[int], numbers: bool) -> tuple[Any, ...]:
     columns = [None if leaf == ABSENT else group.column(leaf) for leaf in leaves]
-    begin, size, values, nulls = zip(*map(_of_column, columns), strict=True)
-    data, labels = columns[DATA], columns[LABEL]
-    statistics = labels.statistics if labels is not None else None
-    ranged = statistics is not None and statistics.has_min_max
-    ends = (statistics.min, statistics.max) if statistics is not None and ranged and numbers else (0, 0)
-    low, high = (min(end, MOST) for end in ends)
+    statistics: list[Any] = [None if column is None else column.statistics for column in columns]
+    begin, size, values, nulls = zip(*map(_of_column, columns, statistics), strict=True)
+    data, of_labels = columns[DATA], statistics[LABEL]
+    ranged = of_labels is not None and of_labels.has_min_max
+    low, high = (min(of_labels.min, MOST), min(of_labels.max, MOST)) if ranged and numbers else (0, 0)
     unpacked = 0 if data is None else data.total_uncompressed_size
     return group.num_rows, begin, size, values, nulls, unpacked, ranged, low, high
 
 
-def _of_column(column: Any) -> tuple[int, int, int, int]:
+def _of_column(column: Any, statistics: Any) -> tuple[int, int, int, int]:
     """Where a column chunk begins in its file, its bytes, values and nulls."""
     if column is None:
         return 0, 0, 0, UNKNOWN
     begin = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
-    statistics = column.statistics
     nulls = statistics.null_count if statistics is not None and statistics.has_null_count else UNKNOWN
     return begin, column.total_compressed_size, column.num_values, nulls
 
