@@ -304,7 +304,8 @@ def of_jpeg(facts: Facts) -> Iterator[Line]:
             WARNING,
             "jpeg",
             "libjpeg-turbo 3 is missing: photographs are decoded whole by OpenCV, which takes 1.2 times as long, and "
-            "damaged data are not noticed; pip install turbojpeg (Linux, x86_64), or the system's libturbojpeg of version 3",
+            "damaged data are not noticed; pip install turbojpeg (Linux, x86_64), or the system's libturbojpeg of "
+            "version 3",
         )
 
 
