@@ -2,7 +2,7 @@
 # What is to be measured on a GPU, each part with a time of its own:
 #
 #     OUT=figures bash benchmarks/gpu_plan.sh tests sweep feed                        # about 9 minutes
-#     OUT=figures bash benchmarks/gpu_plan.sh cifar accuracy start alone augment      # about 6 minutes
+#     OUT=figures bash benchmarks/gpu_plan.sh cifar cifar_compiled accuracy start alone augment   # about 7 minutes
 #
 # Lines go to $OUT/plan.txt as they come, so that a plan that is cut off has told what it found. PYTHON is the interpreter,
 # FASHION the folder of Fashion-MNIST's four files.
@@ -51,7 +51,7 @@ cifar_compiled() {
 
 accuracy() {
     part 100 accuracy "$python" main.py --dataset fashion_mnist --data_dir "${FASHION:-/usr/share/fashion-mnist}" \
-        --model resnet18 --epochs 16 --batch_size 512 --lr 0.3 --scheduler onecycle --weight_decay 5e-4 \
+        --model resnet18 --epochs 16 --batch_size 512 --lr 0.1 --scheduler onecycle --weight_decay 5e-4 \
         --random_erasing 0.5 --amp --run_dir "$runs/accuracy"
 }
 

@@ -40,12 +40,12 @@ class KeptBlock(BlockData):
         first = np.frombuffer(file, np.uint8).__array_interface__["data"][0]
         parts = [_places(chunk) for chunk in images.chunks]
         starts, ends = (np.concatenate(part) - first for part in zip(*parts, strict=True))
-        self._places = [*zip(starts.tolist(), ends.tolist(), strict=True)]
+        self._spans = [*zip(starts.tolist(), ends.tolist(), strict=True)]
         self._file = path, bytes(file[:DIGEST]), file
 
     def image(self, row: int) -> InFile:
         """Raises UnreadableImage where there is none."""
-        start, end = self._places[row]
+        start, end = self._spans[row]
         if start == end:
             raise UnreadableImage(NO_IMAGE)
         path, digest, file = self._file

@@ -21,11 +21,10 @@ from stream.hub import open_files, pin, resolve
 from stream.kept import reduce
 from stream.labels import no_class, numbers_in
 from stream.other_formats import first_split, open_other
-from stream.parquet import Block, ParquetShards
+from stream.parquet import Block, ParquetShards, open_parquet
 from stream.picks import classes_within, fair_sample, places, spread
 from stream.ranges import Files, HubFiles
 from stream.retry import Network, in_threads
-from stream.row_groups import from_bytes, index_name
 from stream.webdataset import TarShards, require_used
 
 LABEL_THREADS = 8
@@ -121,13 +120,7 @@ class HuggingFaceImageNetDataset:
         if is_tar(files.names[0]):
             shards = TarShards(source, files, keep_by_commit, num_classes, listing.lengths)
         else:
-            kept_as = f"{listing.commit}/{index_name(files.names, columns, listing.features)}"
-            kept = store.find(kept_as) if listing.commit else None
-            with one_line_errors(source, kept_as):
-                row_groups = from_bytes(kept) if kept else None
-            shards = ParquetShards(source, files, keep_by_commit, columns, listing.features, row_groups)
-            if listing.commit and kept is None:
-                store.put(kept_as, shards.row_groups.to_bytes())
+            shards = open_parquet(source, files, keep_by_commit, columns, listing, store)
         kept_in, form = (store, cache) if cache and isinstance(files, HubFiles) else (None, None)
         dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, form)
         if not len(dataset):

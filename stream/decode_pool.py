@@ -85,19 +85,12 @@ class DecodingPool:
     def run(
         self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool] = lambda: False
     ) -> list[Exception | None]:
-        """Decode images and apply a packed transform, into `out`, uint8 (N, H, W, 3), which `memory` made or a copy is
-        made to.
+        """Decode images and apply a packed transform, into `out`, uint8 (N, H, W, 3), an array of `memory` or a part.
 
         Returns for each image None, or the reason it cannot be read; its row of `out` then holds anything. Of images
         that get no answer together each is tried alone, once. Raises WorkerDied, also GIVEN_UP_SECONDS after
         `given_up()`.
         """
-        if self.memory.find(out) is None:
-            shared = self.memory.array(out.shape)
-            shared[:] = out
-            found = self.run(transform, jobs, shared, given_up)
-            out[:] = shared
-            return found
         found = self._run(transform, jobs, out, given_up)
         for number, reason in enumerate(found):
             if isinstance(reason, Moved) and isinstance(image := jobs[number].image, InFile):
@@ -287,7 +280,7 @@ def _end_with(parent: int) -> None:
 
 
 def serve(connection: Connection, arena: int) -> None:
-    """The loop of a decoding process."""
+    """The loop of a decoding process. A message brings memory (its number and size, then a descriptor), or a task."""
     memory = memoryview(mmap.mmap(arena, 0))
     regions: dict[int, mmap.mmap] = {}
     transforms: dict[bytes, Transform] = {}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -20,7 +20,11 @@ from stream.label_column import LabelColumn, features_of
 from stream.labels import no_class, unwrapped
 from stream.outside import USUAL_BYTES, ImageLeaves, OutsideImages, as_binary, part
 from stream.ranges import Files
-from stream.row_groups import ABSENT, DATA, LABEL, PATHS, RowGroups
+from stream.row_groups import ABSENT, DATA, LABEL, PATHS, RowGroups, from_bytes, index_name
+
+if TYPE_CHECKING:
+    from stream.cache import FileStore
+    from stream.hub import Listing
 
 BATCH_BYTES = 2**20  # of images that are decoded at once
 USUAL_COLUMNS = ["image", "label"]  # the names of blocks tell others, which a cache must not mix up with them
@@ -218,3 +222,20 @@ def _cut(block: Block, most_bytes: int) -> Iterator[Block]:
     for first, end in pairwise(ends):
         size = block.size * (end - first) // block.rows
         yield replace(block, name=f"{block.name}.{first}", rows=end - first, size=size, first=first)
+
+
+def open_parquet(
+    source: str,
+    files: Files,
+    keep: Keep,
+    columns: tuple[str | None, str | None],
+    listing: "Listing",
+    store: "FileStore",
+) -> ParquetShards:
+    """The shards of the files; their row groups are kept by the commit, if there is one. Raises as `ParquetShards`."""
+    index = f"{listing.commit}/{index_name(files.names, columns, listing.features)}"
+    kept = store.find(index) if listing.commit else None
+    shards = ParquetShards(source, files, keep, columns, listing.features, None if kept is None else from_bytes(kept))
+    if listing.commit and kept is None:
+        store.put(index, shards.row_groups.to_bytes())
+    return shards

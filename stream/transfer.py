@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,16 +18,13 @@ class Transfer:
     `pin` is how memory is made ready for that, None where it need not be.
     """
 
+    _copying: ClassVar[deque[tuple[Any, torch.Tensor]]] = deque()  # what the GPU may still read, of all loaders
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         on_gpu = device.type == "cuda"
         self.pin: Pin | None = pinned if on_gpu else None
         self.stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._copying: deque[tuple[Any, torch.Tensor]] = deque()  # what the GPU may still read
-
-    def __del__(self) -> None:
-        if self.stream is not None:  # the memory of a batch must outlast its copy
-            self.stream.synchronize()
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor]

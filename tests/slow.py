@@ -4,6 +4,8 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -62,3 +64,12 @@ def out_of_memory(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np
 def mean_byte(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
     """The mean of an image's bytes as its only pixel, (1, 1, 3)."""
     return np.full((1, 1, 3), np.frombuffer(image, np.uint8).mean().astype(np.uint8))
+
+
+def run_in(pool: Any, transform: bytes, jobs: Sequence[Any], out: np.ndarray, *given_up: Any) -> list[Any]:
+    """`pool.run` with an array of any memory."""
+    shared = pool.memory.array(out.shape)
+    shared[:] = out
+    found = list(pool.run(transform, jobs, shared, *given_up))
+    out[:] = shared
+    return found

@@ -9,15 +9,20 @@ import cv2
 import killable
 import numpy as np
 import pytest
+import torch
 from hub import Hub
 from huggingface_hub import constants
 from PIL import Image
 from program import TIMEOUT, assert_same_run, ledger, metrics, run, start, steps_kept, train, wait
 from shards import REPO_ID, photographs
 
+from config import resolve
+from preprocess import get_data_loaders
 from stream.dataset import Cache, HuggingFaceImageNetDataset
 from stream.images import decode
 from stream.kept import reduce
+from stream.loader import StreamingDataLoader
+from stream.shared import InFile, in_memory
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -274,3 +279,29 @@ def test_three_kills_in_one_epoch_change_nothing(hub_root: Path, hub_port: int, 
         train("--resume_from", killed)
     assert [row["step"] for row in metrics(killed)] == list(range(1, 9))
     assert_same_run(killed, whole, apart=("rng.python", "rng.numpy"))
+
+
+def test_what_is_kept_is_read_and_batches_are_filled_by_the_decoding_processes(
+    hub_root: Path, hub_port: int, tmp_path: Path
+) -> None:
+    with Hub(hub_root, port=hub_port):
+        kept, local = (
+            HuggingFaceImageNetDataset.open(source, split=["train"], cache=cache, block_bytes=20_000)
+            for source, cache in ((REPO_ID, Cache(tmp_path, None)), (str(hub_root / "datasets" / REPO_ID), None))
+        )
+        numbers = np.arange(len(kept))
+        reader, other = kept.reader(numbers), local.reader(numbers)
+        for number in numbers.tolist():
+            (image, label), (same, its) = reader.read(number), other.read(number)
+            assert isinstance(image, InFile)
+            assert (label, bytes(image.data)) == (its, bytes(in_memory(same)))
+            assert Path(image.path).read_bytes()[image.start : image.start + image.size] == bytes(image.data)
+            assert Path(image.path).read_bytes()[: len(image.digest)] == image.digest
+        reader.close()
+        other.close()
+        config = resolve({"dataset": "imagenet1k", "image_size": 32, "batch_size": 8, "num_workers": 1})
+        loader = get_data_loaders(config, torch.device("cpu")).train
+        loader.augment = None
+        assert isinstance(loader, StreamingDataLoader)
+        assert loader.pool is not None
+        assert all(loader.pool.memory.find(batch.images.numpy()) for batch in loader)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
-from slow import Deadly, SlowTransform, process_number
+from slow import Deadly, SlowTransform, process_number, run_in
 
 from config import Config, resolve
 from errors import DataError
@@ -30,7 +30,8 @@ sys.modules["torch"] = None  # takes seconds
 import numpy as np
 from stream.decode_pool import DecodingPool, Job, pack
 from stream.transforms import AlbumentationsAdapter
-pool, pixels = DecodingPool(2), np.zeros((1, 4, 4, 3), np.uint8)
+pool = DecodingPool(2)
+pixels = pool.memory.array((1, 4, 4, 3))
 for _ in range(2):
     pool.run(pack(AlbumentationsAdapter()), [Job(pixels[0], (0, 0, 0))], pixels)
 print("both decode", flush=True)
@@ -54,7 +55,7 @@ def both_ways(images: list[EncodedImage]) -> list[tuple[np.ndarray, list[str | N
     for in_pool in (True, False):
         out = np.full((len(images), SIZE, SIZE, 3), 7, np.uint8)
         if in_pool:
-            errors = DecodingPool(1).run(pack(transform), list(map(Job, images, seeds)), out)
+            errors = run_in(DecodingPool(1), pack(transform), list(map(Job, images, seeds)), out)
         else:
             jobs = zip(out, images, seeds, strict=True)
             errors = [decode_into(row, image, transform, seed) for row, image, seed in jobs]
@@ -113,7 +114,7 @@ def test_images_that_a_process_has_no_room_for_are_decoded_all_the_same(
     transform, seeds = train_transform(settings()), [(0, 1, number) for number in range(len(images))]
     out = np.zeros((len(images), SIZE, SIZE, 3), np.uint8)
     expected = out.copy()
-    assert not any(DecodingPool(1).run(pack(transform), list(map(Job, images, seeds)), out))
+    assert not any(run_in(DecodingPool(1), pack(transform), list(map(Job, images, seeds)), out))
     for row, image, seed in zip(expected, images, seeds, strict=True):
         decode_into(row, image, transform, seed)
     assert np.array_equal(out, expected)
@@ -125,7 +126,7 @@ def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
     images: list[EncodedImage] = [b"small", large, np.zeros((50, 60, 3), np.uint8), large, b"small"]
     out, before = np.zeros((5, 1, 4, 3), np.uint8), decoders(os.getpid())
     pool = DecodingPool(1)
-    assert not any(pool.run(pack(process_number), [Job(image, (0, 0, 0)) for image in images], out))
+    assert not any(run_in(pool, pack(process_number), [Job(image, (0, 0, 0)) for image in images], out))
     numbers = {int(row.reshape(-1)[:8].view("<u8")[0]) for row in out}
     assert numbers == decoders(os.getpid()) - before
 
@@ -133,7 +134,7 @@ def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
 def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:
     out = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     with pytest.raises(RuntimeError, match="could not broadcast"):
-        DecodingPool(1).run(pack(SlowTransform(0.0)), [Job(photographs(1)[0], (0, 0, 0))], out)
+        run_in(DecodingPool(1), pack(SlowTransform(0.0)), [Job(photographs(1)[0], (0, 0, 0))], out)
 
 
 def test_a_pool_that_is_forgotten_ends_its_processes() -> None:
@@ -156,7 +157,7 @@ def test_an_image_that_ends_or_holds_up_its_process_costs_no_other(
     before, out = decoders(os.getpid()), np.full((20, 4, 4, 3), 99, np.uint8)
     monkeypatch.setattr(decoding, "ARENA_BYTES", 8 * images[0].nbytes)  # tasks of 8, 8 and 4
     pool = DecodingPool(1)
-    told = pool.run(pack(Deadly(how)), [Job(image, (0, 0, 0)) for image in images], out)
+    told = run_in(pool, pack(Deadly(how)), [Job(image, (0, 0, 0)) for image in images], out)
     assert [number for number, error in enumerate(told) if error] == [13]
     assert reason in str(told[13])
     assert out[:, 0, 0, 0].tolist() == [*range(13), 99, *range(14, 20)]
@@ -167,10 +168,10 @@ def test_a_process_that_something_else_ended_costs_no_image() -> None:
     before, out = decoders(os.getpid()), np.zeros((20, SIZE, SIZE, 3), np.uint8)
     jobs, packed = [Job(image, (0, 0, 0)) for image in photographs(20)], pack(train_transform(settings()))
     pool = DecodingPool(1)
-    assert not any(pool.run(packed, jobs, out))
+    assert not any(run_in(pool, packed, jobs, out))
     for process in decoders(os.getpid()) - before:
         os.kill(process, signal.SIGKILL)
-    assert not any(pool.run(packed, jobs, out))
+    assert not any(run_in(pool, packed, jobs, out))
 
 
 def test_processes_that_all_end_are_the_machines_fault() -> None:
@@ -178,9 +179,9 @@ def test_processes_that_all_end_are_the_machines_fault() -> None:
     images = [np.full((4, 4, 3), 13, np.uint8)] * 20
     pool = DecodingPool(1)
     with pytest.raises(WorkerDied):
-        pool.run(pack(Deadly("kill")), [Job(image, (0, 0, 0)) for image in images], out)
+        run_in(pool, pack(Deadly("kill")), [Job(image, (0, 0, 0)) for image in images], out)
     jobs = [Job(image, (0, 0, 0)) for image in photographs(2)]
-    assert not any(pool.run(pack(train_transform(settings())), jobs, np.zeros((2, SIZE, SIZE, 3), np.uint8)))
+    assert not any(run_in(pool, pack(train_transform(settings())), jobs, np.zeros((2, SIZE, SIZE, 3), np.uint8)))
 
 
 def test_a_process_that_is_not_waited_for_any_more_gives_its_answer_to_nobody() -> None:
@@ -188,8 +189,8 @@ def test_a_process_that_is_not_waited_for_any_more_gives_its_answer_to_nobody() 
     out = np.zeros((1, 4, 4, 3), np.uint8)
     pool = DecodingPool(1)
     with pytest.raises(WorkerDied):
-        pool.run(pack(Deadly("hang")), [Job(stuck, (0, 0, 0))], out, lambda: True)
-    assert not any(pool.run(pack(Deadly("hang")), [Job(image, (0, 0, 0))], out))
+        run_in(pool, pack(Deadly("hang")), [Job(stuck, (0, 0, 0))], out, lambda: True)
+    assert not any(run_in(pool, pack(Deadly("hang")), [Job(image, (0, 0, 0))], out))
     assert (out == 5).all()
 
 
@@ -200,8 +201,8 @@ def test_replaced_processes_leave_no_descriptor_and_no_zombie() -> None:
     until(lambda: nurseries(os.getpid()) - before)
     (nursery,) = nurseries(os.getpid()) - before
     for _ in range(3):
-        pool.run(pack(Deadly("kill")), jobs, out)
-        pool.run(pack(Deadly("kill")), jobs, out)
+        run_in(pool, pack(Deadly("kill")), jobs, out)
+        run_in(pool, pack(Deadly("kill")), jobs, out)
         opened = [len(list(Path(f"/proc/{process}/fd").iterdir())) for process in (os.getpid(), nursery)]
         forked = [path for path in Path("/proc").glob("[0-9]*") if parent_of(path) == nursery]
         counts.append((opened, len(forked)))
@@ -270,8 +271,11 @@ def test_without_the_process_that_forks_them_the_run_ends_with_what_to_do(tmp_pa
 def test_a_process_that_cannot_start_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(WorkerDied):
-        DecodingPool(1).run(
-            pack(SlowTransform(0.0)), [Job(photographs(1)[0], (0, 0, 0))], np.zeros((1, 9, 9, 3), np.uint8)
+        run_in(
+            DecodingPool(1),
+            pack(SlowTransform(0.0)),
+            [Job(photographs(1)[0], (0, 0, 0))],
+            np.zeros((1, 9, 9, 3), np.uint8),
         )
 
 
@@ -288,10 +292,10 @@ def test_a_signal_to_the_processes_themselves_is_their_parents_to_act_on() -> No
     before, out = decoders(os.getpid()), np.zeros((2, SIZE, SIZE, 3), np.uint8)
     pool, packed = DecodingPool(1), pack(train_transform(settings()))
     jobs = [Job(image, (0, 0, number)) for number, image in enumerate(photographs(2))]
-    pool.run(packed, jobs, out)
+    run_in(pool, packed, jobs, out)
     ours = decoders(os.getpid()) - before
     assert len(ours) == 1
     for process in ours:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(process, signum)
-    assert not any(pool.run(packed, jobs, out))
+    assert not any(run_in(pool, packed, jobs, out))

@@ -15,7 +15,7 @@ import pytest
 from PIL import DdsImagePlugin, EpsImagePlugin, ExifTags, Image, ImageOps
 from program import ROOT, environment
 from shards import encode, photographs
-from slow import out_of_memory
+from slow import out_of_memory, run_in
 
 from stream import formats, jpeg
 from stream.decode_pool import DecodingPool, Job, pack
@@ -258,9 +258,9 @@ def test_a_process_survives_that_memory_runs_out() -> None:
     out, pool = np.zeros((2, 60, 90, 3), np.uint8), DecodingPool(1)
     data = saved(PHOTO, "TGA")
     for _ in range(2):
-        told = pool.run(pack(out_of_memory), [Job(data, (0, 0, 0))] * 2, out)
+        told = run_in(pool, pack(out_of_memory), [Job(data, (0, 0, 0))] * 2, out)
         assert [str(one) for one in told] == ["MemoryError"] * 2
-    assert pool.run(pack(AlbumentationsAdapter()), [Job(data, (0, 0, 0))] * 2, out) == [None, None]
+    assert run_in(pool, pack(AlbumentationsAdapter()), [Job(data, (0, 0, 0))] * 2, out) == [None, None]
     assert np.array_equal(out[1], by_rule(data))
 
 
