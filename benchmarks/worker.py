@@ -26,7 +26,8 @@ JPEG_QUALITY = 96  # of the photographs in benchmarks/images.py
 def ours(source: str, cache_dir: Path | None = None, anew: bool = False, **form: Any) -> Epoch:
     """This repository's loader, as `main.py` puts it together, over a local folder or the Hub, with a cache or none.
 
-    The cache keeps images in a `form`, see `stream.dataset.Cache`. With `anew` it is empty before each epoch.
+    The cache keeps images in a `form`, see `stream.dataset.Cache`. With `anew` each epoch is as the first: the cache is
+    empty, and no image is known to be sound.
     """
     from config import resolve
     from preprocess import train_transform
@@ -49,8 +50,9 @@ def ours(source: str, cache_dir: Path | None = None, anew: bool = False, **form:
     )
 
     def epoch(number: int) -> Iterator[int]:
-        if anew and cache_dir:
-            for path in cache_dir.rglob("*.arrow"):
+        if anew:
+            loader.sound[:] = False
+            for path in cache_dir.rglob("*.arrow") if cache_dir else ():
                 path.unlink()
         loader.set_epoch(number)
         return (len(batch.images) for batch in loader)
@@ -130,6 +132,7 @@ def systems(folder: Path) -> dict[str, Callable[[], Epoch]]:
     return {
         "ours": partial(ours, str(folder / "datasets" / REPO_ID)),
         "ours, hub": partial(ours, REPO_ID),
+        "ours, hub, anew": partial(ours, REPO_ID, anew=True),
         "ours, cache": partial(ours, REPO_ID, folder / "cache"),
         "decoding alone": partial(decoding_alone, str(folder / "datasets" / REPO_ID)),
         "torchvision": partial(torchvision_reference, folder),

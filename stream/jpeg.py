@@ -19,7 +19,10 @@ import numpy as np
 
 MARGIN = 2  # pixels around a region that smooth upsampling of the colours uses
 BLOCK = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}  # width in pixels of the unit of decoding, by TJSAMP
-DECOMPRESS, SUBSAMPLING, WIDTH, HEIGHT = 1, 4, 5, 6  # TJINIT, three of TJPARAM
+SHARES = {0: (1, 1), 1: (2, 1), 2: (2, 2), 4: (1, 2), 5: (4, 1)}  # of the width and height, for colours, by TJSAMP
+DECOMPRESS, SUBSAMPLING, WIDTH, HEIGHT, COLOURS = 1, 4, 5, 6, 8  # TJINIT, four of TJPARAM
+YCBCR = 1  # TJCS
+WHOLE = (0, 0, 0, 0)
 RGB, CMYK = 0, 11  # TJPF
 CHANNELS = {RGB: 3, CMYK: 4}
 ASSUMED = {RGB: b"\1", CMYK: b"\2"}  # for an Adobe transform that libjpeg does not know
@@ -60,6 +63,7 @@ def _library() -> ctypes.CDLL | None:
             library.tj3DecompressHeader.argtypes = data
             library.tj3SetCroppingRegion.argtypes = (ctypes.c_void_p, _Region)
             library.tj3Decompress8.argtypes = (*data, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+            library.tj3DecompressToYUVPlanes8.argtypes = (*data, ctypes.c_void_p, ctypes.c_void_p)
             for function in (library.tj3GetErrorCode, library.tj3GetErrorStr, library.tj3Destroy):
                 function.argtypes = (ctypes.c_void_p,)
             library.tj3GetErrorStr.restype = ctypes.c_char_p
@@ -134,12 +138,7 @@ def decode_region(encoded: Encoded, left: int, top: int, right: int, bottom: int
     None if the file is unusual, truncated or damaged in a part that the region needs; `decode_whole` then tells.
     """
     library, handle = _library(), _own.handle
-    if library is None or bytes(encoded[-2:]) != END_OF_IMAGE or not is_usual(encoded):
-        return None
-    data = np.frombuffer(encoded, np.uint8)
-    source = (handle, data.ctypes.data, data.nbytes)
-    if library.tj3DecompressHeader(*source):
-        _own.renew()
+    if library is None or (source := _begin(library, encoded)) is None:
         return None
     block = BLOCK.get(library.tj3Get(handle, SUBSAMPLING))
     width, height = library.tj3Get(handle, WIDTH), library.tj3Get(handle, HEIGHT)
@@ -154,6 +153,41 @@ def decode_region(encoded: Encoded, left: int, top: int, right: int, bottom: int
         _own.renew()
         return None
     return pixels[top - y : bottom - y, left - x : right - x]
+
+
+def decode_planes(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """A colour JPEG as it holds it, uint8: brightness (H, W), and blue and red, halved in either way or not at all.
+
+    None if the file is of other colours, unusual, truncated or damaged; `decode_whole` then tells.
+    """
+    library, handle = _library(), _own.handle
+    if library is None or (source := _begin(library, encoded)) is None:
+        return None
+    shares = SHARES.get(library.tj3Get(handle, SUBSAMPLING))
+    if shares is None or library.tj3Get(handle, COLOURS) != YCBCR:
+        return None
+    width, height = library.tj3Get(handle, WIDTH), library.tj3Get(handle, HEIGHT)
+    columns, rows = (-(-side // share) for side, share in zip((width, height), shares, strict=True))
+    luma = np.empty((rows * shares[1], columns * shares[0]), np.uint8)
+    blue, red = np.empty((2, rows, columns), np.uint8)
+    places = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in (luma, blue, red)))
+    library.tj3SetCroppingRegion(handle, _Region(*WHOLE))
+    if library.tj3DecompressToYUVPlanes8(*source, places, None):
+        _own.renew()
+        return None
+    return luma[:height, :width], blue, red
+
+
+def _begin(library: ctypes.CDLL, encoded: Encoded) -> tuple[int | None, int, int] | None:
+    """Have this thread's decompressor read the header; returns what names it and the file, None for an unusual one."""
+    if bytes(encoded[-2:]) != END_OF_IMAGE or not is_usual(encoded):
+        return None
+    data = np.frombuffer(encoded, np.uint8)
+    source = (_own.handle, data.ctypes.data, data.nbytes)
+    if library.tj3DecompressHeader(*source):
+        _own.renew()
+        return None
+    return source
 
 
 def size(encoded: Encoded) -> tuple[int, int] | None:
@@ -193,7 +227,7 @@ def decode_whole(encoded: Encoded, pixel_format: int = RGB) -> np.ndarray | None
             return None
         width, height = found
         pixels = np.empty((height, width, CHANNELS[pixel_format]), np.uint8)
-        library.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0))
+        library.tj3SetCroppingRegion(handle, _Region(*WHOLE))
         source = (handle, data.ctypes.data, data.nbytes)
         if not library.tj3Decompress8(*source, pixels.ctypes.data, pixels.strides[0], pixel_format):
             return pixels

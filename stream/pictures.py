@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from stream import jpeg
 from stream.formats import UnreadableImage, open_header
-from stream.planes import Planes, is_planes
+from stream.planes import Planes, is_planes, split
 
 cv2.setNumThreads(0)
 
@@ -100,6 +100,10 @@ class Picture:
             if decoded is not None:
                 return decoded[: bottom - top]
         return self.pixels[top:bottom, left:right]
+
+    def planes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Y (H, W), Cb and Cr, uint8: of most JPEGs as they hold them, of all others ((H + 1) // 2, (W + 1) // 2)."""
+        return (jpeg.decode_planes(self._image) if self._in_regions else None) or split(self.pixels)
 
     def _decoded(self, image: bytes | memoryview) -> np.ndarray:
         header = self._header

@@ -16,12 +16,15 @@ HEADER = struct.Struct("<8sII")
 MARGIN = 1  # pixels of halved colours around a region, which bilinear interpolation uses
 
 
-def encode(image: np.ndarray) -> bytes:
-    """uint8 RGB (H, W, 3) -> header and planes. A colour is the mean of four pixels, at odd edges of repeated ones."""
-    height, width = image.shape[:2]
+def encode(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> bytes:
+    """Header and planes of uint8 Y (H, W), Cb and Cr ((H + 1) // 2, (W + 1) // 2)."""
+    return b"".join((HEADER.pack(MAGIC, *luma.shape), *(np.ascontiguousarray(p).data for p in (luma, blue, red))))
+
+
+def split(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 RGB (H, W, 3) -> Y, Cb and Cr. A colour is the mean of four pixels, at odd edges of repeated ones."""
     luma, red, blue = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb))
-    halved = [_halved(plane) for plane in (blue, red)]
-    return b"".join((HEADER.pack(MAGIC, height, width), *(np.ascontiguousarray(p).data for p in (luma, *halved))))
+    return luma, _halved(blue), _halved(red)
 
 
 def _halved(plane: np.ndarray) -> np.ndarray:

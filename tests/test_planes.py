@@ -17,6 +17,10 @@ from stream.transforms import RandomResizedCropAdapter
 SIZES = [(64, 80), (63, 80), (64, 81), (63, 81), (1, 1), (1, 7), (2, 3)]
 
 
+def encode(image: np.ndarray) -> bytes:
+    return planes.encode(*planes.split(image))
+
+
 def photo(height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(photographs()[0][100 : 100 + height, 100 : 100 + width, ::-1])
 
@@ -24,7 +28,7 @@ def photo(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_an_image_comes_back_as_it_does_from_a_jpeg_that_loses_colours_only(height: int, width: int) -> None:
     image = photo(height, width)
-    encoded = planes.encode(image)
+    encoded = encode(image)
     assert len(encoded) == planes.HEADER.size + height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2)
     options = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
     jpeg = decode(bytes(cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), options)[1]))
@@ -37,12 +41,12 @@ def test_an_image_comes_back_as_it_does_from_a_jpeg_that_loses_colours_only(heig
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)])
 def test_a_plain_colour_is_kept(colour: tuple[int, int, int]) -> None:
     image = np.full((5, 6, 3), colour, np.uint8)
-    assert np.abs(decode(planes.encode(image)).astype(int) - image).max() <= 2
+    assert np.abs(decode(encode(image)).astype(int) - image).max() <= 2
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_every_region_is_a_part_of_the_whole(height: int, width: int) -> None:
-    encoded = planes.encode(photo(height, width))
+    encoded = encode(photo(height, width))
     whole, rng = decode(encoded), np.random.default_rng(0)
     for _ in range(100):
         top, left = int(rng.integers(height)), int(rng.integers(width))
@@ -52,7 +56,7 @@ def test_every_region_is_a_part_of_the_whole(height: int, width: int) -> None:
 
 
 def test_a_random_crop_is_that_of_the_pixels() -> None:
-    encoded = planes.encode(photo(120, 161))
+    encoded = encode(photo(120, 161))
     crop = RandomResizedCropAdapter(A.RandomResizedCrop((48, 48)))
     for number in range(20):
         np.testing.assert_array_equal(crop(encoded, (0, 1, number)), crop(decode(encoded), (0, 1, number)))
@@ -62,8 +66,8 @@ def test_a_random_crop_is_that_of_the_pixels() -> None:
     "encoded",
     [
         planes.MAGIC,
-        planes.encode(photo(4, 4))[:-1],
-        planes.encode(photo(4, 4)) + b"\0",
+        encode(photo(4, 4))[:-1],
+        encode(photo(4, 4)) + b"\0",
         planes.HEADER.pack(planes.MAGIC, 0, 0),
         planes.HEADER.pack(planes.MAGIC, 2**32 - 1, 2**32 - 1),
         planes.HEADER.pack(planes.MAGIC, 1, 2**32 - 1) + b"\0" * 100,
