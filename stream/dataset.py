@@ -135,7 +135,7 @@ class HuggingFaceImageNetDataset:
         return dataset._sample(max_samples, wanted, doubling=False) or groups._sample(max_samples, wanted)
 
     def __len__(self) -> int:
-        return int(self.block_rows.sum())
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The block of each sample, and its row in that block."""

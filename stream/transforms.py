@@ -2,7 +2,6 @@
 
 import copy
 import os
-import random
 import threading
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from stream.images import MOST_LONG, resize
 from stream.pictures import EncodedImage, Picture, decode
-from stream.seeds import Use, seeded
+from stream.seeds import Use, text_seeded
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
@@ -34,16 +33,15 @@ class AlbumentationsAdapter:
         return type(self), tuple(self._pipeline.transforms)
 
     def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool = False) -> np.ndarray:
-        result: np.ndarray = self._seeded(seed)(image=decode(image))["image"]
+        pipeline, numbers = self._own(), text_seeded(seed[0], Use.CROP, *seed[1:])
+        pipeline.set_random_state(np.random.default_rng(numbers.getrandbits(64)), numbers)
+        result: np.ndarray = pipeline(image=decode(image))["image"]
         return result
 
-    def _seeded(self, seed: tuple[int, ...]) -> A.Compose:
-        """This thread's pipeline, seeded."""
+    def _own(self) -> A.Compose:
+        """This thread's pipeline."""
         if not hasattr(self._threads, "pipeline"):
             self._threads.pipeline = copy.deepcopy(self._pipeline)
-        generator = np.random.Generator(np.random.PCG64(seeded(seed[0], Use.CROP, *seed[1:])))
-        python_generator = random.Random(int(generator.integers(2**63)))
-        self._threads.pipeline.set_random_state(generator, python_generator)
         return self._threads.pipeline
 
 
@@ -98,7 +96,8 @@ class RandomResizedCropAdapter(AlbumentationsAdapter):
 
     def __call__(self, image: EncodedImage, seed: tuple[int, ...], sound: bool = False) -> np.ndarray:
         picture = Picture(image)
-        (crop,) = self._seeded(seed).transforms
+        (crop,) = self._own().transforms
+        crop.py_random = text_seeded(seed[0], Use.CROP, *seed[1:])
         left, top, right, bottom = crop.get_params_dependent_on_data({"shape": picture.shape}, {})["crop_coords"]
         height, width = crop.size
         return resize(picture.region(left, top, right, bottom, sound), height, width, self._interpolation)

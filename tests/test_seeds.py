@@ -1,5 +1,6 @@
 """What is drawn for one use tells nothing of what is drawn for another, in whatever run, epoch or rank."""
 
+import random
 from itertools import product
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from config import resolve
 from preprocess import train_transform
 from stream import augment, order
-from stream.seeds import Use, seeded
+from stream.seeds import Use, seeded, text_seeded
 from training import state
 
 
@@ -17,21 +18,32 @@ def test_no_two_sources_of_a_run_start_alike() -> None:
     """Seeds beyond 32 bits and trailing zeros included."""
     numbers = [(), (0,), (1,), (5,), (0, 0), (0, 1), (1, 0)]
     seeds = (0, 1, 4, 5, 2**32, 2**32 + 1, 2**64)
-    states = {seeded(seed, use, *more).generate_state(4).tobytes() for seed, use, more in product(seeds, Use, numbers)}
-    assert len(states) == len(seeds) * len(Use) * len(numbers)
+    sources = [*product(seeds, Use, numbers)]
+    states = {seeded(seed, use, *more).generate_state(4).tobytes() for seed, use, more in sources}
+    states |= {text_seeded(seed, use, *more).randbytes(16) for seed, use, more in sources}
+    assert len(states) == 2 * len(sources)
+
+
+def test_numbers_seed_alike_of_whatever_integers_they_are() -> None:
+    assert text_seeded(0, Use.CROP, 1, 2).random() == text_seeded(*np.array([0]), Use.CROP, *np.array([1, 2])).random()
 
 
 def test_the_order_the_crops_and_the_batches_of_an_epoch_are_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records every source that the parts of a run ask numpy for."""
-    asked: list[bytes] = []
-    original = np.random.SeedSequence
+    """Records every source that the parts of a run ask numpy and Python for."""
+    asked: list[object] = []
+    original, of_text = np.random.SeedSequence, random.Random
 
     def recorded(*arguments: Any, **options: Any) -> np.random.SeedSequence:
         made = original(*arguments, **options)
         asked.append(made.generate_state(4).tobytes())
         return made
 
+    def recorded_text(*seeds: str | None) -> random.Random:
+        asked.extend(text for text in seeds if text is not None)  # which albumentations gives until it is seeded
+        return of_text(*seeds)
+
     monkeypatch.setattr(np.random, "SeedSequence", recorded)
+    monkeypatch.setattr(random, "Random", recorded_text)
     transform = train_transform(resolve({"dataset": "hf", "dataset_name": "x", "image_size": 8}))
     for epoch in range(3):
         order.epoch_order(np.ones(50, np.int64), epoch, 0, 8, 50)
