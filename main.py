@@ -98,7 +98,7 @@ def _run(argv: list[str]) -> None:
     with distributed.announced(f"for the index or the files of {config.dataset_id}"):
         data = get_data_loaders(config, device, pinned, classes, derived)
     config = data.config
-    header([*notes, *describe_data(config, data)], config)
+    header([*notes, *distributed.from_rank0(lambda: describe_data(config, data))], config)
     if config.fill_cache:
         fill_cache(config, data)
         return

@@ -67,7 +67,7 @@ def _run(argv: list[str]) -> None:
     with distributed.announced(f"for the index or the files of {config.dataset_id}"):
         data = get_data_loaders(config, device, derived=configuration.FITTED - given.keys())
     config = replace(data.config, compile=bool(data.config.compile))  # by itself it would not pay in so few steps
-    header([*notes, *describe_data(config, data)], config)
+    header([*notes, *distributed.from_rank0(lambda: describe_data(config, data))], config)
     labels = data.train.dataset.all_labels
     training = build_training(config, len(data.classes), device, labels=labels, source=source)
     if "accumulate_steps" not in given:
