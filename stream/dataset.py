@@ -146,7 +146,7 @@ class HuggingFaceImageNetDataset:
 
     def block_of(self, sample_ids: np.ndarray) -> np.ndarray:
         """The block of each sample."""
-        if len(sample_ids) < len(self) // 8:
+        if len(sample_ids) < len(self) // 64:
             return np.searchsorted(self._ends, sample_ids, side="right")
         return np.repeat(np.arange(len(self.blocks), dtype=np.int32), self.block_rows)[sample_ids]
 
@@ -274,7 +274,7 @@ class HuggingFaceImageNetDataset:
         index = len(self._files.names) if self._files.by_request else 0
         return index, sum(self._shards.requests(block) for block in self.blocks)
 
-    def reader(self, ids: np.ndarray) -> "BlockReader":
+    def reader(self, ids: Iterable[np.ndarray]) -> "BlockReader":
         return BlockReader(self, ids)
 
     def _serialise(self, block: Block) -> memoryview:

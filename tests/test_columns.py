@@ -291,7 +291,7 @@ def test_a_label_of_no_class_is_refused_in_one_line_with_its_file(tmp_path: Path
     else:
         pq.write_table(table, folder / "train-0.parquet", row_group_size=4, write_statistics=form == "parquet")
     reads: list[Callable[[Any], Any]] = [
-        lambda data: data.reader(np.arange(ROWS)).read(2),
+        lambda data: data.reader([np.arange(ROWS)]).read(2),
         lambda data: data.all_labels(),
     ]
     for read in reads:

@@ -450,7 +450,7 @@ def test_an_image_that_is_null_or_without_bytes_is_unreadable_and_its_neighbours
     rows = [*table["image"].to_pylist(), None, {"bytes": b"six", "path": None}]
     images = pa.array(rows, table["image"].type)
     pq.write_table(pa.table([images, pa.array(range(6))], schema=table.schema), folder / "train.parquet")
-    reader = open_set(folder).reader(np.arange(6))
+    reader = open_set(folder).reader([np.arange(6)])
     for number, image in enumerate([b"one", None, None, b"four", None, b"six"]):
         if image is None:
             with pytest.raises(UnreadableImage, match="no image here"):
