@@ -52,16 +52,16 @@ class RowGroups:
         self.groups = groups
         self.file_of = np.repeat(np.arange(len(files)), files["groups"])
         self.outside, self.may_lie_outside = _outside(files[self.file_of], groups)
-        self._ends = np.cumsum(files["groups"])
+        self._starts = np.cumsum(files["groups"]) - files["groups"]
 
     def of(self, file: int) -> slice:
         """Where the row groups of a file are among all."""
-        end = int(self._ends[file])
-        return slice(end - int(self.files["groups"][file]), end)
+        start = int(self._starts[file])
+        return slice(start, start + int(self.files["groups"][file]))
 
-    def places(self, file: int, groups: Sequence[int]) -> np.ndarray:
-        """Where these row groups of a file are among all (int64)."""
-        return self.of(file).start + np.array(groups, np.int64)
+    def places(self, file: int | np.ndarray, groups: Sequence[int]) -> np.ndarray:
+        """Where these row groups of a file, or each of its own file, are among all (int64)."""
+        return self._starts[file] + np.array(groups, np.int64)
 
     def at(self, file: int, groups: Sequence[int]) -> np.ndarray:
         """The GROUP of each of these row groups of a file."""
