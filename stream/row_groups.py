@@ -136,10 +136,11 @@ def _of_groups(groups: list[Any], leaves: list[int], numbers: bool) -> np.ndarra
         if part == DATA:
             found["unpacked"] = [of.total_uncompressed_size for of in columns]
         elif part == LABEL:
-            found["ranged"] = [of is not None and of.has_min_max for of in told]
-            for group, of in enumerate(told if numbers else ()):
-                if found["ranged"][group]:
-                    found["low"][group], found["high"][group] = min(of.min, MOST), min(of.max, MOST)
+            ranged = [of is not None and of.has_min_max for of in told]
+            found["ranged"] = ranged
+            if numbers:
+                found["low"] = [min(of.min, MOST) if known else 0 for of, known in zip(told, ranged, strict=True)]
+                found["high"] = [min(of.max, MOST) if known else 0 for of, known in zip(told, ranged, strict=True)]
     return found
 
 
