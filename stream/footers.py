@@ -131,7 +131,7 @@ class _Repeated:
             if first >= 0 and tail.startswith(stored, first):
                 parts[:0] = nothing, tail[first + len(stored) : end]
                 length, end, told[key] = length - len(stored) + len(nothing), first, value
-        return b"".join([tail[:end], *parts, length.to_bytes(4, "little"), tail[-4:]]), told
+        return (b"".join([tail[:end], *parts, length.to_bytes(4, "little"), tail[-4:]]) if told else tail), told
 
 
 def _as_stored(value: bytes) -> bytes:
