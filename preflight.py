@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 POOR_MIXING = 0.9
 FEW_IMAGES = 1000  # a second: less than a GPU trains on
 BATCHES_LOOKED_AT = 64
+PARTS = 16  # in which labels are counted, to save memory
 LISTED = 10  # classes
 CLIENT_BYTES = 130 * 2**20  # of the Hub's client, and of what the allocators keep, as measured on Linux
 TRANSFER_COPIES = 1.0  # what receiving a block takes over its size, as measured
@@ -203,7 +204,9 @@ def mixing(labels: np.ndarray, order: list[np.ndarray], share: int) -> float:
         len(np.unique(np.concatenate([labels[stream[step * share : (step + 1) * share]] for stream in order])))
         for step in looked_at
     ]
-    counts = np.bincount(labels)
+    counts = np.zeros(labels.max() + 1, np.int64)
+    for part in np.array_split(labels, PARTS):
+        counts += np.bincount(part, minlength=len(counts))
     absent = np.ones(len(counts))  # how likely it is that a batch lacks each class
     for drawn in range(share * len(order)):
         absent *= (1 - counts / (len(labels) - drawn)).clip(0)

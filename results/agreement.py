@@ -144,7 +144,7 @@ def _validation_images(source: Source) -> list[bytes]:
     transform = eval_transform(settings_of(source))
     for place in np.linspace(0, len(val) - 1, min(2 * IMAGES, len(val))).astype(int).tolist():
         try:
-            image = in_memory(val.reader(np.array([place])).read(place)[0])
+            image = in_memory(val.reader([np.array([place])]).read(place)[0])
             encoded = _png(image) if isinstance(image, np.ndarray) else bytes(image)
             _picture(encoded)
             _transformed(transform, encoded)

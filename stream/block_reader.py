@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
@@ -69,11 +69,14 @@ class BlockReader:
     A block in the cache is not kept in memory: it is memory-mapped from disk when a sample of it is read.
     """
 
-    def __init__(self, dataset: BlockDataset, ids: np.ndarray) -> None:
+    def __init__(self, dataset: BlockDataset, ids: Iterable[np.ndarray]) -> None:
         self._dataset = dataset
-        blocks = dataset.block_of(ids)
-        counts, first_use = np.bincount(blocks), np.full(len(dataset.blocks), len(ids))
-        np.minimum.at(first_use, blocks, np.arange(len(ids)))
+        counts, seen = np.zeros(len(dataset.blocks), np.int64), 0
+        first_use = np.full(len(counts), np.iinfo(np.int64).max)
+        for blocks in map(dataset.block_of, ids):
+            counts += np.bincount(blocks, minlength=len(counts))
+            np.minimum.at(first_use, blocks, np.arange(seen, seen + len(blocks)))
+            seen += len(blocks)
         used = np.argsort(first_use)[: np.count_nonzero(counts)]
         self._left = dict(zip(used.tolist(), counts[used].tolist(), strict=True))
         self._queue = [*self._left]

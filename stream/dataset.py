@@ -125,9 +125,7 @@ class HuggingFaceImageNetDataset:
         dataset = cls(source, listing.commit, files, shards, shards.blocks(block_bytes), kept_in, form)
         if not len(dataset):
             raise DataError(f"{source} has no images in split {name}; give another split")
-        for block in dataset.blocks:
-            for _, low, high in shards.label_ranges(block) or ():
-                dataset._check_labels(block, low, high)
+        dataset._check_ranges()
         if max_samples is None or (max_samples >= len(dataset) and like is None):
             return dataset
         groups = cls(source, listing.commit, files, shards, shards.blocks(1), kept_in, form)
@@ -146,7 +144,7 @@ class HuggingFaceImageNetDataset:
 
     def block_of(self, sample_ids: np.ndarray) -> np.ndarray:
         """The block of each sample."""
-        if len(sample_ids) < len(self) // 8:
+        if len(sample_ids) < len(self) // 64:
             return np.searchsorted(self._ends, sample_ids, side="right")
         return np.repeat(np.arange(len(self.blocks), dtype=np.int32), self.block_rows)[sample_ids]
 
@@ -236,10 +234,9 @@ class HuggingFaceImageNetDataset:
 
         Groups that share at most one class with their neighbours are taken to be sorted, the others to be shuffled.
         """
-        known = [self._shards.label_ranges(block) for block in self.blocks]
-        if any(ranges is None for ranges in known):
+        rows, low, high = self._shards.label_ranges(self.blocks)
+        if not rows.all():
             return None
-        rows, low, high = np.array([group for ranges in known for group in ranges or ()], np.int64).T
         shared = np.minimum(high[1:], high[:-1]) - np.maximum(low[1:], low[:-1]) + 1
         apart = np.concatenate([[len(rows) > 1], shared <= 1, [True]])
         share = np.random.default_rng(0).random(rows.sum(), np.float32)  # of the way from the smallest to the largest
@@ -248,7 +245,7 @@ class HuggingFaceImageNetDataset:
             share[ends[group] - rows[group] : ends[group]] = np.arange(rows[group]) / rows[group]
         share *= np.repeat((high - low + 1).astype(np.float32), rows)
         labels = np.repeat(low.astype(np.int32), rows)
-        labels += share.astype(np.int32)
+        np.add(labels, share, out=labels, casting="unsafe")  # rounded down
         if self._rows is None:
             return labels
         blocks, within = self.locate(np.arange(len(self)))
@@ -274,7 +271,7 @@ class HuggingFaceImageNetDataset:
         index = len(self._files.names) if self._files.by_request else 0
         return index, sum(self._shards.requests(block) for block in self.blocks)
 
-    def reader(self, ids: np.ndarray) -> "BlockReader":
+    def reader(self, ids: Iterable[np.ndarray]) -> "BlockReader":
         return BlockReader(self, ids)
 
     def _serialise(self, block: Block) -> memoryview:
@@ -294,14 +291,12 @@ class HuggingFaceImageNetDataset:
         The blocks are evenly spread, and doubled until all of these classes are there or no further one comes; without
         `doubling`, None is returned where the fewest blocks are not enough.
         """
-        told = [self._shards.label_ranges(block) for block in self.blocks]
 
         def classes(picks: Iterable[int]) -> int:
             """How many of the wanted classes these blocks may have."""
-            ranges = [group[1:] for pick in picks for group in told[pick] or ()]
-            return classes_within(np.array(ranges, np.int64).T, wanted)
+            return classes_within(self._shards.label_ranges([self.blocks[pick] for pick in picks])[1:], wanted)
 
-        known, every = bool(len(wanted)) and all(told), range(len(self.blocks))
+        known, every = bool(len(wanted) and self._shards.label_ranges(self.blocks)[0].all()), range(len(self.blocks))
         count, before = -(-limit * len(every) // len(self)), -1
         while True:
             picks = spread(min(count, len(every)), len(every))
@@ -322,6 +317,13 @@ class HuggingFaceImageNetDataset:
 
     def _numbered(self, labels: np.ndarray) -> np.ndarray:
         return labels if self._numbers is None else self._numbers[labels]
+
+    def _check_ranges(self) -> None:
+        _, low, high = self._shards.label_ranges(self.blocks)
+        if low.min() < 0 or high.max() >= len(self._shards.classes):
+            for block in self.blocks:
+                _, low, high = self._shards.label_ranges([block])
+                self._check_labels(block, int(low.min()), int(high.max()))
 
     def _check_labels(self, block: Block, low: int | None, high: int | None) -> None:
         for label in (low, high):

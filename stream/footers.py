@@ -124,13 +124,14 @@ class _Repeated:
 
     def cut_out(self, tail: bytes) -> tuple[bytes, Told]:
         """The end of a file with nothing in place of these values where it has them; and those it has."""
-        data, told = tail, {}
+        told, parts, nothing = dict[bytes, bytes](), list[bytes](), _as_stored(b"")
+        length, end = int.from_bytes(tail[-8:-4], "little"), len(tail) - 8
         for back, key, value, stored in self._found:
             first = len(tail) - back
             if first >= 0 and tail.startswith(stored, first):
-                data, told[key] = data[:first] + _as_stored(b"") + data[first + len(stored) :], value
-        length = int.from_bytes(tail[-8:-4], "little") - (len(tail) - len(data))
-        return (data[:-8] + length.to_bytes(4, "little") + tail[-4:] if told else tail), told
+                parts[:0] = nothing, tail[first + len(stored) : end]
+                length, end, told[key] = length - len(stored) + len(nothing), first, value
+        return (b"".join([tail[:end], *parts, length.to_bytes(4, "little"), tail[-4:]]) if told else tail), told
 
 
 def _as_stored(value: bytes) -> bytes:

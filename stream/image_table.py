@@ -1,6 +1,6 @@
 """Images that are read one by one, each a block of its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -71,7 +71,7 @@ class ImageTable:
 
     should_stop: Callable[[], bool] = staticmethod(lambda: False)
 
-    def reader(self, ids: np.ndarray) -> "ImageTable":
+    def reader(self, ids: Iterable[np.ndarray]) -> "ImageTable":
         return self
 
     def read(self, sample_id: int) -> tuple[bytes | memoryview, int]:

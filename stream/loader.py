@@ -25,6 +25,7 @@ from stream.transfer import Transfer
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
+PARTS = 8  # in which the ids of an epoch are put into the order of its batches, to save memory
 SAMPLES_PER_TASK = 32  # at most: each task costs this process the interpreter lock for a while
 TASKS_PER_WORKER = 2  # in flight at least, where there are so many samples
 UNREADABLE = -1
@@ -97,13 +98,19 @@ class Loader(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...
 
-    def _spans(self, streams: list[np.ndarray]) -> list[list[tuple[int, int]]]:
+    def _spans(self, streams: list[np.ndarray]) -> Iterator[list[tuple[int, int]]]:
         """The part of each stream that goes into each batch from `start` on."""
         share = self.batch_size // len(streams)
-        return [
-            [(step * share, min((step + 1) * share, len(stream))) for stream in streams]
-            for step in range(self.start, self._steps)
-        ]
+        for step in range(self.start, self._steps):
+            yield [(step * share, min((step + 1) * share, len(stream))) for stream in streams]
+
+    def _scheduled(self, streams: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """The ids in the dataset of the samples of all batches from `start` on, those of several batches at a time."""
+        share, each = self.batch_size // len(streams), -(-self._steps // PARTS)
+        for first in range(self.start, self._steps, each):
+            span = slice(first * share, min(first + each, self._steps) * share)
+            parts = [stream[span].reshape(-1, share if self.train else 1) for stream in streams]
+            yield self.real(np.stack(parts, 1).ravel())
 
     def _on_device(self, batch: Batch, epoch: int) -> Batch:
         def augmented(images: torch.Tensor) -> torch.Tensor:
@@ -155,13 +162,12 @@ class StreamingDataLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, streams = self.epoch, self.order(self.epoch)
-        spans = self._spans(streams) if streams else []
         if self.of_epoch is not None:
             self.image_size, self.transform = self.of_epoch(epoch)
             self.packed = pack(self.transform) if self.num_workers else b""
-        if spans:
+        if self.start < self._steps:
             self.read_seconds = 0.0
-            with contextlib.closing(_EpochReader(self, epoch, streams, spans)) as reader:
+            with contextlib.closing(_EpochReader(self, epoch, streams)) as reader:
                 for batch in reader.batches():
                     yield self._on_device(batch, epoch)
 
@@ -177,17 +183,15 @@ class _Begun(NamedTuple):
 class _EpochReader:
     """Makes the batches of an epoch, with workers in threads and some batches ahead of use.
 
-    `spans` has the part of each stream that goes into each batch. A place is a stream and a position in it.
+    A place is a stream and a position in it.
     """
 
-    def __init__(
-        self, loader: StreamingDataLoader, epoch: int, streams: list[np.ndarray], spans: list[list[tuple[int, int]]]
-    ) -> None:
+    def __init__(self, loader: StreamingDataLoader, epoch: int, streams: list[np.ndarray]) -> None:
         self._loader = loader
         self._epoch = epoch
         self._streams = streams
-        self._spans = spans
-        self._reader = loader.dataset.reader(loader.real(np.concatenate([ids_of(streams, parts) for parts in spans])))
+        self._spans = loader._spans(streams)
+        self._reader = loader.dataset.reader(loader._scheduled(streams))
         self._reader.should_stop = lambda: loader.should_stop()
         self._threads = ThreadPoolExecutor(loader.num_workers, "decode") if loader.num_workers else None
         self._closed = False

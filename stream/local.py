@@ -93,7 +93,7 @@ class LocalDataset:
 
     should_stop: Callable[[], bool] = staticmethod(lambda: False)
 
-    def reader(self, ids: np.ndarray) -> "LocalDataset":
+    def reader(self, ids: Iterable[np.ndarray]) -> "LocalDataset":
         return self
 
     def read(self, sample_id: int) -> tuple[EncodedImage, int]:

@@ -35,13 +35,15 @@ def epoch_order(
 
     permuted = np.argsort(noise(len(block_rows), Use.BLOCKS), kind="stable")
     rows = block_rows[permuted]
-    first_ids = (np.cumsum(block_rows) - block_rows)[permuted]
+    ends = np.cumsum(rows)
+    shifts = (np.cumsum(block_rows) - block_rows)[permuted] - (ends - rows)  # from places to ids
     total = int(rows.sum())
-    ids = np.repeat(first_ids - (np.cumsum(rows) - rows), rows)
-    ids += np.arange(total)
     result = []
     for stream in range(streams) if wanted is None else wanted:
-        span = ids[total * stream // streams : total * (stream + 1) // streams]
+        begin, end = total * stream // streams, total * (stream + 1) // streams
+        part = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(ends, end) + 1)
+        span = np.repeat(shifts[part], np.diff(ends[part].clip(max=end), prepend=begin))
+        span += np.arange(begin, end)
         bits = noise(len(span), Use.WINDOW, stream)
         if window >= total:
             result.append(span[_sorted(bits, bits.copy())])

@@ -79,9 +79,6 @@ class ParquetShards:
         leaves = self.row_groups.files["leaves"].tolist()
         self._images = [ImageLeaves(*(None if leaf == ABSENT else leaf for leaf in found[:LABEL])) for found in leaves]
         self._parts = [self._find_parts(number) for number in range(len(files.names))]
-        groups, numbers = self.row_groups.groups, self.row_groups.files["numbers"][self.row_groups.file_of]
-        ranges = (groups["ranged"] & numbers, groups["rows"], groups["low"], groups["high"])
-        self._ranges: list[list[int]] = [of.tolist() for of in ranges]  # whether told, rows, lowest and highest label
 
     def blocks(self, most_bytes: int) -> list[Block]:
         """Blocks of consecutive row groups of each file: up to `most_bytes`, and at least one group.
@@ -122,14 +119,15 @@ class ParquetShards:
         at_hand = block.file in self._chunks.whole
         return outside + (0 if at_hand else len(self._chunks.ranges(block.file, block.groups, parts)))
 
-    def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
-        """Rows, smallest and largest label of each row group, or None if the footer does not tell."""
-        naming, first = self._labels.namings[block.file], self.row_groups.of(block.file).start
-        told, rows, low, high = self._ranges
-        places = [first + group for group in block.groups]
-        if naming.stored is not None or not all(told[place] for place in places):
-            return None
-        return [(min(block.rows, rows[at]), low[at] - naming.first, high[at] - naming.first) for at in places]
+    def label_ranges(self, blocks: Sequence[Block]) -> np.ndarray:
+        """Rows, smallest and largest label of each row group (int64, (3, groups)); 0 where the footer does not tell."""
+        counts, namings, index = [len(block.groups) for block in blocks], self._labels.namings, self.row_groups
+        files = np.repeat([block.file for block in blocks], counts)
+        found = index.groups[index.places(files, [group for block in blocks for group in block.groups])]
+        told = np.array([naming.stored is None for naming in namings])[files] & index.files["numbers"][files]
+        first = np.array([naming.first for naming in namings])[files]
+        rows = np.minimum(found["rows"], np.repeat([block.rows for block in blocks], counts))
+        return np.array([rows, found["low"] - first, found["high"] - first]) * (told & found["ranged"])
 
     def labels(self, block: Block) -> np.ndarray:
         """The labels of a block (int64). Of a file, the labels alone are fetched, once.

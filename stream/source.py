@@ -60,5 +60,5 @@ class ImageDataset(Protocol):
     def with_classes(self, classes: Sequence[str]) -> "ImageDataset":
         """The same samples, whose labels count these classes; all that have a sample are among them."""
 
-    def reader(self, ids: np.ndarray) -> Reader:
-        """A reader for these samples (int64), given in the order in which they will be used."""
+    def reader(self, ids: Iterable[np.ndarray]) -> Reader:
+        """A reader for these samples (int64), given some at a time in the order in which they will be used."""

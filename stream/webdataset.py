@@ -113,12 +113,12 @@ class TarShards:
         """How many requests a shard costs."""
         return int(self._files.by_request)
 
-    def label_ranges(self, block: Block) -> list[tuple[int, int, int]] | None:
-        """Samples, smallest and largest label of a shard, or None if the shard has not been read or has names."""
-        shard, first = self._shards[block.file], self._naming.first
-        if shard.low is None or shard.high is None or self._naming.stored is not None:
-            return None
-        return [(shard.rows, shard.low - first, shard.high - first)]
+    def label_ranges(self, blocks: Sequence[Block]) -> np.ndarray:
+        """Samples, smallest and largest label of each shard (int64, (3, shards)); 0 of one not read or with names."""
+        shards, first = [self._shards[block.file] for block in blocks], self._naming.first
+        told = [self._naming.stored is None and None not in (shard.low, shard.high) for shard in shards]
+        found = [(shard.rows, (shard.low or 0) - first, (shard.high or 0) - first) for shard in shards]
+        return np.array(found, np.int64).T * told
 
     def labels(self, block: Block) -> np.ndarray:
         """The labels of a shard (int64); one whose index was not read is read for them. Raises DataError."""

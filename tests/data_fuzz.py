@@ -248,7 +248,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def content_of(dataset: Any) -> Content:
     """What a loader would read."""
     ids = np.arange(len(dataset))
-    reader, found = dataset.reader(ids), {}
+    reader, found = dataset.reader([ids]), {}
     for number in ids.tolist():
         image, label = reader.read(number)
         assert dataset.name(number), "a sample without a name"

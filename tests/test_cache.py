@@ -290,7 +290,7 @@ def test_what_is_kept_is_read_and_batches_are_filled_by_the_decoding_processes(
             for source, cache in ((REPO_ID, Cache(tmp_path, None)), (str(hub_root / "datasets" / REPO_ID), None))
         )
         numbers = np.arange(len(kept))
-        reader, other = kept.reader(numbers), local.reader(numbers)
+        reader, other = kept.reader([numbers]), local.reader([numbers])
         for number in numbers.tolist():
             (image, label), (same, its) = reader.read(number), other.read(number)
             assert isinstance(image, InFile)

@@ -159,7 +159,7 @@ def test_validation_with_its_classes_in_another_order_is_mapped_by_name(tmp_path
     data = get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 8}), CPU)
     assert data.val.dataset.classes == class_names(10)
     assert data.val.dataset.all_labels().tolist() == before
-    reader = data.val.dataset.reader(np.arange(20))
+    reader = data.val.dataset.reader([np.arange(20)])
     assert [reader.read(number)[1] for number in range(20)] == before
     reader.close()
 
@@ -280,7 +280,7 @@ def test_numbers_are_the_names_of_classes_in_training_and_validation(tmp_path: P
     folder = numbered(tmp_path / "set", form, train, val)
     data = get_data_loaders(resolve({"dataset": "hf", "dataset_name": str(folder), "batch_size": 2}), CPU)
     for part, labels in ((data.train.dataset, train), (data.val.dataset, val)):
-        reader = part.reader(np.arange(len(part)))
+        reader = part.reader([np.arange(len(part))])
         assert [part.classes[reader.read(number)[1]] for number in range(len(part))] == [*map(str, labels)]
         assert [part.classes[label] for label in part.all_labels()] == [*map(str, labels)]  # type: ignore[union-attr]
         reader.close()

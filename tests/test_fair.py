@@ -173,7 +173,7 @@ def test_the_rows_that_a_sample_takes_are_the_images_that_the_ids_name(tmp_path:
 
     folder = make_imagenet_like(tmp_path, train=120, rows_per_group=15, size=(20, 30), sort_by_class=True)
     part = HuggingFaceImageNetDataset.open(str(folder), split=["train"], max_samples=37)
-    reader, labels = part.reader(np.arange(37)), part.all_labels()
+    reader, labels = part.reader([np.arange(37)]), part.all_labels()
     assert labels is not None
     for number in range(37):
         file, _, row = part.name(number).partition(" row ")

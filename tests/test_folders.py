@@ -163,7 +163,7 @@ FORMS = {"folders": write_folders, "zip": write_zip, "zips": write_zips, "tars":
 
 
 def content(dataset: Any) -> dict[bytes, str]:
-    reader = dataset.reader(np.arange(len(dataset)))
+    reader = dataset.reader([np.arange(len(dataset))])
     found = {bytes(image): dataset.classes[label] for image, label in map(reader.read, range(len(dataset)))}
     reader.close()
     return found

@@ -5,7 +5,7 @@ import logging
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -438,13 +438,31 @@ def test_a_failed_block_is_not_taken_for_an_unreadable_image(folder: Path, tmp_p
     assert our_threads() == []
 
 
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize(("train", "batch"), [(True, BATCH), (True, 4), (False, 4)])
+def test_a_reader_is_told_the_samples_in_the_order_of_the_batches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, train: bool, batch: int, start: int
+) -> None:
+    dataset = open_split(folder, "train" if train else "validation")
+    told, make_reader = list[np.ndarray](), dataset.reader
+
+    def reader(ids: Iterable[np.ndarray]) -> BlockReader:
+        told.extend(ids)
+        return make_reader(told)
+
+    monkeypatch.setattr(dataset, "reader", reader)
+    batches = run(make(dataset, train, batch_size=batch, num_workers=0), epoch=1, start=start)
+    assert np.concatenate(told).tolist() == torch.cat([batch.ids for batch in batches]).tolist()
+    assert len(told) > 1
+
+
 def test_a_reader_forgets_each_block_when_its_last_sample_was_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stream.block_reader.SMALL_THREADS", 8)
     dataset = open_split(folder, "train", block_bytes=1)
     ids = np.concatenate(epoch_order(dataset.block_rows, 0, 0, 1, 20))
-    reader = BlockReader(dataset, ids)
+    reader = BlockReader(dataset, [ids])
     most = 0
     for first in range(0, TRAIN, 10):
         part = ids[first : first + 10]

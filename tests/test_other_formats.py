@@ -138,7 +138,7 @@ def check(dataset: Any, split: str) -> None:
     """The classes, and the image, the label and the name of each sample, in whatever order they are."""
     assert len(dataset) == len(SPLITS[split])
     assert dataset.block_rows.tolist() == [1] * len(dataset)
-    reader = dataset.reader(np.arange(len(dataset)))
+    reader = dataset.reader([np.arange(len(dataset))])
     found = {bytes(image): dataset.classes[label] for image, label in map(reader.read, range(len(dataset)))}
     assert found == {IMAGES[key]: NAMES[int(key)] for key in keys(split)}
     labels = dataset.all_labels()

@@ -73,7 +73,7 @@ def open_set(source: object, **options: Any) -> HuggingFaceImageNetDataset:
 def read(source: object, **options: Any) -> tuple[list[bytes], list[int]]:
     """The encoded images, empty if there is none, and the labels of the training split."""
     dataset = open_set(source, **options)
-    reader = dataset.reader(np.arange(len(dataset)))
+    reader = dataset.reader([np.arange(len(dataset))])
     images = []
     for number in range(len(dataset)):
         try:

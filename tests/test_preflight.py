@@ -1,7 +1,7 @@
 """What is told before a run is what the run will do: what it reads, how well it mixes, what it holds, what is kept."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -443,7 +443,7 @@ def in_memory(data: Data, monkeypatch: pytest.MonkeyPatch) -> int:
     """The most bytes of blocks that the reader of an epoch keeps in memory, looked at with each batch."""
     readers, make, most = list[BlockReader](), HuggingFaceImageNetDataset.reader, 0
 
-    def noted(dataset: HuggingFaceImageNetDataset, ids: np.ndarray) -> BlockReader:
+    def noted(dataset: HuggingFaceImageNetDataset, ids: Iterable[np.ndarray]) -> BlockReader:
         readers.append(make(dataset, ids))
         return readers[-1]
 
