@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "stream/label_column.py",
         "only the first file's class names are compared",
-        "told[metadata] = self._naming_of(file, classes, from_card)",
-        "told[metadata] = self._naming_of(0, classes, from_card)",
+        "{file: self._naming_of(file, classes, from_card)",
+        "{file: self._naming_of(0, classes, from_card)",
         "tests/test_classes.py -k other_class_names",
     ),
     Fault(
