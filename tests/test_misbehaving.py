@@ -183,7 +183,8 @@ def test_an_api_that_stays_odd_is_given_up_in_time(
     began = time.monotonic()
     with Hub(hub_root, port=hub_port, fault=always(kind, call)):
         done = run(*HUB, *SMALL, *HASTY, "--run_dir", tmp_path / "run")
-    assert_one_line(done, REPO_ID, *(("log-in",) if kind == "html" else ()))
+    slow = "(0 bytes in 1 s)" in done.err  # a busy machine's own silence may be the last thing that was seen
+    assert_one_line(done, REPO_ID, *(("log-in",) if kind == "html" and not slow else ()))
     assert time.monotonic() - began < 1.5 + 20
 
 
