@@ -1,6 +1,7 @@
 """Measuring several systems in turn, each in a worker process, and writing down what was found."""
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -239,6 +240,12 @@ def record(title: str, set_up: str, rows: str, versions: Mapping[str, str]) -> N
     ]
     with RESULTS.open("a") as results:
         results.write("\n\n".join(section) + "\n\n")
+
+
+def last_epoch(run: Path) -> dict[str, str]:
+    """The last row of a run's results.csv."""
+    with open(run / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))[-1]
 
 
 def installed_versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ published recipes need their regularisation, so a loss here does not speak again
 
 import argparse
 import contextlib
-import csv
 import io
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as program
-from benchmarks.common import installed_versions, record
+from benchmarks.common import installed_versions, last_epoch, record
 from model_resnet50 import BasicBlock, conv1x1
 from training import step
 
@@ -74,8 +73,7 @@ def top1(folder: Path, flags: Sequence[str]) -> float:
     """The accuracy after the last epoch, in %: that of the average where there is one."""
     with contextlib.redirect_stdout(io.StringIO()):
         assert program.main([*flags, "--run_dir", str(folder)]) == 0
-    with open(folder / "results.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
+    last = last_epoch(folder)
     return 100 * float(last.get("ema_top1") or last["val_top1"])
 
 

@@ -10,7 +10,6 @@ as 375 to 500, a short side of 73 kept, as 256, and crops of 64, as 224. Half a 
 40 classes for 4 epochs, and evaluated on 1,000 that are kept likewise, and on these as originals.
 """
 
-import csv
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from shards import make_imagenet_like
 
-from benchmarks.common import installed_versions, parser, record
+from benchmarks.common import installed_versions, last_epoch, parser, record
 from benchmarks.images import CLASSES, draw, encode
 from benchmarks.stream import Traffic
 from stream.images import decode, resize
@@ -117,8 +116,7 @@ def accuracies(folder: Path) -> list[str]:
             run = folder / f"{form} {seed}"
             own = ("--cache_dir", str(folder / form), "--seed", str(seed), "--run_dir", str(run))
             assert program.main([*DATA, *TRAINING, *flags, *own]) == 0
-            with open(run / "results.csv", newline="") as file:
-                of_kept = float(list(csv.DictReader(file))[-1]["val_top1"])
+            of_kept = float(last_epoch(run)["val_top1"])
             given = [str(run), "--which", "last", *DATA, "--out", str(run / "originals")]
             assert evaluate.main(given) == 0
             of_originals = json.loads((run / "originals" / "evaluation.json").read_text())["top1"]

@@ -6,7 +6,6 @@
 Sharpness is the energy of a Laplacian over that of cv2's area averaging.
 """
 
-import csv
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from shards import make_imagenet_like
 
 import main as program
-from benchmarks.common import installed_versions, parser, record
+from benchmarks.common import installed_versions, last_epoch, parser, record
 from benchmarks.images import make_images
 from config import resolve
 from preprocess import train_transform
@@ -143,8 +142,7 @@ def accuracies(folder: Path) -> list[str]:
                 run = folder / f"{name} {way} {seed}"
                 images.resize = WAYS[way]  # type: ignore[assignment]
                 assert program.main([*flags, *TRAINING, "--seed", str(seed), "--run_dir", str(run)]) == 0
-                with open(run / "results.csv", newline="") as file:
-                    found.append(100 * float(list(csv.DictReader(file))[-1]["val_top1"]))
+                found.append(100 * float(last_epoch(run)["val_top1"]))
             rows.append(f"| {name} | {way} | {', '.join(f'{top1:.1f}' for top1 in found)} | {mean(found):.1f} |")
     return rows
 

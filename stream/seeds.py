@@ -31,7 +31,7 @@ def seeded(seed: int, use: Use, *numbers: int) -> np.random.SeedSequence:
 
 
 def text_seeded(seed: int, use: Use, *numbers: int) -> random.Random:
-    """The same as a generator, which is made in a quarter of the time that numpy's take from their SeedSequence.
+    """A generator that depends on its arguments alone, made in a quarter of the time of one of numpy's SeedSequence.
 
     Source: Python's `random.seed`, which takes text with its SHA-512.
     """

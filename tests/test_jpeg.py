@@ -72,6 +72,7 @@ def test_planes_are_those_of_the_pixels(options: list[int], sampling: int, heigh
     for plane, expected in zip(found, split(pixels), strict=True):
         resized = cv2.resize(plane, expected.shape[::-1], interpolation=cv2.INTER_AREA)
         assert np.abs(resized.astype(int) - expected).mean() < 1
+    assert all(map(np.array_equal, Picture(data).planes(), found))
     assert found[0].shape == pixels.shape[:2]
 
 

@@ -1,12 +1,14 @@
 """A signal ends a run with a snapshot and its own exit status, and the run goes on as if there had been none."""
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from program import assert_same_run, ledger, snapshot_path, start, steps_kept, train, wait, wait_for
+from program import ROOT, assert_same_run, ledger, snapshot_path, start, steps_kept, train, wait, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +64,22 @@ def test_a_signal_before_training_is_one_line(tmp_path: Path, signum: signal.Sig
     done = wait(process)
     assert (done.status, done.err) == (128 + signum, f"stopped by {signum.name}\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_ends_a_run_at_once_in_one_line() -> None:
+    code = """
+import os, signal, time
+from training import signals
+
+signals.ECHO_SECONDS = 0.0
+signals.StopRequest.listening()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "stopped at once by SIGINT\n")
 
 
 def test_a_signal_ends_the_finder(tmp_path: Path) -> None:

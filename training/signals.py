@@ -39,6 +39,8 @@ class StopRequest:
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()
         elif time.monotonic() - self._since > ECHO_SECONDS:
+            if distributed.rank() == 0:
+                os.write(2, f"stopped at once by {signal.Signals(signum).name}\n".encode())  # sys.stderr may be in use
             os._exit(128 + signum)
 
     def check(self, failure: DataError | None = None) -> None:
