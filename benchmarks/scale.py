@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 COMMIT, SOURCE = "0" * 40, "simulated/set"
 SETS = {"1.28 M": (294, 4_358, 1_000), "13.2 M": (2_048, 6_445, 19_167)}  # files, rows of each, classes
-IMAGE_BYTES = 3_400  # so that three row groups make a block, as with ImageNet's images and the usual --block_mb
+BLOCK_MB, IMAGE_BYTES = 2, 6_500  # three row groups make a block, and a footer has no smallest and largest image: too long
 WHAT = {
     "local": "open, in a folder",
     "first": "open, footers kept",
@@ -94,11 +94,12 @@ def _prepared(what: str, folder: Path) -> Callable[[], Any]:
     def from_hub() -> None:
         cache = streamed.Cache(folder / "cache")
         streamed.HuggingFaceImageNetDataset.open(
-            SOURCE, split=["train"], revision=COMMIT, cache=cache, block_bytes=2**20
+            SOURCE, split=["train"], revision=COMMIT, cache=cache, block_bytes=BLOCK_MB * 2**20
         )
 
     def from_folder() -> Any:
-        return streamed.HuggingFaceImageNetDataset.open(str(folder / "set"), split=["train"], block_bytes=2**20)
+        folder_of_set, block_bytes = str(folder / "set"), BLOCK_MB * 2**20
+        return streamed.HuggingFaceImageNetDataset.open(folder_of_set, split=["train"], block_bytes=block_bytes)
 
     if what == "first":
         for index in (folder / "cache").rglob("*.index"):
@@ -113,7 +114,8 @@ def _prepared(what: str, folder: Path) -> Callable[[], Any]:
     from preflight import describe_data
     from preprocess import get_data_loaders
 
-    flags = {"dataset": "hf", "dataset_name": str(folder / "set"), "image_size": 32, "num_workers": 0, "block_mb": 1}
+    flags = {"dataset": "hf", "dataset_name": str(folder / "set"), "image_size": 32, "num_workers": 0}
+    flags["block_mb"] = BLOCK_MB
     config = resolve(flags | {"batch_size": 256})
     data = get_data_loaders(config, torch.device("cpu"))
     if what == "preflight":

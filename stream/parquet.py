@@ -191,26 +191,26 @@ class ParquetShards:
         every, outside = self.row_groups.groups[there], USUAL_BYTES * self.row_groups.outside[there]
         counts, sizes = every["rows"].tolist(), (every["size"][:, self._parts[file]].sum(1) + outside).tolist()
 
-        def block(groups: list[int]) -> Block:
+        def block(groups: list[int], rows: int, size: int) -> Block:
             name = f"{self._files.names[file]}.{groups[0]}-{groups[-1]}{self._suffix}"
-            rows, size = (sum(of[group] for group in groups) for of in (counts, sizes))
             return Block(name, file, tuple(groups), rows, size)
 
         groups: list[int] = []
-        total = 0  # bytes of these
+        rows = total = 0  # of these, and their bytes
         for group, size in enumerate(sizes):
             if not counts[group]:
                 continue
             if groups and total + size > most_bytes:
-                yield block(groups)
-                groups, total = [], 0
+                yield block(groups, rows, total)
+                groups, rows, total = [], 0, 0
             if outside[group] > most_bytes:
-                yield from _cut(block([group]), most_bytes)
+                yield from _cut(block([group], counts[group], size), most_bytes)
             else:
                 groups.append(group)
+                rows += counts[group]
                 total += size
         if groups:
-            yield block(groups)
+            yield block(groups, rows, total)
 
 
 def _cut(block: Block, most_bytes: int) -> Iterator[Block]:
