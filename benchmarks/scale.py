@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 COMMIT, SOURCE = "0" * 40, "simulated/set"
 SETS = {"1.28 M": (294, 4_358, 1_000), "13.2 M": (2_048, 6_445, 19_167)}  # files, rows of each, classes
-BLOCK_MB, IMAGE_BYTES = 2, 6_500  # three row groups make a block, and a footer has no smallest and largest image: too long
+BLOCK_MB = 2
+IMAGE_BYTES = 6_500  # three row groups make a block; a footer has no smallest and largest image, they are too long
 WHAT = {
     "local": "open, in a folder",
     "first": "open, footers kept",

@@ -35,7 +35,7 @@ def ours(source: str, cache_dir: Path | None = None, anew: bool = False, **form:
     from stream.loader import StreamingDataLoader
     from stream.order import epoch_order
 
-    cache = Cache(cache_dir, **form) if cache_dir else None
+    cache = Cache(cache_dir, processes=WORKERS, **form) if cache_dir else None
     dataset = HuggingFaceImageNetDataset.open(source, split=["train"], block_bytes=BLOCK_BYTES, cache=cache)
     loader = StreamingDataLoader(
         dataset,

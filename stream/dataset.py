@@ -18,7 +18,7 @@ from stream.cache import Bytes, FileStore
 from stream.data_files import in_blocks, is_tar
 from stream.explain import one_line_errors
 from stream.hub import open_files, pin, resolve
-from stream.kept import reduce
+from stream.kept import reduce_all
 from stream.labels import no_class, numbers_in
 from stream.other_formats import first_split, open_other
 from stream.parquet import Block, ParquetShards, open_parquet
@@ -32,14 +32,15 @@ LABEL_THREADS = 8
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder for fetched blocks, its limit in bytes, and the short side (pixels) that images are reduced to, to be
-    kept as JPEG or as `planes`.
+    """The folder for fetched blocks, its limit in bytes, and the short side (pixels) that images are reduced to, by so
+    many decoding processes (0: by the fetching threads), to be kept as JPEG or as `planes`.
     """
 
     folder: Path
     limit: int | None = None
     short_side: int | None = None
     planes: bool = False
+    processes: int = 0
 
 
 class HuggingFaceImageNetDataset:
@@ -280,10 +281,10 @@ class HuggingFaceImageNetDataset:
         return to_bytes(map(self._reduced, batches), block.size)
 
     def _reduced(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        if self._form is None or self._form.short_side is None:
+        form = self._form
+        if form is None or form.short_side is None:
             return batch
-        images = [reduce(image.as_py(), self._form.short_side, self._form.planes) for image in batch["image"]]
-        return batch.set_column(0, "image", pa.array(images, batch.schema.field("image").type))
+        return batch.set_column(0, "image", reduce_all(batch["image"], form.short_side, form.planes, form.processes))
 
     def _sample(self, limit: int, wanted: np.ndarray, doubling: bool = True) -> "HuggingFaceImageNetDataset | None":
         """At most `limit` samples of the wanted classes, of each its share, from as few blocks as that takes.

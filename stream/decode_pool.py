@@ -26,13 +26,14 @@ if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # albumentations imports it if it can, which takes seconds
 
 from errors import SIGNALS, UsageError
-from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
-from stream.shared import InFile, MappedFiles, Moved, Region, SharedMemory, anonymous_file
+from stream.images import EncodedImage, UnreadableImage, decode_into
+from stream.shared import InFile, MappedFiles, Moved, SharedMemory, anonymous_file
 
 PROCESS_BYTES = 60 * 2**20  # memory that a decoding process does not share, as measured on Linux
 ARENA_BYTES = 4 * 2**20  # shared memory for the encoded images of one task; a large image gets more
 ANSWER_SECONDS = 300.0  # for one task, which takes less than a second
 GIVEN_UP_SECONDS = 2.0
+DIED = "a decoding process died, for lack of memory perhaps; use fewer --num_workers"
 POLL_SECONDS = 0.2
 MOST_IN_VAIN = 5  # processes in a row that end without an answer; more are the machine's fault
 NUMBER_BYTES = 4
@@ -41,9 +42,9 @@ FEWEST_OTHER_FILES, OTHER_FILES = 50, 1000  # beside those: which a run must hav
 PR_SET_PDEATHSIG = 1
 
 
-def pack(transform: Transform) -> bytes:
-    """A transform, pickled for a decoding process. Pickles pass between a parent and its workers only."""
-    return pickle.dumps(transform)
+def pack(function: Callable[..., Any]) -> bytes:
+    """A transform or a conversion, pickled for a decoding process. Pickles pass from a parent to its workers only."""
+    return pickle.dumps(function)
 
 
 class Job(NamedTuple):
@@ -91,36 +92,48 @@ class DecodingPool:
         that get no answer together each is tried alone, once. Raises WorkerDied, also GIVEN_UP_SECONDS after
         `given_up()`.
         """
-        found = self._run(transform, jobs, out, given_up)
-        for number, reason in enumerate(found):
-            if isinstance(reason, Moved) and isinstance(image := jobs[number].image, InFile):
-                again = jobs[number]._replace(image=image.data)
-                found[number : number + 1] = self._run(transform, [again], out[number : number + 1], given_up)
+        try:
+            found = self._run(transform, jobs, out, given_up)
+            for number, reason in enumerate(found):
+                if isinstance(reason, Moved) and isinstance(image := jobs[number].image, InFile):
+                    again = jobs[number]._replace(image=image.data)
+                    found[number : number + 1] = self._run(transform, [again], out[number : number + 1], given_up)
+        except WorkerDied:
+            self.memory.discard(out)
+            raise
         return found
 
+    def convert(self, conversion: bytes, images: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+        """What a packed function makes of each encoded image; one that ends the process stays as it is.
+
+        Raises WorkerDied.
+        """
+        found = self._run(conversion, [Job(image, ()) for image in images], None, lambda: False)
+        return [made if isinstance(made, bytes) else image for made, image in zip(found, images, strict=True)]
+
     def _run(
-        self, transform: bytes, jobs: Sequence[Job], out: np.ndarray, given_up: Callable[[], bool]
-    ) -> list[Exception | None]:
+        self, function: bytes, jobs: Sequence[Job], out: np.ndarray | None, given_up: Callable[[], bool]
+    ) -> list[Any]:
+        """The answers to all jobs: those of a transform, which fills `out`, or without that of a conversion."""
         worker = self._idle.get()
-        found: list[Exception | None] = []
+        found: list[Any] = []
         alone = False
         try:
             while len(found) < len(jobs):
                 part = slice(len(found), len(found) + 1 if alone else None)
+                rows = None if out is None else out[part]
                 try:
-                    found += worker.run(transform, jobs[part], out[part], self.memory, given_up)
+                    found += worker.run(function, jobs[part], rows, self.memory, given_up)
                     self._in_vain = 0
                 except _NoAnswer as error:
                     worker.restart()
                     self._in_vain += not given_up()
                     if self._in_vain >= MOST_IN_VAIN or given_up():
-                        self.memory.discard(out)
                         raise WorkerDied from error
                     found += [EndsProcess(*error.args)] if alone else []
                     alone = True
         except OSError as error:  # of the process that forks them
             _pool_of.cache_clear()
-            self.memory.discard(out)
             raise WorkerDied from error
         finally:
             self._idle.put(worker)
@@ -191,13 +204,13 @@ class _Worker:
 
     def run(
         self,
-        transform: bytes,
+        function: bytes,
         jobs: Sequence[Job],
-        out: np.ndarray,
+        out: np.ndarray | None,
         memory: SharedMemory,
         given_up: Callable[[], bool],
-    ) -> list[Exception | None]:
-        """As `DecodingPool.run`, for the first images that fit into ARENA_BYTES, and at least one. Raises _NoAnswer."""
+    ) -> list[Any]:
+        """The answers to the first jobs whose images fit into ARENA_BYTES, at least to one. Raises _NoAnswer."""
         parts = [b"" if isinstance(job.image, InFile) else _bytes(job.image) for job in jobs]
         ends = np.cumsum([len(part) for part in parts])
         count = max(1, int(np.searchsorted(ends, ARENA_BYTES, side="right")))
@@ -208,11 +221,9 @@ class _Worker:
             arena[at:end] = np.frombuffer(part, np.uint8)  # which lets other threads run
             shape = image.shape if isinstance(image, np.ndarray) else None
             places.append((image[:-1] if isinstance(image, InFile) else (at, len(part), shape), *given))
-        region, offset = memory.find(out) or (None, 0)
-        assert region is not None
         try:
-            self._share(region)
-            self._connection.send((memory.numbers(), transform, (region.number, offset, out[:count].shape), places))
+            where = None if out is None else self._shared(out[:count], memory)
+            self._connection.send((memory.numbers(), function, where, places))
             self._await_answer(given_up)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
@@ -221,11 +232,15 @@ class _Worker:
             raise RuntimeError(f"a decoding process failed:\n{answer}")
         return list(answer)
 
-    def _share(self, region: Region) -> None:
+    def _shared(self, out: np.ndarray, memory: SharedMemory) -> tuple[int, int, tuple[int, ...]]:
+        """The region of `out`, which the process now has, where in it that begins, and its shape."""
+        region, offset = memory.find(out) or (None, 0)
+        assert region is not None
         if region.number not in self._known:
             self._connection.send((region.number, region.size))
             reduction.send_handle(self._connection, region.descriptor, None)
             self._known.add(region.number)
+        return region.number, offset, out.shape
 
     def _await_answer(self, given_up: Callable[[], bool]) -> None:
         left = ANSWER_SECONDS  # counted in polls, so that the time of a stopped job is not
@@ -283,7 +298,7 @@ def serve(connection: Connection, arena: int) -> None:
     """The loop of a decoding process. A message brings memory (its number and size, then a descriptor), or a task."""
     memory = memoryview(mmap.mmap(arena, 0))
     regions: dict[int, mmap.mmap] = {}
-    transforms: dict[bytes, Transform] = {}
+    functions: dict[bytes, Callable[..., Any]] = {}
     files = MappedFiles()
     while True:
         message = connection.recv()
@@ -292,20 +307,26 @@ def serve(connection: Connection, arena: int) -> None:
             regions[number] = mmap.mmap(descriptor := reduction.recv_handle(connection), size)
             os.close(descriptor)
             continue
-        live, pickled, (number, offset, shape), jobs = message
+        live, pickled, where, jobs = message
         regions = {known: regions[known] for known in live if known in regions}
         if os.fstat(arena).st_size > len(memory):
             memory = memoryview(mmap.mmap(arena, 0))
         try:
-            if pickled not in transforms:
-                transforms[pickled] = pickle.loads(pickled)
-            out = np.frombuffer(regions[number], np.uint8, int(np.prod(shape)), offset).reshape(shape)
+            if pickled not in functions:
+                functions[pickled] = pickle.loads(pickled)
+            call = functions[pickled]
             images = (files.find(*at) if isinstance(at[0], str) else _image(memory, *at) for at, *_ in jobs)
-            answer: Any = [
-                Moved() if image is None else decode_into(row, image, transforms[pickled], *given)
-                for row, image, (_, *given) in zip(out, images, jobs, strict=True)
-            ]
-            del out  # which would keep memory that is given up
+            answer: Any
+            if where is None:
+                answer = [None if (made := call(image)) is image else made for image in images]
+            else:
+                number, offset, shape = where
+                out = np.frombuffer(regions[number], np.uint8, int(np.prod(shape)), offset).reshape(shape)
+                answer = [
+                    Moved() if image is None else decode_into(row, image, call, *given)
+                    for row, image, (_, *given) in zip(out, images, jobs, strict=True)
+                ]
+                del out  # which would keep memory that is given up
         except Exception:
             answer = traceback.format_exc()
         connection.send(answer)

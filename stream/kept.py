@@ -1,18 +1,44 @@
 """What a cache keeps of an image: a smaller one, which costs less to decode."""
 
-import cv2
+from functools import partial
+from typing import TypeVar
 
+import cv2
+import pyarrow as pa
+
+from errors import DataError
 from stream import planes
+from stream.decode_pool import DIED, WorkerDied, pack, shared_pool
 from stream.images import UnreadableImage, resize
 from stream.pictures import Picture
 
 JPEG_QUALITY = 90  # as in FFCV's recipe for ImageNet
+IMAGES_PER_TASK = 32  # of a decoding process, which has others to do meanwhile
+
+Encoded = TypeVar("Encoded", bound=bytes | memoryview)
 
 
-def reduce(encoded: bytes, short_side: int, as_planes: bool = False) -> bytes:
-    """An image with its short side reduced to `short_side` pixels, as JPEG or as planes.
+def reduce_all(images: pa.Array, short_side: int, as_planes: bool, processes: int) -> pa.Array:
+    """`reduce` of all of some binary data, by this many decoding processes or by the caller. Raises DataError."""
+    conversion = partial(reduce, short_side=short_side, as_planes=as_planes)
+    given = [memoryview(image.as_buffer() or b"") for image in images]
+    made: list[bytes | memoryview]
+    if not processes:
+        made = [*map(conversion, given)]
+    else:
+        packed, parts = pack(conversion), range(0, len(given), IMAGES_PER_TASK)
+        try:
+            pool = shared_pool(processes)
+            made = [new for first in parts for new in pool.convert(packed, given[first : first + IMAGES_PER_TASK])]
+        except WorkerDied as error:
+            raise DataError(DIED) from error
+    return pa.array(made, images.type, mask=images.is_null().to_numpy(zero_copy_only=False))
 
-    Unreadable ones are returned unchanged, and so are smaller ones, unless as planes.
+
+def reduce(encoded: Encoded, short_side: int, as_planes: bool = False) -> bytes | Encoded:
+    """An image with its short side reduced to `short_side` pixels, as JPEG or as planes, bytes.
+
+    Unreadable ones are returned as they are, and so are smaller ones, unless as planes.
     """
     try:
         picture = Picture(encoded)

@@ -16,7 +16,7 @@ import torch
 
 from errors import DataError, printable
 from stream.augment import BatchAugment
-from stream.decode_pool import EndsProcess, Job, WorkerDied, pack, shared_pool
+from stream.decode_pool import DIED, EndsProcess, Job, WorkerDied, pack, shared_pool
 from stream.images import EncodedImage, Transform, UnreadableImage, decode_into
 from stream.shared import InFile, in_memory
 from stream.source import ImageDataset
@@ -325,7 +325,7 @@ class _EpochReader:
         except WorkerDied as error:
             if self._given_up():
                 raise Cancelled from error
-            raise DataError("a decoding process died, for lack of memory perhaps; use fewer --num_workers") from error
+            raise DataError(DIED) from error
         pairs = zip(found, reasons, strict=True)
         told = [image if isinstance(image, UnreadableImage) else reason for image, reason in pairs]
         loader.sound[loader.real(ids)] = [reason is None for reason in told]

@@ -42,6 +42,13 @@ class Deadly:
         return pixels
 
 
+def deadly_conversion(image: bytes | memoryview) -> bytes:
+    """The number of the process that makes it and the image; 13 ends the process."""
+    if image == b"13":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return b"%d %b" % (os.getpid(), bytes(image))
+
+
 def process_number(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
     """A uint8 image (1, 4, 3) that starts with the number of the process that makes it."""
     made = np.zeros((1, 4, 3), np.uint8)

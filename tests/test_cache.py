@@ -22,6 +22,8 @@ from stream.dataset import Cache, HuggingFaceImageNetDataset
 from stream.images import decode
 from stream.kept import reduce
 from stream.loader import StreamingDataLoader
+from stream.pictures import Picture
+from stream.planes import is_planes
 from stream.shared import InFile, in_memory
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -153,6 +155,17 @@ def test_reduced_images_are_smaller_decode_and_have_a_place_of_their_own(
     assert (blocks[0].labels == blocks[1].labels).all()
     assert blocks[1].images.nbytes < blocks[0].images.nbytes / 2
     assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_what_a_cache_keeps_is_made_by_the_decoding_processes(
+    hub_root: Path, hub_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"dataset": "imagenet1k", "cache_dir": str(tmp_path), "cache_format": "planes", "num_workers": 2}
+    with Hub(hub_root, port=hub_port):
+        dataset = get_data_loaders(resolve(flags), torch.device("cpu")).train.dataset
+        monkeypatch.setattr(Picture, "planes", lambda picture: pytest.fail("made in this process"))
+        images = dataset.read_block(0).images
+    assert all(is_planes(image.as_py()) for image in images)
 
 
 @pytest.mark.slow

@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
-from slow import Deadly, SlowTransform, process_number, run_in
+from slow import Deadly, SlowTransform, deadly_conversion, process_number, run_in
 
 from config import Config, resolve
 from errors import DataError
 from preprocess import get_data_loaders, train_transform
 from stream import decode_pool as decoding
+from stream import kept
 from stream.decode_pool import DecodingPool, Job, WorkerDied, pack
 from stream.images import EncodedImage, decode_into
+from stream.kept import reduce, reduce_all
 from stream.loader import StreamingDataLoader
 from stream.local import LocalDataset
 
@@ -129,6 +132,34 @@ def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
     assert not any(run_in(pool, pack(process_number), [Job(image, (0, 0, 0)) for image in images], out))
     numbers = {int(row.reshape(-1)[:8].view("<u8")[0]) for row in out}
     assert numbers == decoders(os.getpid()) - before
+
+
+@pytest.mark.parametrize("as_planes", [False, True])
+def test_what_a_cache_keeps_of_images_is_the_same_whichever_process_makes_it(as_planes: bool) -> None:
+    images = [*map(bytes, photographs(35)), b"", b"no image", None, bytes(photographs(1, (10, 12))[0])]
+    made = reduce_all(pa.array(images, pa.large_binary()), 20, as_planes, 0)
+    assert made.equals(reduce_all(pa.array(images, pa.large_binary()), 20, as_planes, 2))
+    assert made.to_pylist() == [None if image is None else reduce(image, 20, as_planes) for image in images]
+    assert made.to_pylist()[35:38] == [b"", b"no image", None]
+
+
+def test_an_image_that_ends_its_process_is_kept_as_it_is() -> None:
+    before, pool = decoders(os.getpid()), DecodingPool(1)
+    images = [str(number).encode() for number in range(20)]
+    made = [*map(bytes, pool.convert(pack(deadly_conversion), images))]
+    assert [image.rpartition(b" ")[2] for image in made] == images
+    assert made[13] == b"13"
+    (last,) = decoders(os.getpid()) - before
+    numbers = {int(image.split()[0]) for image in made if image != b"13"}
+    assert last in numbers
+    assert os.getpid() not in numbers
+
+
+def test_where_no_process_lives_what_a_cache_keeps_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "reduce", deadly_conversion)
+    monkeypatch.setattr(kept, "partial", lambda call, **_: call)
+    with pytest.raises(DataError, match="--num_workers"):
+        reduce_all(pa.array([b"13"] * 10), 20, True, 1)
 
 
 def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:
