@@ -1,7 +1,7 @@
 """The training loop: train_epoch, evaluate, fit."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from training.journal import Journal
 from training.logs import Stopwatch
 from training.predictor import Predictor
 from training.signals import StopRequest, batches_until
-from training.state import Progress
+from training.state import Progress, rng_state, set_rng_state
 from training.step import Training, train_step
 
 
@@ -33,6 +33,35 @@ class Run:
     epochs: int
     stop: StopRequest
     journal: Journal
+
+
+def compile_ahead(training: Training, sizes: Sequence[int], batch: int, stop: StopRequest) -> None:
+    """Compile what passes of `batch` images of these heights and widths run; nothing else of it stays.
+
+    All ranks must call this together. Raises Interrupted on all when one of them must stop.
+    """
+    buffers, generators = [(buffer, buffer.clone()) for buffer in training.model.buffers()], rng_state()
+    training.model.train()
+    for size in sizes:
+        stop.check()
+        images = torch.zeros((batch, size, size, 3), dtype=torch.uint8, device=training.device)
+        with training.autocast():
+            logits = training.ddp(training.normalize(images))
+        logits.sum().backward()
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    training.optimizer.zero_grad(set_to_none=True)
+    set_rng_state(generators)
+
+
+def _compile_later_sizes(run: Run) -> None:
+    """Compile for the sizes after that of this epoch, whose own first step does; later steps wait for no compiler."""
+    config = run.journal.config
+    sizes = [*dict.fromkeys(map(config.size_at, range(run.progress.epoch, config.epochs)))][1:]
+    if sizes and run.training.compiled:
+        batch = config.batch_size // distributed.world_size() // run.training.accumulate_steps
+        with distributed.announced(f"for the compiler, which prepares images of {', '.join(map(str, sizes))} pixels"):
+            compile_ahead(run.training, sizes, batch, run.stop)
 
 
 def train_epoch(run: Run) -> None:
@@ -127,6 +156,7 @@ def fit(run: Run) -> None:
     DivergedError and SnapshotError.
     """
     try:
+        _compile_later_sizes(run)
         while not (why := run.progress.why_over(run.journal.config)):
             train_epoch(run)
             watch = Stopwatch()

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,43 @@ def test_every_size_that_a_run_grows_through_is_compiled_once() -> None:
     assert seen == [seen[0] + each * further for further in range(10)]
     a_step(training, 8)
     assert graphs() == seen[-1]
+
+
+@pytest.mark.usefixtures("traced")
+def test_sizes_that_were_compiled_ahead_are_not_compiled_again_and_nothing_else_stays() -> None:
+    training = small_training(compile=True, ema_decay=0.9)
+    before, generators = deepcopy(training.model.state_dict()), torch.get_rng_state()
+    train.compile_ahead(training, [8, 16], 16, StopRequest())
+    compiled = graphs()
+    assert compiled > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generators)
+    assert all(parameter.grad is None for parameter in training.model.parameters())
+    a_step(training, 8)
+    a_step(training, 16)
+    assert graphs() == compiled
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_run_compiles_for_all_its_sizes_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "missing_for_compile", lambda device: None)
+    monkeypatch.setattr(step, "build_model", plain)
+    seen: list[tuple[int, int]] = []
+
+    def noted(training: step.Training, images: torch.Tensor, *others: Any) -> Any:
+        done = train_step(training, images, *others)
+        seen.append((images.shape[1], graphs()))
+        return done
+
+    monkeypatch.setattr(train, "train_step", noted)
+    data = ("--dataset", "imagenet1k", "--dummy_data", "--num_workers", 0)
+    sizes = ("--image_size", 64, "--progressive_size", "32:0,64:0.5", "--epochs", 4)
+    run_main(*SMALL, *data, *sizes, "--compile", "--run_dir", tmp_path / "run")
+    assert [size for size, _ in seen] == sorted(size for size, _ in seen)
+    assert {size for size, _ in seen} == {32, 64}
+    assert len({compiled for _, compiled in seen}) == 1
 
 
 @pytest.mark.usefixtures("traced")
