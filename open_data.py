@@ -287,5 +287,5 @@ def _cache(config: Config) -> "Cache | None":
     if config.cache_dir is None:
         return None
     limit = None if config.cache_limit_gb is None else round(config.cache_limit_gb * 1e9)
-    form = config.cache_short_side, config.cache_format == "planes", config.num_workers
-    return Cache(Path(config.cache_dir), limit, *form)
+    as_planes = config.cache_format == "planes"
+    return Cache(Path(config.cache_dir), limit, config.cache_short_side, as_planes, config.num_workers)

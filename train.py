@@ -42,23 +42,29 @@ def compile_ahead(training: Training, sizes: Sequence[int], batch: int, stop: St
     """
     buffers, generators = [(buffer, buffer.clone()) for buffer in training.model.buffers()], rng_state()
     training.model.train()
-    for size in sizes:
-        stop.check()
-        images = torch.zeros((batch, size, size, 3), dtype=torch.uint8, device=training.device)
-        with training.autocast():
-            logits = training.ddp(training.normalize(images))
-        logits.sum().backward()
-    for buffer, before in buffers:
-        buffer.copy_(before)
-    training.optimizer.zero_grad(set_to_none=True)
-    set_rng_state(generators)
+    try:
+        for size in sizes:
+            stop.check()
+            images = torch.zeros((batch, size, size, 3), dtype=torch.uint8, device=training.device)
+            with training.autocast():
+                logits = training.ddp(training.normalize(images))
+            logits.sum().backward()
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        training.optimizer.zero_grad(set_to_none=True)
+        set_rng_state(generators)
 
 
 def _compile_later_sizes(run: Run) -> None:
-    """Compile for the sizes after that of this epoch, whose own first step does; later steps wait for no compiler."""
+    """Compile for the sizes that later epochs have, so that the run need not wait in its middle.
+
+    A first step compiles for its own size; what is frozen at first is compiled once more when it no longer is.
+    """
     config = run.journal.config
     sizes = [*dict.fromkeys(map(config.size_at, range(run.progress.epoch, config.epochs)))][1:]
-    if sizes and run.training.compiled:
+    is_frozen = run.progress.epoch < config.freeze_backbone
+    if sizes and run.training.compiled and not is_frozen:
         batch = config.batch_size // distributed.world_size() // run.training.accumulate_steps
         with distributed.announced(f"for the compiler, which prepares images of {', '.join(map(str, sizes))} pixels"):
             compile_ahead(run.training, sizes, batch, run.stop)

@@ -116,7 +116,7 @@ def _prepared(what: str, folder: Path) -> Callable[[], Any]:
     from preprocess import get_data_loaders
 
     flags = {"dataset": "hf", "dataset_name": str(folder / "set"), "image_size": 32, "num_workers": 0}
-    flags["block_mb"] = BLOCK_MB
+    flags |= {"block_mb": BLOCK_MB}
     config = resolve(flags | {"batch_size": 256})
     data = get_data_loaders(config, torch.device("cpu"))
     if what == "preflight":

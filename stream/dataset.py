@@ -284,7 +284,11 @@ class HuggingFaceImageNetDataset:
         form = self._form
         if form is None or form.short_side is None:
             return batch
-        return batch.set_column(0, "image", reduce_all(batch["image"], form.short_side, form.planes, form.processes))
+        images = batch["image"]
+        encoded = [memoryview(image.as_buffer() or b"") for image in images]
+        made = reduce_all(encoded, form.short_side, form.planes, form.processes)
+        missing = images.is_null().to_numpy(zero_copy_only=False)
+        return batch.set_column(0, "image", pa.array(made, images.type, mask=missing))
 
     def _sample(self, limit: int, wanted: np.ndarray, doubling: bool = True) -> "HuggingFaceImageNetDataset | None":
         """At most `limit` samples of the wanted classes, of each its share, from as few blocks as that takes.

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,10 +104,7 @@ class DecodingPool:
         return found
 
     def convert(self, conversion: bytes, images: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
-        """What a packed function makes of each encoded image; one that ends the process stays as it is.
-
-        Raises WorkerDied.
-        """
+        """What a packed function makes of each; one that ends its process stays as it is. Raises WorkerDied."""
         found = self._run(conversion, [Job(image, ()) for image in images], None, lambda: False)
         return [made if isinstance(made, bytes) else image for made, image in zip(found, images, strict=True)]
 
@@ -115,9 +112,8 @@ class DecodingPool:
         self, function: bytes, jobs: Sequence[Job], out: np.ndarray | None, given_up: Callable[[], bool]
     ) -> list[Any]:
         """The answers to all jobs: those of a transform, which fills `out`, or without that of a conversion."""
-        worker = self._idle.get()
         found: list[Any] = []
-        alone = False
+        alone, worker = False, self._take(given_up)
         try:
             while len(found) < len(jobs):
                 part = slice(len(found), len(found) + 1 if alone else None)
@@ -138,6 +134,13 @@ class DecodingPool:
         finally:
             self._idle.put(worker)
         return found
+
+    def _take(self, given_up: Callable[[], bool]) -> "_Worker":
+        while True:
+            with contextlib.suppress(Empty):
+                return self._idle.get(timeout=POLL_SECONDS)
+            if given_up():
+                raise WorkerDied
 
 
 def allow_files(processes: int) -> None:
@@ -316,9 +319,8 @@ def serve(connection: Connection, arena: int) -> None:
                 functions[pickled] = pickle.loads(pickled)
             call = functions[pickled]
             images = (files.find(*at) if isinstance(at[0], str) else _image(memory, *at) for at, *_ in jobs)
-            answer: Any
             if where is None:
-                answer = [None if (made := call(image)) is image else made for image in images]
+                answer: Any = [None if (made := call(image)) is image else made for image in images]
             else:
                 number, offset, shape = where
                 out = np.frombuffer(regions[number], np.uint8, int(np.prod(shape)), offset).reshape(shape)

@@ -1,10 +1,10 @@
 """What a cache keeps of an image: a smaller one, which costs less to decode."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TypeVar
 
 import cv2
-import pyarrow as pa
 
 from errors import DataError
 from stream import planes
@@ -18,27 +18,25 @@ IMAGES_PER_TASK = 32  # of a decoding process, which has others to do meanwhile
 Encoded = TypeVar("Encoded", bound=bytes | memoryview)
 
 
-def reduce_all(images: pa.Array, short_side: int, as_planes: bool, processes: int) -> pa.Array:
-    """`reduce` of all of some binary data, by this many decoding processes or by the caller. Raises DataError."""
+def reduce_all(
+    images: Sequence[memoryview], short_side: int, as_planes: bool, processes: int
+) -> list[bytes | memoryview]:
+    """`reduce` of each image, by this many decoding processes or by the caller. Raises DataError."""
     conversion = partial(reduce, short_side=short_side, as_planes=as_planes)
-    given = [memoryview(image.as_buffer() or b"") for image in images]
-    made: list[bytes | memoryview]
     if not processes:
-        made = [*map(conversion, given)]
-    else:
-        packed, parts = pack(conversion), range(0, len(given), IMAGES_PER_TASK)
-        try:
-            pool = shared_pool(processes)
-            made = [new for first in parts for new in pool.convert(packed, given[first : first + IMAGES_PER_TASK])]
-        except WorkerDied as error:
-            raise DataError(DIED) from error
-    return pa.array(made, images.type, mask=images.is_null().to_numpy(zero_copy_only=False))
+        return [*map(conversion, images)]
+    packed, parts = pack(conversion), range(0, len(images), IMAGES_PER_TASK)
+    try:
+        pool = shared_pool(processes)
+        return [made for first in parts for made in pool.convert(packed, images[first : first + IMAGES_PER_TASK])]
+    except WorkerDied as error:
+        raise DataError(DIED) from error
 
 
 def reduce(encoded: Encoded, short_side: int, as_planes: bool = False) -> bytes | Encoded:
     """An image with its short side reduced to `short_side` pixels, as JPEG or as planes, bytes.
 
-    Unreadable ones are returned as they are, and so are smaller ones, unless as planes.
+    Unreadable ones are returned as they are, and so are smaller ones and those too long for a JPEG, unless as planes.
     """
     try:
         picture = Picture(encoded)
@@ -52,7 +50,8 @@ def reduce(encoded: Encoded, short_side: int, as_planes: bool = False) -> bytes 
     except UnreadableImage:
         return encoded
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    return bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+    fits, made = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])  # whose sides a JPEG bounds
+    return bytes(made) if fits else encoded
 
 
 def _planes(picture: Picture, height: int, width: int) -> bytes:

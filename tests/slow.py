@@ -49,6 +49,12 @@ def deadly_conversion(image: bytes | memoryview) -> bytes:
     return b"%d %b" % (os.getpid(), bytes(image))
 
 
+def slow_conversion(image: bytes | memoryview) -> bytes:
+    """Nothing, after as many seconds as the image says."""
+    time.sleep(int(bytes(image)))
+    return b""
+
+
 def process_number(image: EncodedImage, seed: tuple[int, ...], sound: bool) -> np.ndarray:
     """A uint8 image (1, 4, 3) that starts with the number of the process that makes it."""
     made = np.zeros((1, 4, 3), np.uint8)

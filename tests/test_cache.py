@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import killable
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hub import Hub
@@ -166,6 +167,8 @@ def test_what_a_cache_keeps_is_made_by_the_decoding_processes(
         monkeypatch.setattr(Picture, "planes", lambda picture: pytest.fail("made in this process"))
         images = dataset.read_block(0).images
     assert all(is_planes(image.as_py()) for image in images)
+    lacking = pa.record_batch({"image": pa.array([None, b""], pa.binary()), "label": pa.array([0, 1])})
+    assert dataset._reduced(lacking).equals(lacking)
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch._dynamo.utils import counters
 import machine
 import train
 from config import overrides, resolve, resume
-from errors import UsageError
+from errors import Interrupted, UsageError
 from preprocess import get_data_loaders
 from stream.augment import Normalize
 from training import compiling, step
@@ -199,10 +202,16 @@ def test_every_size_that_a_run_grows_through_is_compiled_once() -> None:
 
 
 @pytest.mark.usefixtures("traced")
-def test_sizes_that_were_compiled_ahead_are_not_compiled_again_and_nothing_else_stays() -> None:
-    training = small_training(compile=True, ema_decay=0.9)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_sizes_that_were_compiled_ahead_are_not_compiled_again_and_nothing_else_stays(
+    stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, stop = small_training(compile=True, ema_decay=0.9), StopRequest()
     before, generators = deepcopy(training.model.state_dict()), torch.get_rng_state()
-    train.compile_ahead(training, [8, 16], 16, StopRequest())
+    if stopped:
+        monkeypatch.setattr(stop, "check", Mock(side_effect=[None, None, Interrupted(signal.SIGTERM)]))
+    with pytest.raises(Interrupted) if stopped else nullcontext():
+        train.compile_ahead(training, [8, 16, 24], 16, stop)
     compiled = graphs()
     assert compiled > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())

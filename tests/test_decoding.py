@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from program import ROOT, environment, until
 from shards import draw, encode, make_imagenet_like
-from slow import Deadly, SlowTransform, deadly_conversion, process_number, run_in
+from slow import Deadly, SlowTransform, deadly_conversion, process_number, run_in, slow_conversion
 
 from config import Config, resolve
 from errors import DataError
@@ -136,11 +136,12 @@ def test_not_even_a_large_photograph_is_decoded_in_this_process() -> None:
 
 @pytest.mark.parametrize("as_planes", [False, True])
 def test_what_a_cache_keeps_of_images_is_the_same_whichever_process_makes_it(as_planes: bool) -> None:
-    images = [*map(bytes, photographs(35)), b"", b"no image", None, bytes(photographs(1, (10, 12))[0])]
-    made = reduce_all(pa.array(images, pa.large_binary()), 20, as_planes, 0)
-    assert made.equals(reduce_all(pa.array(images, pa.large_binary()), 20, as_planes, 2))
-    assert made.to_pylist() == [None if image is None else reduce(image, 20, as_planes) for image in images]
-    assert made.to_pylist()[35:38] == [b"", b"no image", None]
+    encoded = [*map(bytes, photographs(35)), b"", b"no image", *map(bytes, photographs(1, (10, 12)))]
+    images = [memoryview(image) for image in encoded]
+    made = reduce_all(images, 20, as_planes, 0)
+    assert made == reduce_all(images, 20, as_planes, 2)
+    assert made == [reduce(image, 20, as_planes) for image in images]
+    assert made[35:37] == [b"", b"no image"]
 
 
 def test_an_image_that_ends_its_process_is_kept_as_it_is() -> None:
@@ -155,11 +156,21 @@ def test_an_image_that_ends_its_process_is_kept_as_it_is() -> None:
     assert os.getpid() not in numbers
 
 
+def test_a_stop_waits_for_no_image_that_others_have_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, pixels = DecodingPool(1), np.zeros((1, 4, 4, 3), np.uint8)
+    slow = Thread(target=pool.convert, args=(pack(slow_conversion), [b"10"]), daemon=True)
+    slow.start()
+    until(lambda: pool._idle.empty())
+    with pytest.raises(WorkerDied):
+        run_in(pool, pack(Deadly("never")), [Job(pixels[0], (0, 0, 0))], pixels, lambda: True)
+    assert slow.is_alive()
+
+
 def test_where_no_process_lives_what_a_cache_keeps_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "reduce", deadly_conversion)
     monkeypatch.setattr(kept, "partial", lambda call, **_: call)
     with pytest.raises(DataError, match="--num_workers"):
-        reduce_all(pa.array([b"13"] * 10), 20, True, 1)
+        reduce_all([memoryview(b"13")] * 10, 20, True, 1)
 
 
 def test_a_transform_that_fails_comes_through_with_its_traceback() -> None:

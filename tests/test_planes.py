@@ -84,3 +84,9 @@ def test_planes_are_made_at_the_short_side_and_of_smaller_images_too() -> None:
     assert Planes(reduce(whole, 45, as_planes=True)).shape == (45, 60, 3)
     assert Planes(reduce(whole, 200, as_planes=True)).shape == (90, 120, 3)
     assert reduce(b"no image", 45, as_planes=True) == b"no image"
+
+
+def test_what_is_too_long_for_a_jpeg_stays_as_it_is() -> None:
+    strip = bytes(cv2.imencode(".png", np.zeros((66_000, 257, 3), np.uint8))[1])
+    assert reduce(strip, 256) == strip
+    assert Planes(reduce(strip, 256, as_planes=True)).shape == (65_743, 256, 3)
