@@ -59,7 +59,7 @@ def compile_ahead(training: Training, sizes: Sequence[int], batch: int, stop: St
 def _compile_later_sizes(run: Run) -> None:
     """Compile for the sizes that later epochs have, so that the run need not wait in its middle.
 
-    A first step compiles for its own size; what is frozen at first is compiled once more when it no longer is.
+    A first step compiles for its own size. Nothing is done while the backbone is frozen, which is compiled otherwise.
     """
     config = run.journal.config
     sizes = [*dict.fromkeys(map(config.size_at, range(run.progress.epoch, config.epochs)))][1:]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -92,23 +93,14 @@ def _prepared(what: str, folder: Path) -> Callable[[], Any]:
     """What is to be measured; it may return the time at which it was done."""
     import stream.dataset as streamed
 
-    def from_hub() -> None:
-        cache = streamed.Cache(folder / "cache")
-        streamed.HuggingFaceImageNetDataset.open(
-            SOURCE, split=["train"], revision=COMMIT, cache=cache, block_bytes=BLOCK_MB * 2**20
-        )
-
-    def from_folder() -> Any:
-        folder_of_set, block_bytes = str(folder / "set"), BLOCK_MB * 2**20
-        return streamed.HuggingFaceImageNetDataset.open(folder_of_set, split=["train"], block_bytes=block_bytes)
-
+    opened = partial(streamed.HuggingFaceImageNetDataset.open, split=["train"], block_bytes=BLOCK_MB * 2**20)
     if what == "first":
         for index in (folder / "cache").rglob("*.index"):
             index.unlink()
     if what in ("first", "again"):
-        return from_hub
+        return lambda: opened(SOURCE, revision=COMMIT, cache=streamed.Cache(folder / "cache")) and None
     if what == "local":
-        return lambda: from_folder() and None
+        return lambda: opened(str(folder / "set")) and None
     import torch
 
     from config import resolve
@@ -116,8 +108,7 @@ def _prepared(what: str, folder: Path) -> Callable[[], Any]:
     from preprocess import get_data_loaders
 
     flags = {"dataset": "hf", "dataset_name": str(folder / "set"), "image_size": 32, "num_workers": 0}
-    flags |= {"block_mb": BLOCK_MB}
-    config = resolve(flags | {"batch_size": 256})
+    config = resolve(flags | {"block_mb": BLOCK_MB, "batch_size": 256})
     data = get_data_loaders(config, torch.device("cpu"))
     if what == "preflight":
         return lambda: describe_data(config, data) and None

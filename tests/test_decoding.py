@@ -156,7 +156,7 @@ def test_an_image_that_ends_its_process_is_kept_as_it_is() -> None:
     assert os.getpid() not in numbers
 
 
-def test_a_stop_waits_for_no_image_that_others_have_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_waits_for_no_image_that_others_have_converted() -> None:
     pool, pixels = DecodingPool(1), np.zeros((1, 4, 4, 3), np.uint8)
     slow = Thread(target=pool.convert, args=(pack(slow_conversion), [b"10"]), daemon=True)
     slow.start()
